@@ -1,0 +1,104 @@
+"""Selection: from scores to a circuit with gates.
+
+1. Ns and Dn are each cut to the same number of edges and of neurons (the papers' misalignment score justifies 1:1).
+2. An edge found by Ns alone enters its receiver through an AND gate, by Dn alone through an OR gate, by both through an
+   ADDER (arXiv 2505.10039).
+3. Inside a head q, k and v feed o; inside an MLP its reader feeds the kept neurons. These edges are structural.
+4. Only edges on a path from embed to logits remain. Nothing is relabelled and no edge is invented: a gate left with a
+   single input is a one-input gate, and a dead end is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import LocalizeSettings
+from ..errors import CircuitError
+from ..types import Gate, NodeKind, Provenance
+from .attribution import Scores
+from .graph import Bools, Circuit, Floats, Graph, Ints, on_path, sort_edges
+
+_Bytes = npt.NDArray[np.uint8]
+_Columns = tuple[Ints, Ints, _Bytes, _Bytes, Floats, Floats]
+
+
+def build_circuit(scores: Scores, settings: LocalizeSettings = LocalizeSettings()) -> Circuit:
+    """Cut a circuit out of the scores.
+
+    Args:
+        scores: Ns and Dn of one record set.
+        settings: ``edges``, ``neurons`` and ``granularity`` are used.
+
+    Raises:
+        CircuitError: no kept edge lies on a path from embed to logits.
+    """
+    graph = replace(scores.graph, neurons=settings.granularity == "neuron")
+    allowed = graph.residual_edges
+    count = max(1, round(settings.edges * int(allowed.sum())))
+    parts = [
+        _gated(scores.ns, scores.dn, allowed, count, graph.writers[:, None], graph.readers[None, :]),
+        _inside_heads(graph),
+    ]
+    if graph.neurons:
+        layers = range(graph.n_layers)
+        units = np.flatnonzero(graph.kind == NodeKind.NEURON).reshape(graph.n_layers, graph.d_mlp)
+        readers = np.array([[graph.mlp_reader(layer)] for layer in layers])
+        writers = np.array([[graph.node(NodeKind.MLP, layer)] for layer in layers])
+        # Neurons compete within the MLPs whose reader and writer are both wired: elsewhere they would be dead ends.
+        wired = np.isin(readers, parts[0][1]) & np.isin(writers, parts[0][0]) & np.ones_like(units, dtype=bool)
+        kept = _gated(scores.neuron_ns, scores.neuron_dn, wired, max(1, round(settings.neurons * units.size)),
+                      units, writers)
+        reader_of = np.broadcast_to(readers, units.shape)[np.isin(units, kept[0])]  # in the order of kept[0]
+        parts += [kept, _structural(reader_of, kept[0])]
+    src, dst, gate, provenance, ns, dn = (np.concatenate(column) for column in zip(*parts, strict=True))
+    keep = on_path(graph.n_nodes, src, dst, graph.embed, graph.logits)
+    if not keep.any():
+        raise CircuitError(f"circuit {scores.name}: none of the {count} strongest edges lies on a path from embed to"
+                           " logits: raise --edges")
+    columns = sort_edges(src[keep], dst[keep], gate[keep], provenance[keep], ns[keep], dn[keep])
+    return Circuit(scores.name, graph, *columns)
+
+
+def top(scores: Floats, allowed: Bools, count: int) -> Bools:
+    """Mask of the ``count`` largest |scores| among the allowed; zeros never count, ties go to the lower index.
+
+    Scores are compared after rounding to seven decimals of the largest, so that the last bits of a sum, which depend on
+    the number of threads, rarely decide.
+    """
+    strength = np.where(allowed, np.abs(scores), 0.0).ravel()
+    largest = strength.max(initial=0.0)
+    if largest > 0:
+        strength = np.round(strength / largest, 7)
+    chosen = np.argsort(-strength, kind="stable")[:count]
+    mask = np.zeros(strength.shape, dtype=bool)
+    mask[chosen[strength[chosen] > 0]] = True
+    return mask.reshape(scores.shape)
+
+
+def _gated(ns: Floats, dn: Floats, allowed: Bools, count: int, src: npt.NDArray[np.integer],
+           dst: npt.NDArray[np.integer]) -> _Columns:
+    by_ns, by_dn = top(ns, allowed, count), top(dn, allowed, count)
+    kept = by_ns | by_dn
+    gate = np.where(by_ns & by_dn, Gate.ADDER, np.where(by_ns, Gate.AND, Gate.OR))
+    provenance = by_ns * Provenance.NOISING.value + by_dn * Provenance.DENOISING.value
+    return (np.broadcast_to(src, kept.shape)[kept].astype(np.int32),
+            np.broadcast_to(dst, kept.shape)[kept].astype(np.int32),
+            gate[kept].astype(np.uint8), provenance[kept].astype(np.uint8), ns[kept], dn[kept])
+
+
+def _structural(src: npt.NDArray[np.integer], dst: npt.NDArray[np.integer]) -> _Columns:
+    size = len(src)
+    return (src.astype(np.int32), dst.astype(np.int32), np.full(size, Gate.AND, dtype=np.uint8),
+            np.full(size, Provenance.STRUCTURAL, dtype=np.uint8), np.full(size, np.nan), np.full(size, np.nan))
+
+
+def _inside_heads(graph: Graph) -> _Columns:
+    heads = np.flatnonzero(graph.kind == NodeKind.HEAD)
+    layer, head = graph.layer[heads], graph.index[heads]
+    group = head // (graph.n_heads // graph.n_kv_heads)
+    first = 1 + layer * graph.layer_size
+    q, k, v = first + head, first + graph.n_heads + group, first + graph.n_heads + graph.n_kv_heads + group
+    return _structural(np.concatenate([q, k, v]), np.concatenate([heads, heads, heads]))

@@ -1,0 +1,281 @@
+"""Plan: the role of every node, and the slice of every weight that may change. The only thing unlearning knows.
+
+A plan is data. It saves to ``plan.json`` (readable) and ``plan.safetensors`` (arrays), both byte-identical for equal
+plans, and reloads on another machine. :func:`verify` compares two saved models bit by bit and says whether exactly
+the planned weights changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import PlanError
+from .types import Role
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+_ROLES = (Role.FORGET, Role.CONFLICT)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The rows or columns of one weight that share a role.
+
+    Attributes:
+        parameter: name in ``model.state_dict()``.
+        axis: 0 when ``index`` names rows (entries, for a bias), 1 when it names columns.
+        role: ``FORGET`` or ``CONFLICT``.
+        index: int64 [k], sorted and unique.
+    """
+
+    parameter: str
+    axis: int
+    role: Role
+    index: npt.NDArray[np.int64]
+
+    def weights(self, shape: Sequence[int]) -> int:
+        """How many scalar weights this slice covers in a parameter of that shape."""
+        other = int(np.prod(shape)) // int(shape[self.axis]) if len(shape) else 0
+        return len(self.index) * other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which nodes play which role, and which weights therefore move.
+
+    Attributes:
+        nodes: names of the nodes, in graph order.
+        role: uint8 [nodes], values of :class:`clue.types.Role`.
+        slices: at most one per parameter and role; a parameter's slices share their axis and are disjoint.
+        shapes: shape of every parameter that has a slice.
+        provenance: model fingerprint, data hashes, settings, versions; nothing that differs between two equal runs.
+    """
+
+    nodes: tuple[str, ...]
+    role: npt.NDArray[np.uint8]
+    slices: tuple[Slice, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.nodes) != len(self.role):
+            raise PlanError(f"a plan needs one role per node, got {len(self.nodes)} nodes and {len(self.role)} roles")
+        seen: dict[str, Slice] = {}
+        for s in self.slices:
+            where = f"plan slice of {s.parameter} ({s.role.name.lower()})"
+            if s.role not in _ROLES:
+                raise PlanError(f"{where}: only forget and conflict weights may move")
+            shape = self.shapes.get(s.parameter)
+            if shape is None or not 0 <= s.axis < len(shape):
+                raise PlanError(f"{where}: the plan does not say its shape, or axis {s.axis} is not one of it")
+            if s.index.ndim != 1 or len(s.index) == 0 or np.any(np.diff(s.index) <= 0):
+                raise PlanError(f"{where}: the index must be sorted, unique and not empty")
+            if s.index[0] < 0 or s.index[-1] >= shape[s.axis]:
+                raise PlanError(f"{where}: index {int(s.index[-1])} is outside 0..{shape[s.axis] - 1}")
+            other = seen.get(s.parameter)
+            if other is not None and (other.axis != s.axis or other.role == s.role):
+                raise PlanError(f"{where}: one slice per role and one axis per parameter, found two")
+            if other is not None and len(np.intersect1d(other.index, s.index)):
+                raise PlanError(f"{where}: {len(np.intersect1d(other.index, s.index))} of its slices are forget and"
+                                " conflict at once")
+            seen[s.parameter] = s
+
+    def counts(self) -> dict[str, int]:
+        """Number of nodes per role."""
+        return {role.name.lower(): int(np.count_nonzero(self.role == role))
+                for role in (Role.FORGET, Role.CONFLICT, Role.RETAIN, Role.FREE)}
+
+    @property
+    def weights_changed(self) -> int:
+        """Number of scalar weights that may change."""
+        return sum(s.weights(self.shapes[s.parameter]) for s in self.slices)
+
+    def parameters(self) -> list[str]:
+        """Names of the parameters that have at least one planned weight, in plan order."""
+        return list(dict.fromkeys(s.parameter for s in self.slices))
+
+    def of_role(self, role: Role) -> Iterator[Slice]:
+        """The slices of one role."""
+        return (s for s in self.slices if s.role == role)
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Raise :class:`PlanError` unless every planned parameter is in the model with the planned shape."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in self.parameters():
+            if name not in parameters:
+                raise PlanError(f"the plan edits {name}, which this model does not have: it was made for another model")
+            shape = tuple(parameters[name].shape)
+            if shape != tuple(self.shapes[name]):
+                raise PlanError(f"the plan edits {name} of shape {tuple(self.shapes[name])}, this model's is {shape}:"
+                                " it was made for another model")
+
+    def mask(self, parameter: str, roles: Sequence[Role] = _ROLES) -> npt.NDArray[np.bool_]:
+        """Boolean mask of the parameter's shape: true where a weight of one of these roles may change."""
+        shape = self.shapes[parameter]
+        mask = np.zeros(shape, dtype=bool)
+        for s in self.slices:
+            if s.parameter == parameter and s.role in roles:
+                mask[(slice(None),) * s.axis + (s.index,)] = True
+        return mask
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``plan.json`` and ``plan.safetensors`` into a folder, each whole or not at all."""
+        from safetensors.numpy import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {"role": np.ascontiguousarray(self.role, dtype=np.uint8)}
+        arrays |= {f"slice.{i}": np.ascontiguousarray(s.index, dtype=np.int64) for i, s in enumerate(self.slices)}
+        document = {
+            "format": FORMAT,
+            "counts": self.counts(),
+            "weights_changed": self.weights_changed,
+            "slices": [{"parameter": s.parameter, "axis": s.axis, "role": s.role.name.lower(), "count": len(s.index)}
+                       for s in self.slices],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "provenance": dict(self.provenance),
+            "nodes": list(self.nodes),
+        }
+        _write(folder / "plan.safetensors", save(arrays))
+        _write(folder / "plan.json", (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Plan:
+        """Read a plan from the folder that holds it, or from a run directory (its ``plan`` stage)."""
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        if not (folder / "plan.json").exists() and (folder / "plan" / "plan.json").exists():
+            folder = folder / "plan"
+        try:
+            document = json.loads((folder / "plan.json").read_text())
+            arrays = load_file(folder / "plan.safetensors")
+        except FileNotFoundError as error:
+            raise PlanError(f"{folder} holds no plan ({Path(error.filename or folder).name} is missing):"
+                            " make one with `clue localize`") from None
+        except Exception as error:
+            raise PlanError(f"the plan in {folder} is damaged ({error}): make it again with `clue localize`") from None
+        try:
+            if document["format"] != FORMAT:
+                raise PlanError(f"the plan in {folder} has format {document['format']}, this version reads {FORMAT}")
+            slices = tuple(Slice(s["parameter"], int(s["axis"]), Role[s["role"].upper()], arrays[f"slice.{i}"])
+                           for i, s in enumerate(document["slices"]))
+            return cls(tuple(document["nodes"]), arrays["role"], slices,
+                       {name: tuple(shape) for name, shape in document["shapes"].items()}, document["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan in {folder} is damaged ({error!r}): make it again with `clue localize`") from None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a bit-by-bit comparison of two models found.
+
+    Attributes:
+        planned: scalar weights the plan names; ``changed`` of them differ.
+        outside: (parameter, count) of weights that differ although no plan names them.
+    """
+
+    planned: int
+    changed: int
+    outside: tuple[tuple[str, int], ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing outside the plan changed."""
+        return not self.outside
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"exact: {self.changed} of {self.planned} planned weights changed, and not a bit of any other"
+        total = sum(count for _, count in self.outside)
+        worst = ", ".join(f"{name} ({count})" for name, count in self.outside[:3])
+        more = f" and {len(self.outside) - 3} more" if len(self.outside) > 3 else ""
+        return f"NOT exact: {total} weights outside the plan changed, in {worst}{more}"
+
+
+def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: Plan) -> Verification:
+    """Compare two saved models (folders of safetensors files) bit by bit against a plan.
+
+    Tensors are compared as raw bytes, so NaNs, signed zeros and every dtype count as what they are.
+
+    Raises:
+        PlanError: a folder holds no safetensors weights, or the two models do not have the same tensors.
+    """
+    old, new = _Weights(before), _Weights(after)
+    if old.keys() != new.keys():
+        differing = sorted(old.keys() ^ new.keys())
+        raise PlanError(f"{before} and {after} do not hold the same tensors (for example {differing[0]}):"
+                        " they are not two versions of one model")
+    missing = [name for name in plan.parameters() if name not in old.keys()]
+    if missing:
+        raise PlanError(f"the plan edits {missing[0]}, which {before} does not hold: it was made for another model")
+    changed = 0
+    outside: list[tuple[str, int]] = []
+    planned = set(plan.parameters())
+    for name in sorted(old.keys()):
+        a, b = old.bits(name), new.bits(name)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise PlanError(f"{name} has another shape or dtype in {after} than in {before}")
+        differs = a != b
+        if name in planned:
+            mask = plan.mask(name)
+            if mask.shape != differs.shape:
+                raise PlanError(f"{name} has shape {differs.shape} in {before}, the plan says {mask.shape}")
+            changed += int(np.count_nonzero(differs & mask))
+            differs &= ~mask
+        if count := int(np.count_nonzero(differs)):
+            outside.append((name, count))
+    return Verification(plan.weights_changed, changed, tuple(outside))
+
+
+class _Weights:
+    """The tensors of a model folder, read one at a time as unsigned integers of their own width."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        files = sorted(Path(folder).glob("*.safetensors"))
+        files = [f for f in files if f.name != "plan.safetensors"]
+        if not files:
+            raise PlanError(f"{folder} holds no model weights: give a folder with .safetensors files")
+        self._home: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise PlanError(f"{file} is not a readable safetensors file ({error})") from None
+            for name in handle.keys():  # noqa: SIM118 -- a safetensors handle is no mapping
+                self._home[name] = handle
+
+    def keys(self) -> set[str]:
+        return set(self._home)
+
+    def bits(self, name: str) -> npt.NDArray[Any]:
+        import torch
+
+        tensor = self._home[name].get_tensor(name)
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        bits: npt.NDArray[Any] = tensor.view(width).numpy()
+        return bits
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
