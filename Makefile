@@ -1,0 +1,61 @@
+# Everyday commands. Each one installs what it needs into .venv first, once; `make` alone lists them.
+#
+#   make demo    install, then forget a few people in a small embedded world and show what it did
+#   make setup   install CLUE for development (an editable install; C++ changes are rebuilt by the next make)
+#   make test    the quick tests          make lint    ruff, mypy, clang-format
+#   make bench   the benchmarks           make clean   remove what make made, apart from runs
+#
+# Another interpreter: make PYTHON=/path/to/python
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Byte-compiling half a gigabyte of packages takes longer than importing the part that is used.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile -c constraints.txt
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+NATIVE := CMakeLists.txt $(shell find cmake csrc -type f)
+
+.PHONY: help demo setup test lint bench clean
+
+help:
+	@sed -n 's/^#  *//p' Makefile | sed -n '/^make/p'
+
+# The demo needs no development tools, so it does not wait for them. The models it trains are kept in ~/.cache/clue.
+demo: $(VENV)/.clue
+	$(BIN)/clue demo -o runs/demo --overwrite
+
+setup: $(VENV)/.dev
+
+# One thread per test process: the tensors are small, so threads cost more than they give.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
+
+bench: $(VENV)/.dev
+	@for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes first and alone, with its exact pin: no later resolution can then pick another (much larger) build of it.
+$(VENV)/.tools: constraints.txt
+	@test -n "$(PYTHON)" || { echo "CLUE needs Python 3.11 or newer: install one, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: say make PYTHON=/path/to/a/newer/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.clue: $(VENV)/.tools pyproject.toml $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.clue
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@

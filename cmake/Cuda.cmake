@@ -1,0 +1,22 @@
+# Decides whether clue._cuda is built: CLUE_CUDA=AUTO builds it where nvcc is found, ON insists, OFF never does.
+# Sets CLUE_CUDA_FOUND. Building needs no GPU.
+set(CLUE_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
+set_property(CACHE CLUE_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(CLUE_CUDA_FOUND OFF)
+
+if(NOT CLUE_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "CLUE_CUDA is '${CLUE_CUDA}'; it must be AUTO, ON or OFF.")
+elseif(NOT CLUE_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(CLUE_CUDA_FOUND ON)
+    message(STATUS "CUDA kernels: ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION}, ${CMAKE_CUDA_ARCHITECTURES}")
+  elseif(CLUE_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "CLUE_CUDA=ON, but no CUDA compiler was found; put nvcc on PATH or set CUDACXX.")
+  else()
+    message(STATUS "CUDA kernels: not built, no CUDA compiler found (put nvcc on PATH to have them)")
+  endif()
+endif()

@@ -1,0 +1,85 @@
+// Python's view of the CPU kernels: borrows the tensors, checks them, and lets other threads run meanwhile.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.hpp"
+#include "isa.hpp"
+#include "parallel.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; const clue::Kernels* table = clue::kernels_at(i); ++i) names.emplace_back(table->isa);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  std::string known;
+  for (int i = 0; const clue::Kernels* table = clue::kernels_at(i); ++i) {
+    if (table->isa == name) {
+      clue::use_kernels(*table);
+      return;
+    }
+    known += std::string(i ? ", " : "") + table->isa;
+  }
+  clue::refuse_value("name", "one of " + known, name);
+}
+
+void neuron_attribution(const py::object& clean, const py::object& corrupted, const py::object& grad_clean,
+                        const py::object& grad_corrupted, const py::object& out_ns, const py::object& out_dn,
+                        const py::object& out_sq_ns, const py::object& out_sq_dn,
+                        const std::optional<py::object>& mask) {
+  clue::Borrower borrower(clue::Borrower::Where::kCpu);
+  const clue::NeuronArguments arguments = clue::neuron_arguments(borrower, clean, corrupted, grad_clean, grad_corrupted,
+                                                                 out_ns, out_dn, out_sq_ns, out_sq_dn, mask);
+  const py::gil_scoped_release release;
+  clue::neuron_attribution(arguments);
+}
+
+void masked_adamw(const py::object& param, const py::object& grad, const py::object& exp_avg,
+                  const py::object& exp_avg_sq, const py::object& index, std::int64_t axis, double lr, double beta1,
+                  double beta2, double eps, double weight_decay, std::int64_t step, double grad_scale,
+                  const std::optional<py::object>& master) {
+  const clue::AdamWConstants constants = clue::adamw_constants({lr, beta1, beta2, eps, weight_decay, step, grad_scale});
+  clue::Borrower borrower(clue::Borrower::Where::kCpu);
+  const clue::MaskedAdamWArguments arguments =
+      clue::masked_adamw_arguments(borrower, param, grad, exp_avg, exp_avg_sq, index, axis, master);
+  for (std::int64_t k = 0; k < arguments.slices; ++k) {
+    const std::int64_t previous = k ? arguments.index[k - 1] : -1, here = arguments.index[k];
+    if (here <= previous || here >= arguments.bound) {
+      clue::refuse_value("index", "sorted unique numbers from 0 to " + std::to_string(arguments.bound - 1),
+                         std::to_string(here) + " at position " + std::to_string(k));
+    }
+  }
+  const py::gil_scoped_release release;
+  clue::masked_adamw(arguments, constants);
+}
+
+}  // namespace
+
+void register_kernels(py::module_& module) {
+  using namespace py::literals;
+  module.def("neuron_attribution", neuron_attribution, "clean"_a, "corrupted"_a, "grad_clean"_a, "grad_corrupted"_a,
+             "out_ns"_a, "out_dn"_a, "out_sq_ns"_a, "out_sq_dn"_a, "mask"_a = py::none(),
+             "Add every neuron's noising and denoising terms, and their squares, over tokens to four sums.");
+  module.def("masked_adamw", masked_adamw, "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "index"_a, "axis"_a,
+             py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "grad_scale"_a,
+             "master"_a = py::none(), "One AdamW step on some rows or columns of a parameter, in place.");
+  module.def("openmp_threads", clue::openmp_threads, "Threads that the kernels use when called from this thread.");
+  module.def("isas", isas, "Instruction sets the kernels were built for and this processor has, slowest first.");
+  module.def("set_isa", set_isa, "name"_a, "Use the kernels of this instruction set from now on.");
+  module.def(
+      "kernels",
+      [] {
+        py::dict found;
+        for (const char* kernel : {"neuron_attribution", "masked_adamw"}) found[kernel] = clue::kernels().isa;
+        return found;
+      },
+      "The instruction set in use, by kernel.");
+}

@@ -1,0 +1,99 @@
+// Python's view of the logic core: argument checking, the GIL and Ctrl-C live here.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cadical.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "logic/circuit.hpp"
+
+namespace py = pybind11;
+namespace logic = clue::logic;
+
+namespace {
+
+// Keeps the arrays of one call alive while the GIL is released.
+class Arrays {
+ public:
+  template <typename T>
+  std::span<const T> view(const py::handle &object, const std::string &name) {
+    if (!py::isinstance<py::array_t<T, py::array::c_style>>(object) ||
+        py::reinterpret_borrow<py::array>(object).ndim() != 1)
+      throw py::type_error(name + ": expected a contiguous 1-d array of " +
+                           std::string(py::str(py::dtype::of<T>())) + ", got " +
+                           std::string(py::str(py::type::of(object))));
+    const auto array = py::reinterpret_borrow<py::array_t<T, py::array::c_style>>(object);
+    kept_.push_back(array);
+    return {array.data(), static_cast<std::size_t>(array.size())};
+  }
+
+ private:
+  std::vector<py::object> kept_;
+};
+
+std::vector<logic::Circuit> circuits(Arrays &arrays, const py::list &list, const std::string &name) {
+  std::vector<logic::Circuit> found;
+  for (const py::handle &item : list) {
+    const std::string at = name + "[" + std::to_string(found.size()) + "]";
+    if (!py::isinstance<py::tuple>(item) || py::len(item) != 3)
+      throw py::type_error(at + ": expected a tuple (src, dst, gate), got " + std::string(py::str(py::type::of(item))));
+    const auto edges = py::reinterpret_borrow<py::tuple>(item);
+    found.push_back({arrays.view<std::int32_t>(edges[0], at + ".src"), arrays.view<std::int32_t>(edges[1], at + ".dst"),
+                     arrays.view<std::uint8_t>(edges[2], at + ".gate")});
+  }
+  return found;
+}
+
+template <typename T>
+py::array_t<T> array(const std::vector<T> &values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::dict assign(std::int32_t n_nodes, const py::object &editable, const py::list &forget, const py::list &retain,
+                const py::object &weights, const py::object &risk, const py::object &reach, const std::string &semantics,
+                double time_limit) {
+  Arrays arrays;
+  logic::Question question;
+  question.n_nodes = n_nodes;
+  question.editable = arrays.view<std::uint8_t>(editable, "editable");
+  question.forget = circuits(arrays, forget, "forget");
+  question.retain = circuits(arrays, retain, "retain");
+  question.weight = arrays.view<std::int64_t>(weights, "weights");
+  question.risk = arrays.view<std::int64_t>(risk, "risk");
+  question.reach = arrays.view<std::int64_t>(reach, "reach");
+  if (semantics != "support" && semantics != "authors")
+    throw py::value_error("semantics: expected 'support' or 'authors', got '" + semantics + "'");
+  question.semantics = semantics == "support" ? logic::Semantics::Support : logic::Semantics::Authors;
+  if (!(time_limit >= 0 && time_limit < 1e9))
+    throw py::value_error("time_limit: expected seconds in [0, 1e9), got " + std::to_string(time_limit));
+  question.time_limit = time_limit;
+
+  logic::Answer answer;
+  try {
+    const py::gil_scoped_release released;
+    answer = logic::assign(question, [] {
+      const py::gil_scoped_acquire held;
+      return PyErr_CheckSignals() != 0;
+    });
+  } catch (const logic::Interrupted &) {
+    throw py::error_already_set();  // what PyErr_CheckSignals raised, usually KeyboardInterrupt
+  }
+
+  using namespace py::literals;
+  return py::dict("retain_works"_a = array(answer.retain_works), "forget_works"_a = array(answer.forget_works),
+                  "conflict"_a = array(answer.conflict), "forced"_a = array(answer.forced), "cost"_a = answer.cost,
+                  "lower_bound"_a = answer.lower_bound, "optimal"_a = answer.optimal, "unique"_a = answer.unique,
+                  "variables"_a = answer.variables, "clauses"_a = answer.clauses, "components"_a = answer.components,
+                  "cores"_a = answer.cores, "solves"_a = answer.solves);
+}
+
+}  // namespace
+
+void register_logic(py::module_ &module) {
+  module.def("cadical_version", [] { return CaDiCaL::Solver::version(); }, "Version of the CaDiCaL linked in.");
+  module.def("assign", &assign, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
+             py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("semantics"), py::arg("time_limit"),
+             "Roles of all nodes from the circuits of both sides; see clue.logic.assign.");
+}

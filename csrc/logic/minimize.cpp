@@ -1,0 +1,315 @@
+// OLL, core-guided MaxSAT, one level after the other.
+//
+// 1. Assume every soft literal of the current stratum (largest weights first). If the solver finds a model, go on to the
+//    next stratum; after the last one the level is closed.
+// 2. Otherwise it returns a core: soft literals that cannot all hold. Minimise it, take its least weight w off each
+//    member and add w to the lower bound. A totalizer counts how many members fail; "at most one" becomes a new soft
+//    literal of weight w. When that one is in a later core, "at most two" takes over, and so on: outputs are made on
+//    demand. A count proven too small at once ("core exhaustion") raises the bound without another core.
+// 3. A closed level's soft literals that still carry weight hold in every optimum and only there, so making them hard
+//    clauses fixes the level's cost for all later levels.
+//
+// Source: Andres, Kaufmann, Matheis, Schaub (ICLP 2012); Martins, Joshi, Manquinho, Lynce (CP 2014) for the incremental
+// totalizers; Ignatiev, Morgado, Marques-Silva (JSAT 2019) for stratification, exhaustion and minimisation.
+#include "minimize.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace clue::logic {
+namespace {
+
+// Counts true literals: output(k) is implied by k of them being true. Built as a balanced tree, output by output.
+class Totalizers {
+ public:
+  Totalizers(Solver &solver, int &n_variables) : solver_(solver), n_variables_(n_variables) {}
+
+  // Returns the root of a new counter.
+  int add(std::span<const int> inputs) {
+    const int id = static_cast<int>(nodes_.size());
+    nodes_.push_back({-1, -1, static_cast<int>(inputs.size()), {}});
+    if (inputs.size() == 1) {
+      nodes_[id].outputs.push_back(inputs[0]);
+    } else {
+      const auto half = inputs.size() / 2;
+      const int left = add(inputs.first(half)), right = add(inputs.subspan(half));
+      nodes_[id].left = left;
+      nodes_[id].right = right;
+    }
+    return id;
+  }
+
+  int size(int id) const { return nodes_[id].size; }
+
+  // The literal for "at least `count` inputs are true", 1 <= count <= size.
+  int output(int id, int count) {
+    extend(id, count);
+    return nodes_[id].outputs[count - 1];
+  }
+
+ private:
+  struct Node {
+    int left, right, size;
+    std::vector<int> outputs;
+  };
+
+  void extend(int id, int count) {
+    count = std::min(count, nodes_[id].size);
+    if (static_cast<int>(nodes_[id].outputs.size()) >= count) return;
+    const int left = nodes_[id].left, right = nodes_[id].right;
+    extend(left, count);
+    extend(right, count);
+    const auto &a = nodes_[left].outputs, &b = nodes_[right].outputs;
+    auto &outputs = nodes_[id].outputs;
+    for (int total = static_cast<int>(outputs.size()) + 1; total <= count; ++total) {
+      const int made = ++n_variables_;
+      const int least = std::max(0, total - nodes_[right].size), most = std::min(total, nodes_[left].size);
+      for (int i = least; i <= most; ++i) {
+        clause_.clear();
+        if (i > 0) clause_.push_back(-a[i - 1]);
+        if (total > i) clause_.push_back(-b[total - i - 1]);
+        clause_.push_back(made);
+        solver_.clause(clause_);
+      }
+      if (total > 1) {
+        const int ordered[] = {-made, outputs.back()};
+        solver_.clause(ordered);
+      }
+      outputs.push_back(made);
+    }
+  }
+
+  Solver &solver_;
+  int &n_variables_;
+  std::vector<Node> nodes_;
+  std::vector<int> clause_;
+};
+
+class Minimizer {
+ public:
+  Minimizer(const Formula &formula, std::vector<std::uint8_t> start, Limits &limits)
+      : solver_(limits), n_original_(formula.n_variables), n_variables_(formula.n_variables),
+        totalizers_(solver_, n_variables_), model_(std::move(start)) {
+    for (auto first = formula.clauses.begin(); first != formula.clauses.end();) {
+      const auto last = std::find(first, formula.clauses.end(), 0);
+      solver_.clause({first, last});
+      first = last + 1;
+    }
+  }
+
+  void phase(int literal) { solver_.phase(literal); }
+
+  // Replaces the starting model by one that follows the phases. False when a limit ended the search.
+  bool search() { return solve({}); }
+
+  // Closes one level. False when a limit ended the search; `bound` is then still a lower bound.
+  bool close(const Level &level, std::int64_t &bound) {
+    softs_.clear();
+    position_.clear();
+    bound = 0;
+    if (std::all_of(level.begin(), level.end(), [&](const Soft &soft) { return holds(soft.literal); })) {
+      for (const Soft &soft : level) harden(soft.literal);
+      return true;
+    }
+    solver_.propagate();  // what earlier levels settled needs no search
+    for (const Soft &soft : level) {
+      const int value = solver_.fixed(soft.literal);
+      if (value < 0) bound += soft.weight;
+      if (value == 0) add_soft(soft.literal, soft.weight, -1, 0);
+    }
+    std::int64_t stratum = 0;
+    for (const State &soft : softs_) stratum = std::max(stratum, soft.weight);
+    while (stratum > 0) {
+      if (!close_stratum(stratum, bound)) return false;
+      std::int64_t next = 0;
+      for (const State &soft : softs_)
+        if (soft.weight < stratum) next = std::max(next, soft.weight);
+      // Halving keeps the number of strata logarithmic however many distinct weights there are.
+      stratum = next > stratum / 2 ? std::max<std::int64_t>(stratum / 2, 1) : next;
+    }
+    for (const State &soft : softs_)
+      if (soft.weight > 0) harden(soft.literal);
+    return true;
+  }
+
+  // Makes the model the best one in lexicographic order of these literals. False when a limit ended the search.
+  bool prefer(const std::vector<int> &literals) {
+    for (const int literal : literals) {
+      if (holds(literal)) {
+        pending_.push_back(literal);  // told to the solver only if it is asked again
+        continue;
+      }
+      if (solver_.fixed(literal) < 0) continue;
+      for (const int kept : pending_) harden(kept);
+      pending_.clear();
+      const int assumption[] = {literal};
+      const Verdict verdict = run(assumption);
+      if (verdict == Verdict::Unknown) return false;
+      harden(verdict == Verdict::Satisfiable ? literal : -literal);
+    }
+    return true;
+  }
+
+  std::vector<std::uint8_t> take_model() { return std::move(model_); }
+  std::int64_t cores() const { return cores_; }
+  std::int64_t solves() const { return solver_.solves(); }
+
+ private:
+  struct State {
+    int literal;
+    std::int64_t weight;
+    int totalizer, count;  // literal says "fewer than `count` inputs are true"; totalizer is -1 for an original soft
+    bool waiting;          // left out until the current round of disjoint cores is over
+  };
+
+  bool holds(int literal) const { return model_[static_cast<std::size_t>(std::abs(literal))] == (literal > 0); }
+
+  void harden(int literal) {
+    const int unit[] = {literal};
+    solver_.clause(unit);
+  }
+
+  Verdict run(std::span<const int> assumptions) {
+    const Verdict verdict = solver_.solve(assumptions);
+    if (verdict == Verdict::Satisfiable)
+      for (int v = 1; v <= n_original_; ++v) model_[static_cast<std::size_t>(v)] = solver_.value(v);
+    return verdict;
+  }
+
+  bool solve(std::span<const int> assumptions) {
+    const Verdict verdict = run(assumptions);
+    if (verdict == Verdict::Unsatisfiable) throw std::logic_error("the formula has no model");
+    return verdict == Verdict::Satisfiable;
+  }
+
+  void add_soft(int literal, std::int64_t weight, int totalizer, int count) {
+    const auto key = static_cast<std::size_t>(2 * std::abs(literal) + (literal < 0));
+    if (position_.size() <= key) position_.resize(std::max(key + 1, 2 * position_.size()), 0);
+    if (position_[key] == 0) {
+      softs_.push_back({literal, 0, totalizer, count, false});
+      position_[key] = static_cast<int>(softs_.size());
+    }
+    State &soft = softs_[static_cast<std::size_t>(position_[key] - 1)];
+    soft.weight += weight;
+    soft.waiting = totalizer >= 0;
+  }
+
+  State &soft_of(int literal) {
+    const auto key = static_cast<std::size_t>(2 * std::abs(literal) + (literal < 0));
+    return softs_[static_cast<std::size_t>(position_[key] - 1)];
+  }
+
+  // Rounds of disjoint cores until all softs of weight >= stratum hold together.
+  bool close_stratum(std::int64_t stratum, std::int64_t &bound) {
+    for (;;) {
+      assumptions_.clear();
+      for (State &soft : softs_) {
+        soft.waiting = false;
+        if (soft.weight >= stratum) assumptions_.push_back(soft.literal);
+      }
+      bool found = false;
+      for (;;) {
+        const Verdict verdict = run(assumptions_);
+        if (verdict == Verdict::Unknown) return false;
+        if (verdict == Verdict::Satisfiable) break;
+        found = true;
+        core_.clear();
+        for (const int literal : assumptions_)
+          if (solver_.failed(literal)) core_.push_back(literal);
+        if (core_.empty()) throw std::logic_error("the formula has no model");
+        shrink();
+        relax(bound);
+        std::erase_if(assumptions_, [&](int literal) { return soft_of(literal).waiting; });
+      }
+      if (!found) return true;
+    }
+  }
+
+  // Drops members the core does not need, as far as a small search budget shows it. Members already found necessary
+  // stand behind position i.
+  void shrink() {
+    const int decisions = static_cast<int>(core_.size()) + 200;
+    int trials = 200;
+    for (std::size_t i = core_.size(); i-- > 0 && core_.size() > 1 && trials-- > 0;) {
+      trial_ = core_;
+      trial_.erase(trial_.begin() + static_cast<std::ptrdiff_t>(i));
+      if (solver_.solve(trial_, decisions) != Verdict::Unsatisfiable) continue;
+      core_.clear();
+      std::size_t before = 0;
+      for (std::size_t j = 0; j < trial_.size(); ++j) {
+        if (!solver_.failed(trial_[j])) continue;
+        core_.push_back(trial_[j]);
+        before += j < i;
+      }
+      i = before;
+    }
+  }
+
+  void relax(std::int64_t &bound) {
+    ++cores_;
+    std::int64_t least = soft_of(core_.front()).weight;
+    for (const int literal : core_) least = std::min(least, soft_of(literal).weight);
+    bound += least;
+    trial_.clear();
+    for (const int literal : core_) trial_.push_back(-literal);
+    solver_.clause(trial_);
+    for (const int literal : core_) {
+      State &soft = soft_of(literal);
+      soft.weight -= least;
+      soft.waiting = true;
+      const int totalizer = soft.totalizer, next = soft.count + 1;
+      if (totalizer >= 0 && next <= totalizers_.size(totalizer))
+        add_soft(-totalizers_.output(totalizer, next), least, totalizer, next);
+    }
+    if (trial_.size() < 2) return;
+    const std::vector<int> inputs = trial_;
+    const int totalizer = totalizers_.add(inputs), size = totalizers_.size(totalizer);
+    for (int count = 2; count <= size; ++count) {
+      const int at_most[] = {-totalizers_.output(totalizer, count)};
+      if (solver_.solve(at_most, size + 200) != Verdict::Unsatisfiable) {
+        add_soft(at_most[0], least, totalizer, count);
+        break;
+      }
+      bound += least;  // at least `count` members fail, whatever the others do
+      harden(-at_most[0]);
+    }
+  }
+
+  Solver solver_;
+  const int n_original_;
+  int n_variables_;
+  Totalizers totalizers_;
+  std::vector<std::uint8_t> model_;
+  std::vector<State> softs_;
+  std::vector<int> position_;  // of a literal in softs_, plus one; 0 where it is none
+  std::vector<int> assumptions_, core_, trial_, pending_;
+  std::int64_t cores_ = 0;
+};
+
+}  // namespace
+
+Optimum minimize(const Formula &formula, const std::vector<Level> &levels, const std::vector<int> &preference,
+                 std::vector<std::uint8_t> start, Limits &limits) {
+  Minimizer minimizer(formula, std::move(start), limits);
+  // Earlier levels have the last word on a variable's phase.
+  for (const int literal : preference) minimizer.phase(literal);
+  for (std::size_t i = levels.size(); i-- > 0;)
+    for (const Soft &soft : levels[i]) minimizer.phase(soft.literal);
+
+  Optimum optimum;
+  bool going = minimizer.search();
+  for (std::size_t i = 0; going && i < levels.size(); ++i) {
+    std::int64_t bound = 0;
+    going = minimizer.close(levels[i], bound);
+    if (i == 0) optimum.lower_bound = bound;
+    if (going) ++optimum.levels_closed;
+  }
+  if (going && minimizer.prefer(preference)) ++optimum.levels_closed;
+  optimum.model = minimizer.take_model();
+  optimum.cores = minimizer.cores();
+  optimum.solves = minimizer.solves();
+  return optimum;
+}
+
+}  // namespace clue::logic

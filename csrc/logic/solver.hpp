@@ -1,0 +1,57 @@
+// CaDiCaL as the rest of this folder uses it: assumptions in, answer out, with a deadline and Ctrl-C.
+#pragma once
+
+#include <cadical.hpp>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+namespace clue::logic {
+
+// When to stop early. Shared by all solvers of one call.
+class Limits {
+ public:
+  // `time_limit` in seconds from now, 0 is none; `interrupted` is polled about every 50 ms.
+  Limits(double time_limit, std::function<bool()> interrupted);
+
+  bool expired();                                   // the time is up, or it was interrupted
+  bool interrupted() const { return interrupted_; }  // it was Ctrl-C, not the clock
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::function<bool()> poll_;
+  Clock::time_point next_poll_, deadline_;
+  bool limited_, expired_ = false, interrupted_ = false;
+};
+
+enum class Verdict { Satisfiable, Unsatisfiable, Unknown };
+
+// An incremental SAT solver. Literals are CaDiCaL's: v or -v with v >= 1.
+class Solver : CaDiCaL::Terminator {
+ public:
+  explicit Solver(Limits &limits);
+  ~Solver() override;
+
+  void clause(std::span<const int> literals);
+  void phase(int literal) { solver_.phase(literal); }  // the polarity to try first
+  void propagate() { solver_.simplify(0); }  // units only, at the root
+  int fixed(int literal) const { return solver_.fixed(literal); }  // 1 implied, -1 refuted, 0 open
+
+  // Unknown only if a limit ended the search. `decisions` < 0 is no limit of its own.
+  Verdict solve(std::span<const int> assumptions, int decisions = -1);
+  bool value(int literal) { return solver_.val(literal) > 0; }  // after Satisfiable
+  bool failed(int literal) { return solver_.failed(literal); }  // after Unsatisfiable: the assumption is in the core
+
+  std::int64_t solves() const { return solves_; }
+
+ private:
+  bool terminate() override { return limits_.expired(); }
+
+  Limits &limits_;
+  CaDiCaL::Solver solver_;
+  std::int64_t solves_ = 0;
+};
+
+}  // namespace clue::logic

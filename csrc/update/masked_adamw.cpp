@@ -1,0 +1,97 @@
+#include "update/masked_adamw.hpp"
+
+#include <algorithm>
+
+#include "parallel.hpp"
+
+namespace clue {
+namespace {
+
+constexpr std::int64_t kGrain = 1 << 14;  // elements worth a thread
+constexpr std::int64_t kChunk = 1 << 12;  // elements of a row that go to one leaf call
+constexpr std::int64_t kTileSlices = 32;  // a tile of parameter and gradient stays in the L1 cache
+constexpr std::int64_t kTileLength = 64;
+
+struct Step {
+  const MaskedAdamWArguments& a;
+  const AdamWConstants& constants;
+  const AdamWLeaf leaf = kernels().adamw[a.types];
+  const std::int64_t param_item = item_size(a.param_dtype), grad_item = item_size(a.grad_dtype);
+  const std::int64_t state_item = a.param_dtype == Dtype::kF64 ? 8 : 4;
+
+  char* param(std::int64_t slice, std::int64_t element) const {
+    return a.param + (a.index[slice] * a.param_slice + element * a.param_element) * param_item;
+  }
+
+  const char* grad(std::int64_t slice, std::int64_t element) const {
+    const std::int64_t place = a.grad_compact ? slice : a.index[slice];
+    return a.grad + (place * a.grad_slice + element * a.grad_element) * grad_item;
+  }
+
+  void update(char* p, const char* g, std::int64_t slice, std::int64_t element, std::int64_t count) const {
+    const std::int64_t offset = (slice * a.length + element) * state_item;
+    leaf(p, g, a.exp_avg + offset, a.exp_avg_sq + offset, a.master ? a.master + offset : nullptr, count, constants);
+  }
+
+  // Slices whose elements are next to each other: straight through.
+  void along() const {
+    const std::int64_t chunks = (a.length + kChunk - 1) / kChunk;
+    const std::int64_t grain = std::max<std::int64_t>(1, kGrain / std::min(a.length, kChunk));
+    parallel_for(a.slices * chunks, grain, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t item = first; item < last; ++item) {
+        const std::int64_t slice = item / chunks, element = item % chunks * kChunk;
+        update(param(slice, element), grad(slice, element), slice, element, std::min(kChunk, a.length - element));
+      }
+    });
+  }
+
+  // Slices whose elements lie apart: a tile at a time is turned, updated along its slices, and turned back. Walking a
+  // tile across its slices takes what it can from each cache line of the parameter.
+  template <class P, class G>
+  void across() const {
+    const std::int64_t tiles = (a.length + kTileLength - 1) / kTileLength;
+    const std::int64_t grain = std::max<std::int64_t>(1, kGrain / (kTileLength * a.slices));
+    parallel_for(tiles, grain, [&](std::int64_t first, std::int64_t last) {
+      alignas(64) P p[kTileSlices][kTileLength];
+      alignas(64) G g[kTileSlices][kTileLength];
+      for (std::int64_t tile = first; tile < last; ++tile) {
+        const std::int64_t element = tile * kTileLength, count = std::min(kTileLength, a.length - element);
+        for (std::int64_t slice = 0; slice < a.slices; slice += kTileSlices) {
+          const std::int64_t together = std::min(kTileSlices, a.slices - slice);
+          for (std::int64_t e = 0; e < count; ++e) {
+            for (std::int64_t s = 0; s < together; ++s) {
+              p[s][e] = *reinterpret_cast<const P*>(param(slice + s, element + e));
+              g[s][e] = *reinterpret_cast<const G*>(grad(slice + s, element + e));
+            }
+          }
+          for (std::int64_t s = 0; s < together; ++s) {
+            update(reinterpret_cast<char*>(p[s]), reinterpret_cast<const char*>(g[s]), slice + s, element, count);
+          }
+          for (std::int64_t e = 0; e < count; ++e) {
+            for (std::int64_t s = 0; s < together; ++s) *reinterpret_cast<P*>(param(slice + s, element + e)) = p[s][e];
+          }
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void masked_adamw(const MaskedAdamWArguments& a, const AdamWConstants& constants) {
+  if (a.slices == 0 || a.length == 0) return;
+  const Step step{a, constants};
+  if (a.length == 1 || (a.param_element == 1 && a.grad_element == 1)) {
+    step.along();
+  } else if (a.param_dtype == Dtype::kF64) {
+    step.across<double, double>();
+  } else if (a.param_dtype == Dtype::kF32) {
+    step.across<float, float>();
+  } else if (a.grad_dtype == Dtype::kF32) {
+    step.across<std::uint16_t, float>();
+  } else {
+    step.across<std::uint16_t, std::uint16_t>();
+  }
+}
+
+}  // namespace clue

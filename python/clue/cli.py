@@ -1,0 +1,509 @@
+"""The ``clue`` command.
+
+Every option of a stage is generated from its dataclass in :mod:`clue.config`; a TOML file (``--config``) may set the
+same, and the command line wins. Progress goes to stderr, results to stdout. Exit status: 0 done, 1 ``plan verify``
+found a change outside the plan, 2 anything the user can put right (one sentence on stderr), 130 interrupted.
+A command that fails leaves nothing behind that was not there before, apart from finished stages of a run.
+Heavy imports (torch, transformers, the jobs themselves) happen inside the commands and after the cheap checks, so
+``clue --help`` and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .config import Settings
+from .errors import ClueError, RunError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .run_directory import Run
+
+_DEFAULTS = Settings()
+_GROUPS = {f.name: getattr(_DEFAULTS, f.name) for f in fields(Settings) if is_dataclass(getattr(_DEFAULTS, f.name))}
+# The stage's folder in a run, and the settings that earlier stages have used already and that can no longer change.
+_FOLDERS = {"unlearn": "model", "evaluate": "evaluation"}
+_SETTLED = {"unlearn": ("seed", "data", "localize"), "evaluate": ("seed", "data", "localize", "unlearn")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status and never raises on what a user can put right."""
+    try:
+        arguments = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        status = command(arguments)
+        sys.stdout.flush()
+        return status
+    except ClueError as error:
+        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print("clue: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has seen enough (`clue plan show run | head`); the exit handler must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print(f"clue: error: {message}", file=sys.stderr)
+    return 2
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .run_directory import MANIFEST, replaced_demo, require_free, write_json
+
+    folder, target = Path(arguments.output), _json_target(arguments.json)
+    if not arguments.overwrite:
+        if (folder / MANIFEST).exists():
+            raise RunError(f"{folder} holds an earlier run: add --overwrite to replace a demo, or choose another folder"
+                           " with -o")
+        require_free(folder)
+    _threads(arguments)
+    from . import jobs
+
+    with replaced_demo(folder) if arguments.overwrite else nullcontext():
+        # With --json - stdout is one JSON document: the table for people goes the way of the progress lines.
+        with redirect_stdout(sys.stderr) if arguments.json == "-" else nullcontext():
+            result = jobs.demo(folder, setting=arguments.setting, seed=arguments.seed, progress=_progress)
+        if target is not None:
+            write_json(target, result)
+    if arguments.json == "-":
+        print(json.dumps(result, indent=1))
+    return 0
+
+
+def _localize(arguments: argparse.Namespace) -> int:
+    settings, inputs = _settings(arguments), _inputs(arguments)
+    _prepare(arguments, settings)
+    from . import jobs
+
+    with _new_run(arguments, settings, inputs) as run:
+        plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
+    print(_summary(plan))
+    return 0
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    run, settings = _open_run(arguments, "unlearn")
+    from . import jobs
+
+    jobs.unlearn(run, settings, _progress)
+    print(run.path("model"))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    run, settings = _open_run(arguments, "evaluate")
+    tests = _tests(arguments, run)
+    from . import jobs
+    from .report import table
+
+    print(table(jobs.evaluate(run, settings, jobs.Tests(**tests), _progress)))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .run_directory import Run
+
+    run = Run.open(arguments.run)
+    from . import jobs
+
+    print(jobs.report(run))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    settings, inputs = _settings(arguments), _inputs(arguments)
+    _prepare(arguments, settings)
+    from . import jobs
+    from .report import table
+
+    with _new_run(arguments, settings, inputs) as run:
+        tests = jobs.Tests(**_tests(arguments, run))
+        found = jobs.run_all(run, **inputs, settings=settings, tests=tests, progress=_progress)
+    print(table(found))
+    print(run.folder / "report.html")
+    return 0
+
+
+def _plan_show(arguments: argparse.Namespace) -> int:
+    plan = _plan(arguments.run)
+    if arguments.json:
+        print(json.dumps(_plan_facts(plan, arguments.nodes), indent=1))
+    else:
+        print(_plan_text(_plan_facts(plan, arguments.nodes)))
+    return 0
+
+
+def _plan_verify(arguments: argparse.Namespace) -> int:
+    from .plan import verify
+
+    verification = verify(arguments.before, arguments.after, _plan(arguments.run))
+    if arguments.json:
+        print(json.dumps({"ok": verification.ok, "planned": verification.planned, "changed": verification.changed,
+                          "outside": dict(verification.outside)}, indent=1))
+    else:
+        print(verification)
+    return 0 if verification.ok else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import describe, diagnose
+
+    report = diagnose()
+    print(json.dumps(report, indent=1) if arguments.json else describe(report))
+    return 0
+
+
+# --- what the commands share ----------------------------------------------------------------------------------------
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _settings(arguments: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
+    """``base``, then the TOML file, then the command line."""
+    if arguments.config is not None:
+        base = Settings.from_toml(arguments.config, base=base)
+    given: dict[str, Any] = {}
+    for destination, value in vars(arguments).items():
+        group, dot, name = destination.partition(".")
+        if dot and group:
+            given.setdefault(group, {})[name] = value
+        elif dot:
+            given[name] = value
+    return Settings.from_dict(given, source="command line", base=base)
+
+
+def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"model": _absolute(arguments.model), "forget": _absolute(arguments.forget),
+            "retain": _named("--retain", arguments.retain)}
+
+
+def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """The fields of :class:`clue.jobs.Tests`: those recorded in the run, then those on the command line.
+
+    Raises:
+        RunError: the run has been evaluated on others already.
+    """
+    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold")
+                             if (source := getattr(arguments, name)) is not None}
+    given |= {name: _named(flag, texts) for name, flag, texts in (("retain", "--test", arguments.test),
+                                                                 ("skills", "--skill", arguments.skill)) if texts}
+    recorded: dict[str, Any] = run.manifest.get("tests", {})
+    changed = [name for name in given if given[name] != recorded.get(name)]
+    if changed and run.has("evaluation"):
+        raise RunError(f"{run.folder} has been evaluated with other tests ({changed[0]}): remove"
+                       f" {run.path('evaluation')} to evaluate it again")
+    return {**recorded, **given}
+
+
+def _named(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """Sources by name, from ``NAME=SOURCE``, or ``SOURCE`` whose file name without ending is then the name."""
+    named: dict[str, str] = {}
+    for text in texts:
+        match = re.fullmatch(r"([\w.-]+)=(.*)", text, re.DOTALL)
+        if match and not Path(text).exists():
+            name, source = match.groups()
+        else:
+            name, source = Path(text if Path(text).exists() else re.split("[:@]", text)[0]).stem, text
+        if not source or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise ClueError(f"{flag} {text!r}: expected a file or NAME=FILE, the name of letters, digits, - and _")
+        if name in named:
+            raise ClueError(f"{flag} {text}: there is a set named {name} already; give it another name with {flag}"
+                            f" NAME={source}")
+        named[name] = _absolute(source)
+    return named
+
+
+def _absolute(source: str) -> str:
+    """A local path made absolute, so that the run can be continued from another working directory."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _prepare(arguments: argparse.Namespace, settings: Settings) -> None:
+    _threads(arguments)
+    if settings.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ClueError("device = cuda, but torch sees no CUDA device: use --device cpu, or see `clue doctor`")
+
+
+def _threads(arguments: argparse.Namespace) -> None:
+    if arguments.threads is None:
+        return
+    if arguments.threads < 1:
+        raise ClueError(f"--threads {arguments.threads} must be at least 1")
+    # Read by OpenMP when torch loads it: the native kernels run in the same threads.
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+
+
+@contextmanager
+def _new_run(arguments: argparse.Namespace, settings: Settings, inputs: dict[str, Any]) -> Iterator[Run]:
+    """The run to write into, taken back when the block fails before its first stage is finished."""
+    from .run_directory import Run
+
+    run = Run.start(arguments.output, settings.to_dict(), inputs)
+    try:
+        yield run
+    except BaseException:
+        run.discard()
+        raise
+
+
+def _open_run(arguments: argparse.Namespace, stage: str) -> tuple[Run, Settings]:
+    """An existing run, with its own settings changed by the command line where they are not settled yet."""
+    from .run_directory import Run
+
+    run = Run.open(arguments.run)
+    recorded = Settings.from_dict(run.manifest["settings"], source=str(run.folder))
+    settings = _settings(arguments, recorded)
+    done, later = run.path(_FOLDERS[stage]), run.path("evaluation")
+    if stage == "unlearn" and later.is_dir() and not done.is_dir():
+        raise RunError(f"{later} belongs to a model that is no longer there: remove it too")
+    if done.is_dir() and getattr(recorded, stage) != getattr(settings, stage):
+        folders = f"{done} and {later}" if later.is_dir() and later != done else f"{done}"
+        raise RunError(f"{done} was made with other {stage} settings: remove {folders} to make it again")
+    for part in _SETTLED[stage]:
+        old, new = getattr(recorded, part), getattr(settings, part)
+        if old == new:
+            continue
+        changed = next((f.name for f in fields(old) if getattr(old, f.name) != getattr(new, f.name)), "") \
+            if is_dataclass(old) else part
+        value = getattr(old, changed) if is_dataclass(old) else old
+        raise RunError(f"{run.folder} was made with {changed} = {value}, which can no longer change: start a new run"
+                       " in another folder with -o")
+    _prepare(arguments, settings)
+    return run, settings
+
+
+def _json_target(path: str | None) -> Path | None:
+    if path is None or path == "-":
+        return None
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ClueError(f"--json {path}: " + ("that is a folder" if target.is_dir() else
+                        f"there is no folder {target.parent}") + "; give a file, or - for stdout")
+    return target
+
+
+# --- plans in words -------------------------------------------------------------------------------------------------
+
+
+def _plan(folder: str | os.PathLike[str]) -> Plan:
+    from .plan import Plan
+
+    return Plan.load(folder)
+
+
+def _plan_facts(plan: Plan, nodes: int) -> dict[str, Any]:
+    """Counts, roles by layer, slices by parameter and weights of a plan, and its first ``nodes`` edited nodes."""
+    from .types import Role
+
+    names = [role.name.lower() for role in Role]
+    layers: dict[str, Counter[str]] = {}
+    for node, role in zip(plan.nodes, plan.role.tolist(), strict=True):
+        layer = re.match(r"[a-z]+(\d+)\b", node)
+        layers.setdefault(layer[1] if layer else node, Counter())[names[role]] += 1
+    slices: dict[str, dict[str, Any]] = {}
+    for s in plan.slices:
+        facts = slices.setdefault(s.parameter, {"axis": ("rows", "columns")[s.axis],
+                                                "of": plan.shapes[s.parameter][s.axis], "forget": 0, "conflict": 0})
+        facts[s.role.name.lower()] = len(s.index)
+    edited = [{"node": node, "role": names[role]} for wanted in (Role.CONFLICT, Role.FORGET)
+              for node, role in zip(plan.nodes, plan.role.tolist(), strict=True) if role == wanted]
+    return {"counts": plan.counts(), "layers": {k: dict(v) for k, v in layers.items()}, "slices": slices,
+            "weights_changed": plan.weights_changed, "nodes": edited[:nodes]}
+
+
+def _summary(plan: Plan) -> str:
+    counts = ", ".join(f"{count} {role}" for role, count in plan.counts().items())
+    return f"{len(plan.nodes)} nodes: {counts}\n{plan.weights_changed} weights may change"
+
+
+def _plan_text(facts: dict[str, Any]) -> str:
+    roles = tuple(facts["counts"])
+    table = [["", *roles]]
+    table += [[layer, *(str(counts.get(role, 0)) for role in roles)] for layer, counts in facts["layers"].items()]
+    table.append(["all", *(str(count) for count in facts["counts"].values())])
+    lines = ["Nodes by layer and role", *_aligned(table), "", "Slices of weights that may change"]
+    slices = [["", "of", "forget", "conflict"]]
+    slices += [[name, f"{s['of']} {s['axis']}", str(s["forget"]), str(s["conflict"])]
+               for name, s in facts["slices"].items()]
+    lines += [*_aligned(slices), "", f"{facts['weights_changed']} weights may change"]
+    if facts["nodes"]:
+        lines += ["", "Edited nodes", *(f"  {n['node']}  {n['role']}" for n in facts["nodes"])]
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows]
+
+
+# --- the parser -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes end like every other one: as a ClueError."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        raise ClueError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="clue", description="Make a language model forget something and keep everything else.")
+    parser.add_argument("--version", action="version", version=f"clue {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole job on a small embedded world, in minutes")
+    demo.set_defaults(command=_demo)
+    demo.add_argument("--setting", choices=("easy", "hard"), default="easy",
+                      help="hard: forget and retain share names, cities and phrasing (default: easy)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
+    demo.add_argument("-o", "--output", default="runs/demo", metavar="DIR",
+                      help="new run directory (default: runs/demo)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder (nothing else)")
+    demo.add_argument("--json", metavar="FILE", help="write the results as JSON; - for stdout")
+    _add_threads(demo)
+
+    for name, command, summary in (("localize", _localize, "find the circuits and make a plan"),
+                                   ("run", _run, "localize, unlearn, evaluate and report")):
+        stage = commands.add_parser(name, help=summary, usage=f"clue {name} --model M --forget F --retain [NAME=]R ..."
+                                    " -o RUN [settings]")
+        stage.set_defaults(command=command)
+        stage.add_argument("--model", required=True, metavar="M", help="folder or hub id of a causal language model")
+        stage.add_argument("--forget", required=True, metavar="F", help="records to forget: .jsonl, .json, .csv,"
+                           " .parquet, or a dataset id")
+        stage.add_argument("--retain", required=True, action="append", metavar="[NAME=]R",
+                           help="records to keep; may be repeated")
+        stage.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to make")
+        if name == "run":
+            _add_tests(stage)
+        _add_settings(stage, own="" if name == "run" else name)
+
+    for name, command, summary in (("unlearn", _unlearn, "train the planned weights of a run"),
+                                   ("evaluate", _evaluate, "measure what a run has forgotten and kept")):
+        stage = commands.add_parser(name, help=summary, usage=f"clue {name} RUN [settings]")
+        stage.set_defaults(command=command)
+        stage.add_argument("run", metavar="RUN", help="run directory")
+        if name == "evaluate":
+            _add_tests(stage)
+        _add_settings(stage, own=name)
+
+    report = commands.add_parser("report", help="write the report of a run as one HTML file")
+    report.set_defaults(command=_report)
+    report.add_argument("run", metavar="RUN", help="run directory")
+
+    plan = commands.add_parser("plan", help="look at a plan, or check a model against it")
+    plans = plan.add_subparsers(required=True, metavar="COMMAND")
+    show = plans.add_parser("show", help="nodes by role and layer, slices and weights")
+    show.set_defaults(command=_plan_show)
+    show.add_argument("run", metavar="RUN", help="run directory, or the folder of a plan")
+    show.add_argument("--nodes", type=_count, default=0, metavar="N",
+                      help="also list the first N conflict and forget nodes")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    verify = plans.add_parser("verify", help="compare two models bit by bit: did only planned weights change?")
+    verify.set_defaults(command=_plan_verify)
+    verify.add_argument("before", metavar="BEFORE", help="folder of the model as it was")
+    verify.add_argument("after", metavar="AFTER", help="folder of the model as it is now")
+    verify.add_argument("run", metavar="RUN", help="run directory, or the folder of a plan")
+    verify.add_argument("--json", action="store_true", help="as JSON")
+
+    doctor = commands.add_parser("doctor", help="versions, devices, kernels and extras of this installation")
+    doctor.set_defaults(command=_doctor)
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+_count.__name__ = "count"  # argparse puts it into its message
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+
+
+def _add_tests(parser: argparse.ArgumentParser) -> None:
+    tests = parser.add_argument_group("tests", "what to measure on, besides the forget and retain sets of the run")
+    tests.add_argument("--test", action="append", default=[], metavar="[NAME=]F",
+                       help="records to keep that were never used to localize or train; may be repeated")
+    tests.add_argument("--skill", action="append", default=[], metavar="[NAME=]F",
+                       help="records of a general skill, reported apart; may be repeated")
+    tests.add_argument("--paraphrase", metavar="F", help="the facts to forget in other words")
+    tests.add_argument("--holdout", metavar="F", help="records like the forgotten ones that the model was never trained"
+                       " on: non-members for membership inference")
+    tests.add_argument("--gold", metavar="M", help="a model trained without the forget set, to compare with")
+
+
+def _add_settings(parser: argparse.ArgumentParser, own: str) -> None:
+    """One option per field of every settings group.
+
+    A name that several groups have is prefixed by its group (``--unlearn-batch-size``); the command ``own`` stands for
+    also takes its own one without prefix.
+    """
+    general = parser.add_argument_group("general")
+    general.add_argument("--config", metavar="TOML", help="settings file with the tables [data], [localize], [unlearn],"
+                         " [evaluate]; the command line wins")
+    for f in fields(Settings):
+        if f.name not in _GROUPS:
+            _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name))
+    _add_threads(parser)
+    shared = Counter(f.name for group in _GROUPS.values() for f in fields(group))
+    for name, group in _GROUPS.items():
+        section = parser.add_argument_group(name)
+        for f in fields(group):
+            flags = [_flag(f.name)] if shared[f.name] == 1 else [_flag(f"{name}_{f.name}")]
+            if shared[f.name] > 1 and name == own:
+                flags.append(_flag(f.name))
+            _add_option(section, flags, f"{name}.{f.name}", f, getattr(group, f.name))
+
+
+def _add_option(group: Any, flags: list[str], destination: str, field: Any, default: Any) -> None:
+    text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+    keywords: dict[str, Any] = {"dest": destination, "default": argparse.SUPPRESS, "help": text}
+    if isinstance(default, bool):
+        keywords["action"] = argparse.BooleanOptionalAction
+        keywords["help"] = text.replace("default: True", "default: on").replace("default: False", "default: off")
+    elif choices := field.metadata.get("choices"):
+        keywords["choices"] = choices
+    else:
+        keywords |= {"type": type(default), "metavar": {int: "N", float: "X"}.get(type(default), "TEXT")}
+    group.add_argument(*flags, **keywords)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Records, their token sequences, clean / corrupted pairs, and the embedded fictitious world."""

@@ -1,0 +1,318 @@
+"""Records: reading question-answer and plain-text data from files, the hub or Python lists, and comparing sets.
+
+A record set is what the user calls a forget set or a retain set. Everything malformed is refused here, with the file
+and the line, so that no later stage has to wonder what it was given.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import OverlapError, RecordError
+
+PROMPT_FIELDS = ("question", "prompt", "input", "instruction")
+ANSWER_FIELDS = ("answer", "completion", "output", "response", "target")
+CORRUPTED_FIELDS = ("corrupted", "corrupted_question")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+_HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question with its answer, or one plain text (``prompt`` empty, the text in ``answer``).
+
+    ``corrupted`` is a given corrupted prompt; ``subject`` the entity the prompt is about, a substring of the prompt
+    that counterfactuals replace; ``group`` is shared by records that ask the same thing of different subjects;
+    ``source`` says where the record came from and appears in every error about it.
+    """
+
+    prompt: str
+    answer: str
+    corrupted: str | None = None
+    subject: str | None = None
+    group: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """A named, ordered set of records."""
+
+    name: str
+    records: tuple[Record, ...]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the contents (prompt, answer, corrupted prompt of every record, in order), not of the file."""
+        rows = [(r.prompt, r.answer, r.corrupted) for r in self.records]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+
+Source = str | os.PathLike | Sequence[Mapping[str, Any] | Record | tuple[str, str] | str]
+
+
+def read(source: Source | RecordSet, name: str | None = None, *, limit: int = 0) -> RecordSet:
+    """Read records; the first ``limit`` of them when ``limit`` is not 0.
+
+    ``source`` is a .jsonl, .json (an array, or JSON lines), .csv or .parquet file, a hub dataset
+    ``owner/name[:config][@split]`` (split ``train`` unless given), or a Python sequence whose items are mappings,
+    records, (prompt, answer) pairs, or strings (plain texts).
+
+    A mapping gives its prompt in the first present of ``question``, ``prompt``, ``input``, ``instruction`` (an
+    ``instruction`` with a non-empty ``input`` is joined to it by a newline) and its answer in the first present of
+    ``answer``, ``completion``, ``output``, ``response``, ``target``; or plain text in ``text``. Optional: ``corrupted``
+    or ``corrupted_question``, ``subject``, ``group``. Other fields are ignored.
+
+    ``name`` defaults to the file's stem, the dataset's name, or ``records``. Raises :class:`RecordError` naming file
+    and line for anything missing, empty, malformed or of the wrong type.
+    """
+    if isinstance(source, RecordSet):
+        records, default = iter(source.records), source.name
+    elif isinstance(source, (str, os.PathLike)):
+        records, default = _open(source)
+    elif isinstance(source, Sequence):
+        records, default = (_item(item, f"records[{i}]") for i, item in enumerate(source)), "records"
+    else:
+        raise RecordError(f"records must come from a file, a hub dataset or a list, got {type(source).__name__}")
+    kept: list[Record] = []
+    for record in records:
+        kept.append(record)
+        if limit and len(kept) == limit:
+            break
+    if not kept:
+        raise RecordError(f"{_described(source)}: holds no records; at least one is needed")
+    return RecordSet(name or default, tuple(kept))
+
+
+def overlap(a: RecordSet, b: RecordSet) -> int:
+    """How many records of ``a`` are also in ``b``, comparing prompt and answer whatever their case and whitespace."""
+    keys = {_key(record) for record in b}
+    return sum(_key(record) in keys for record in a)
+
+
+def check_disjoint(a: RecordSet, b: RecordSet, what: str) -> None:
+    """Raise :class:`OverlapError` naming the first shared record and both its sources if the two sets share any.
+
+    ``what`` names the two sets for the message, as in "the forget set and the retain set".
+    """
+    theirs: dict[tuple[str, str], Record] = {}
+    for record in b:
+        theirs.setdefault(_key(record), record)
+    shared = [record for record in a if _key(record) in theirs]
+    if not shared:
+        return
+    first, other = shared[0], theirs[_key(shared[0])]
+    where = f"{first.source or a.name} and {other.source or b.name}"
+    if {_key(record) for record in a} == theirs.keys():
+        raise OverlapError(f"{what} are equal: all {len(a)} records, the first at {where}; give two different sets")
+    shown = first.prompt or first.answer
+    raise OverlapError(f"{what} must not share records, but {len(shared)} of {len(a)} are in both, the first at"
+                       f" {where}: {shown[:80]!r}; remove them from one of the two")
+
+
+def to_mapping(record: Record) -> dict[str, str]:
+    """The record as :func:`read` takes it back from a JSON lines file (without its source)."""
+    values = {"prompt": record.prompt, "answer": record.answer} if record.prompt else {"text": record.answer}
+    optional = {"corrupted": record.corrupted, "subject": record.subject, "group": record.group}
+    return values | {key: value for key, value in optional.items() if value is not None}
+
+
+def _key(record: Record) -> tuple[str, str]:
+    return " ".join(record.prompt.split()).casefold(), " ".join(record.answer.split()).casefold()
+
+
+def _described(source: object) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "the list of records"
+
+
+def _open(source: str | os.PathLike) -> tuple[Iterator[Record], str]:
+    path = Path(source)
+    suffix = path.suffix.lower()
+    hub = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if hub and suffix not in SUFFIXES and not path.exists():
+        return _from_hub(source, hub), hub["path"].split("/")[1]
+    if not path.exists():
+        raise RecordError(f"{path}: no such file; give a {', '.join(SUFFIXES)} file or a hub dataset owner/name")
+    if path.is_dir():
+        raise RecordError(f"{path}: is a folder; give one {', '.join(SUFFIXES)} file in it")
+    if suffix not in SUFFIXES:
+        raise RecordError(f"{path}: unknown kind of file {suffix!r}; known are {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        return _from_parquet(path), path.stem
+    text = _text(path)
+    if not text.strip():
+        raise RecordError(f"{path}: the file is empty; at least one record is needed")
+    if suffix == ".csv":
+        return _from_csv(path, text), path.stem
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return _from_array(path, text), path.stem
+    return _from_lines(path, text), path.stem
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecordError(f"{path}:{line}: is not UTF-8; convert the file to UTF-8") from None
+
+
+def _from_lines(path: Path, text: str) -> Iterator[Record]:
+    # Split at "\n" only: str.splitlines would also cut at separators that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise RecordError(f"{where}: not valid JSON ({error}); put one JSON object on each line") from None
+            yield _mapping(value, where)
+
+
+def _from_array(path: Path, text: str) -> Iterator[Record]:
+    # Elements are decoded one by one, so that each knows the line it starts on.
+    decoder = json.JSONDecoder()
+    position, line, first = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[")), True
+
+    def skip(at: int) -> int:
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        return at
+
+    while True:
+        start = skip(position)
+        line += text.count("\n", position, start)
+        where = f"{path}:{line}"
+        if text[start:start + 1] == "]":
+            break
+        if not first:
+            if text[start:start + 1] != ",":
+                raise RecordError(f"{where}: not valid JSON (expected ',' or ']' after a record); repair the array")
+            position, start = start + 1, skip(start + 1)
+            line += text.count("\n", position, start)
+            where = f"{path}:{line}"
+        try:
+            value, position = decoder.raw_decode(text, start)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RecordError(f"{where}: not valid JSON ({error}); repair this record") from None
+        yield _mapping(value, where)
+        line, first = line + text.count("\n", start, position), False
+    if text[start + 1:].strip():
+        raise RecordError(f"{where}: text follows the end of the array; keep one JSON array in the file")
+
+
+def _from_csv(path: Path, text: str) -> Iterator[Record]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 2
+    try:
+        for row in reader:
+            where = f"{path}:{line}"
+            if None in row:
+                raise RecordError(f"{where}: more fields than the header has; quote fields that hold commas")
+            yield _mapping({key: value for key, value in row.items() if value is not None}, where)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise RecordError(f"{path}:{line}: not valid CSV ({error}); repair this row") from None
+
+
+def _from_parquet(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise RecordError(f"{path}: reading Parquet needs pyarrow; install clue-unlearn[parquet]") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecordError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+    return _rows(rows, str(path))
+
+
+def _from_hub(source: str | os.PathLike, match: re.Match[str]) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise RecordError(f"{source}: no such file, and reading a hub dataset needs datasets; install"
+                          " clue-unlearn[datasets] or give a local file") from None
+    try:
+        rows = datasets.load_dataset(match["path"], match["config"], split=match["split"] or "train")
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{source}: the dataset cannot be loaded ({error}); check its name, config and"
+                          " split") from None
+    return _rows(rows, str(source))
+
+
+def _rows(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Record]:
+    for number, row in enumerate(rows, 1):
+        yield _mapping({key: value for key, value in row.items() if value is not None}, f"{where}:{number}")
+
+
+def _item(item: object, where: str) -> Record:
+    if isinstance(item, Record):
+        _mapping(to_mapping(item), item.source or where)
+        return item if item.source else replace(item, source=where)
+    if isinstance(item, str):
+        return _mapping({"text": item}, where)
+    if isinstance(item, (tuple, list)):
+        if len(item) != 2:
+            raise RecordError(f"{where}: a sequence must be (prompt, answer), got {len(item)} items")
+        return _mapping({"prompt": item[0], "answer": item[1]}, where)
+    return _mapping(item, where)
+
+
+def _mapping(value: object, where: str) -> Record:
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__}")
+    corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
+    prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
+    if prompt_name is None and "text" in value:
+        return Record("", _field(value, ("text",), where) or "", None, None, group, where)
+    if prompt_name is None:
+        present = ", ".join(map(str, value)) or "none"
+        raise RecordError(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)} or text, found"
+                          f" {present}")
+    if "instruction" in value and prompt_name == "input":
+        prompt = _field(value, ("instruction",), where) or ""
+        if value["input"] != "":
+            prompt += "\n" + (_field(value, ("input",), where) or "")
+    else:
+        prompt = _field(value, (prompt_name,), where) or ""
+    answer = _field(value, ANSWER_FIELDS, where)
+    if answer is None:
+        raise RecordError(f"{where}: no answer; expected one of the fields {', '.join(ANSWER_FIELDS)}")
+    if subject is not None and subject not in prompt:
+        raise RecordError(f"{where}: the subject {subject!r} does not occur in the prompt; spell it as in the prompt")
+    return Record(prompt, answer, corrupted, subject, group, where)
+
+
+def _field(value: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
+    name = next((name for name in names if name in value), None)
+    if name is None:
+        return None
+    text = value[name]
+    if not isinstance(text, str):
+        raise RecordError(f"{where}: {name} must be a string, got {type(text).__name__}; put it in quotes")
+    if not text.strip():
+        raise RecordError(f"{where}: {name} is empty; fill it in or remove the record")
+    return text

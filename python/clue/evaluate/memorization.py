@@ -1,0 +1,169 @@
+"""Memorization: what a model still knows of each record, from one teacher-forced pass over its answer tokens.
+
+The pass keeps two things per answer token, its log-probability and whether it is the model's first choice. Every
+measure here, and both attacks in :mod:`clue.evaluate.privacy`, is a reduction over these two; none needs another pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data.encoding import batches
+from ..errors import ModelError, RecordError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from ..data.encoding import Batch, Example
+
+#: Logits turned to float32 at a time, so that a large vocabulary does not double the memory of a batch (128 MiB).
+_CHUNK = 2**25
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model says of every answer token of a list of records, end-of-sequence token included.
+
+    Attributes:
+        log_prob: float64 [tokens], natural log of the probability of the true token given the true tokens before it;
+            the softmax is computed in float32 whatever the model's dtype.
+        correct: bool [tokens], the true token is the model's first choice (argmax; of equals, the lowest token id).
+        start: int64 [n + 1]; record i owns tokens ``start[i]:start[i + 1]``, at least one.
+    """
+
+    log_prob: npt.NDArray[np.float64]
+    correct: npt.NDArray[np.bool_]
+    start: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def length(self) -> npt.NDArray[np.int64]:
+        """int64 [n]: answer tokens of each record."""
+        return np.diff(self.start)
+
+    def records(self, first: int, last: int) -> TokenScores:
+        """The scores of records ``first:last`` alone."""
+        tokens = slice(int(self.start[first]), int(self.start[last]))
+        return TokenScores(self.log_prob[tokens], self.correct[tokens], self.start[first:last + 1] - self.start[first])
+
+
+def score(model: PreTrainedModel, examples: Sequence[Example], *, pad: int, batch_size: int) -> TokenScores:
+    """Score every answer token of ``examples`` in one teacher-forced pass, in the order they are given.
+
+    Batches are formed by length, so padding is rare; logits are asked for at answer positions only where the model
+    can leave the others out (``logits_to_keep``). The model runs in evaluation mode and gets its own mode back.
+
+    Raises:
+        RecordError: a record has no answer token that follows another token.
+        ModelError: the model gives a probability that is not a number.
+    """
+    import torch
+
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    partial = "logits_to_keep" in inspect.signature(model.forward).parameters
+    found: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]] = [(np.empty(0), np.empty(0, bool))] * len(order)
+    done = 0
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches([examples[i] for i in order], batch_size, pad=pad, device=model.device):
+                log_prob, correct, counts = _score_batch(model, batch, partial)
+                ends = np.cumsum(counts)
+                for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
+                    own = slice(end - count, end)
+                    found[order[done + row]] = (log_prob[own], correct[own])
+                done += len(counts)
+    finally:
+        model.train(training)
+
+    for example, (log_prob, _) in zip(examples, found, strict=True):
+        if not len(log_prob):
+            raise RecordError(f"{_source(example)}: nothing of the answer follows another token, so no token of it can"
+                              " be predicted: make the record longer")
+        if not np.isfinite(log_prob).all():
+            raise ModelError(f"{_source(example)}: the model gives its answer a probability that is not a number: its"
+                             " weights are damaged, or training diverged (lower the learning rate)")
+    lengths = [len(log_prob) for log_prob, _ in found]
+    return TokenScores(np.concatenate([log_prob for log_prob, _ in found]),
+                       np.concatenate([correct for _, correct in found]),
+                       np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def _score_batch(model: PreTrainedModel, batch: Batch, partial: bool) -> tuple[Any, Any, npt.NDArray[np.int64]]:
+    """Log-probability and correctness of the answer tokens of a batch, row after row, and how many each row has."""
+    import torch
+
+    target = batch.labels[:, 1:]
+    counts = (target != -100).sum(1).cpu().numpy()
+    if not counts.any():
+        return np.empty(0), np.empty(0, bool), counts
+    first = int((target != -100).any(0).nonzero()[0])  # first position whose successor is an answer token
+    keep = {"logits_to_keep": batch.labels.shape[1] - first} if partial else {}
+    logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                                 **keep).logits
+    if not partial:
+        logits = logits[:, first:]
+    target = target[:, first:].to(logits.device)
+    answer = target != -100
+    logits, target = logits[:, :-1][answer], target[answer]
+    log_prob, correct = [], []
+    rows = max(1, _CHUNK // logits.shape[1])
+    for some, true in zip(logits.split(rows), target.split(rows), strict=True):
+        exact = some.float()
+        log_prob.append(exact.gather(1, true[:, None])[:, 0] - exact.logsumexp(1))
+        correct.append(exact.argmax(1) == true)
+    return torch.cat(log_prob).double().cpu().numpy(), torch.cat(correct).cpu().numpy(), counts
+
+
+def _source(example: Example) -> str:
+    return example.record.source or f"the record {example.record.prompt[:60]!r}"
+
+
+def exact_match(scores: TokenScores) -> npt.NDArray[np.bool_]:
+    """bool [n]: every answer token is the model's first choice, so that greedy decoding would give the answer
+    verbatim. The mean over a set is its accuracy (exact-match accuracy)."""
+    matched: npt.NDArray[np.bool_] = np.logical_and.reduceat(scores.correct, scores.start[:-1])
+    return matched
+
+
+def token_accuracy(scores: TokenScores) -> npt.NDArray[np.float64]:
+    """float64 [n]: share of answer tokens that are the model's first choice. Its mean over records is the "exact
+    memorization" of Tirumala et al. (NeurIPS 2022, arXiv 2205.10770), as open-unlearning reports it."""
+    accuracy: npt.NDArray[np.float64] = np.add.reduceat(scores.correct, scores.start[:-1], dtype=float) / scores.length
+    return accuracy
+
+
+def nll(scores: TokenScores) -> npt.NDArray[np.float64]:
+    """float64 [n], nats per token: mean cross-entropy of a record's answer tokens."""
+    loss: npt.NDArray[np.float64] = -np.add.reduceat(scores.log_prob, scores.start[:-1]) / scores.length
+    return loss
+
+
+def probability(scores: TokenScores) -> npt.NDArray[np.float64]:
+    """float64 [n], in [0, 1]: P(answer | prompt)^(1 / answer tokens) = exp(-nll), the length-normalised probability of
+    TOFU (Maini et al., COLM 2024, arXiv 2401.06121, section 2.2)."""
+    return np.exp(-nll(scores))
+
+
+def extraction_strength(scores: TokenScores) -> npt.NDArray[np.float64]:
+    """float64 [n], in [0, 1]: 1 - k/L, where k is the shortest prefix of the answer (L tokens) after which greedy
+    decoding gives the rest verbatim; 1: the prompt alone suffices, 0: nothing does.
+
+    Carlini et al. (USENIX Security 2021, arXiv 2012.07805), in the form of Wang et al. (ICLR 2025, arXiv 2406.04255).
+    Once greedy decoding follows the answer it sees the same tokens as teacher forcing does, so k is the number of
+    tokens up to and including the last wrong one. (open-unlearning gives 1/L where we give 0: no prefix works.)
+    """
+    position = np.arange(len(scores.correct)) - np.repeat(scores.start[:-1], scores.length) + 1
+    needed = np.maximum.reduceat(np.where(scores.correct, 0, position), scores.start[:-1])
+    strength: npt.NDArray[np.float64] = 1.0 - needed / scores.length
+    return strength

@@ -1,0 +1,293 @@
+"""The commands' work: the stages of :mod:`clue.pipeline` in a run directory, each resumed when it is there already.
+
+A run directory holds ``pairs``, ``scores``, ``circuits``, ``assignment``, ``plan``, ``model`` (the unlearned model and
+its training log), ``evaluation`` and ``report.html``; ``run.json`` says what made them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import Settings
+from .errors import ModelError, OverlapError, RunError
+from .pipeline import Progress, locate, read_sets
+from .plan import Plan
+from .run_directory import Run, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .evaluate import Evaluation, EvaluationSets
+
+#: Seconds between two progress lines of a long loop would depend on the machine; steps do not.
+REPORT_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What a run is evaluated on besides its own forget and retain sets: sources as the command line takes them."""
+
+    paraphrase: str | None = None
+    holdout: str | None = None
+    retain: Mapping[str, str] = field(default_factory=dict)
+    skills: Mapping[str, str] = field(default_factory=dict)
+    gold: str | None = None
+
+
+def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], settings: Settings,
+             progress: Progress) -> Plan:
+    """Find circuits and make the plan; stages that are there already are read back."""
+    network, tokenizer = load_model(model, settings)
+    sets = read_sets(forget, retain)
+    hashes = {name: records.sha256 for name, records in sets.items()}
+    recorded = run.manifest.get("data", hashes)
+    changed = [name for name in hashes if recorded.get(name) != hashes[name]]
+    if changed:
+        raise RunError(f"{run.folder} was made from other records: the set {changed[0]} has changed since; choose"
+                       " another folder with -o")
+    if "data" not in run.manifest:
+        run.update(data=hashes)
+    found = locate(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
+                   settings.localize, data=settings.data, seed=settings.seed, progress=progress,
+                   keep=lambda stage, make: _kept(run, stage, make))
+    return found.plan
+
+
+def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
+    """Train the planned weights and save the model, whole, into the run's ``model`` stage."""
+    from .unlearn.loop import unlearn as train
+
+    run.require("plan", "localize")
+    if run.has("model"):
+        progress(f"model      {run.path('model')} is there already")
+        return
+    inputs = run.manifest["inputs"]
+    sets = read_sets(inputs["forget"], inputs["retain"])
+    network, tokenizer = load_model(inputs["model"], settings)
+    steps = settings.unlearn.steps
+
+    def on_step(step: dict[str, Any]) -> None:
+        if step["step"] % REPORT_EVERY == 0:
+            progress(f"unlearn    step {step['step']} of at most {steps}: " + ", ".join(
+                f"{name.replace('_', ' ')} {step[name]:.3f}" for name in ("forget_loss", "retain_loss",
+                                                                         "forget_probability")
+                if step.get(name) is not None))
+
+    log = train(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
+                Plan.load(run.folder), settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step)
+    with run.stage("model") as folder:
+        network.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer.save_pretrained(folder)
+        log.save(folder / "training.json")
+    run.update(settings=settings.to_dict())
+    progress(f"model      {log.steps} steps" + (", stopped early" if log.stopped_early else "") + f": {run.path('model')}")
+
+
+def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> dict[str, Evaluation]:
+    """Measure the model before and after unlearning (and a gold model, when one is given)."""
+    from .evaluate import Evaluation
+    from .evaluate import evaluate as measure
+
+    run.require("model", "unlearn")
+    names = ("before", "after", "gold")
+    if run.has("evaluation"):
+        stored = {name: run.path("evaluation") / f"{name}.json" for name in names}
+        return {name: Evaluation.load(path) for name, path in stored.items() if path.exists()}
+    inputs = run.manifest["inputs"]
+    sets, overlaps = evaluation_sets(inputs, tests)
+    for name, count in overlaps.items():
+        progress(f"note       {name}: {count} evaluated records were also used to localize and retain; give --test for"
+                 " an independent number")
+    folders = {"before": inputs["model"], "after": str(run.path("model"))}
+    if tests.gold:
+        folders["gold"] = tests.gold
+    found = {}
+    for name, source in folders.items():
+        network, tokenizer = load_model(source, settings)
+        found[name] = measure(network, tokenizer, sets, settings.evaluate, data=settings.data, seed=settings.seed)
+        progress(f"evaluate   {name}")
+    with run.stage("evaluation") as folder:
+        for name, evaluation in found.items():
+            evaluation.save(folder / f"{name}.json")
+        write_json(folder / "overlaps.json", overlaps)
+    run.update(settings=settings.to_dict(), tests={"paraphrase": tests.paraphrase, "holdout": tests.holdout,
+               "retain": dict(tests.retain), "skills": dict(tests.skills), "gold": tests.gold})
+    return found
+
+
+def evaluation_sets(inputs: Mapping[str, Any], tests: Tests) -> tuple[EvaluationSets, dict[str, int]]:
+    """The sets to measure on, and how many records of each were also used to localize and retain.
+
+    The first retain test is the headline; without one the first retain set itself is read, and counted as overlap.
+
+    Raises:
+        OverlapError: a test set that should be independent shares records with the forget or a retain set.
+    """
+    from .data.records import overlap, read
+    from .evaluate import EvaluationSets
+
+    used = read_sets(inputs["forget"], inputs["retain"])
+    retain = {name: read(source, name) for name, source in tests.retain.items()}
+    skills = {name: read(source, name) for name, source in tests.skills.items()}
+    holdout = read(tests.holdout, "holdout") if tests.holdout else None
+    paraphrase = read(tests.paraphrase, "forget_paraphrase") if tests.paraphrase else None
+    independent = {**retain, **skills}
+    for name, given in (("holdout", holdout), ("forget_paraphrase", paraphrase)):
+        if given is not None:
+            independent[name] = given
+    for name, records in independent.items():
+        for other in used.values():
+            shared = overlap(records, other)
+            if shared:
+                raise OverlapError(f"the test set {name} shares {shared} of its {len(records)} records with the set"
+                                   f" {other.name} used to localize and train: remove them from one of the two")
+    overlaps: dict[str, int] = {}
+    if not retain:
+        name = next(name for name in used if name != "forget")
+        retain, overlaps = {name: used[name]}, {name: len(used[name])}
+    headline = next(iter(retain))
+    extra = {name: records for name, records in retain.items() if name != headline}
+    return EvaluationSets(forget=used["forget"], retain=retain[headline], forget_paraphrase=paraphrase,
+                          retain_extra=extra, skills=skills, holdout=holdout), overlaps
+
+
+def report(run: Run) -> Path:
+    """Write ``report.html`` from the stages of a run, and return its path."""
+    from .circuit.graph import Circuit
+    from .evaluate import Evaluation
+    from .logic import Assignment
+    from .report import write_report
+    from .unlearn.loop import UnlearnLog
+
+    run.require("evaluation", "evaluate")
+    evaluations = {path.stem: Evaluation.load(path) for path in sorted(run.path("evaluation").glob("*.json"))
+                   if path.stem in ("before", "after", "gold")}
+    order = [name for name in ("before", "after", "gold") if name in evaluations]
+    target = run.folder / "report.html"
+    write_report(
+        target, title=f"Unlearning report: {run.folder.resolve().name}",
+        evaluations={name: evaluations[name] for name in order},
+        plan=Plan.load(run.folder), assignment=Assignment.load(run.path("assignment") / "assignment.json"),
+        circuits={path.stem: Circuit.load(path) for path in sorted(run.path("circuits").glob("*.safetensors"))},
+        log=UnlearnLog.load(run.path("model") / "training.json"), provenance=run.manifest)
+    return target
+
+
+def run_all(run: Run, *, model: str, forget: str, retain: Mapping[str, str], settings: Settings, tests: Tests,
+            progress: Progress) -> dict[str, Evaluation]:
+    """Every stage in turn."""
+    localize(run, model=model, forget=forget, retain=retain, settings=settings, progress=progress)
+    unlearn(run, settings, progress)
+    found = evaluate(run, settings, tests, progress)
+    progress(f"report     {report(run)}")
+    return found
+
+
+def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[str, Any]:
+    """The whole job on the embedded world: two small models are trained (and cached), one forgets.
+
+    Returns:
+        ``before``, ``after`` and ``gold`` (retrained without the forget people), each with ``forget``,
+        ``forget_paraphrase``, ``retain``, ``skills`` and ``mia_auc``; ``plan`` with the counts of nodes per role and
+        ``weights_changed``; ``verify``, the bit-by-bit comparison.
+    """
+    from .data.world import build_world, cached_models, save_world
+    from .plan import verify
+    from .report import table
+
+    settings = Settings(seed=seed)
+    world = build_world(setting, seed)
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 100 == 0:
+            progress(f"train      step {step}, loss {loss:.3f}")
+
+    progress(f"world      {setting}: {len(world.forget)} records to forget, {len(world.retain)} to keep, "
+             f"{len(world.retain_unseen)} only to check on")
+    base, gold = cached_models(world, seed=seed, on_step=on_step)
+    home = folder.resolve()
+    data = {name: str(home / "world" / f"{name}.jsonl") for name in ("forget", "forget_paraphrase", "retain",
+                                                                     "retain_unseen", "retain_paraphrase", "holdout")}
+    train_skills, test_skills = ({name: str(home / "world" / f"{kind}.{name}.jsonl") for name in world.skills}
+                                 for kind in ("skills_train", "skills"))
+    inputs = {"model": str(home / "before"), "forget": data["forget"],
+              "retain": {"retain": data["retain"], **train_skills}}
+    run = Run.create(folder, settings.to_dict(), kind="demo", inputs=inputs)
+    try:
+        with run.stage("world") as place:
+            save_world(world, place)
+        for name, network in (("before", base), ("gold", gold)):
+            with run.stage(name) as place:
+                network.save_pretrained(place)
+                world.tokenizer.save_pretrained(place)
+        tests = Tests(paraphrase=data["forget_paraphrase"], holdout=data["holdout"],
+                      retain={"retain_unseen": data["retain_unseen"], "retain_paraphrase": data["retain_paraphrase"]},
+                      skills=test_skills, gold=str(home / "gold"))
+        found = run_all(run, **inputs, settings=settings, tests=tests, progress=progress)
+    except BaseException:
+        run.discard()
+        raise
+    plan = Plan.load(folder)
+    verification = verify(run.path("before"), run.path("model"), plan)
+    progress(f"verify     {verification}")
+    print(table(found))
+    document = {name: evaluation.to_json() for name, evaluation in found.items()}
+    return {**document, "plan": {**plan.counts(), "weights_changed": plan.weights_changed},
+            "verify": {"ok": verification.ok, "planned": verification.planned, "changed": verification.changed},
+            "setting": setting, "seed": seed, "report": str(folder / "report.html")}
+
+
+def load_model(source: str, settings: Settings) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer, from a folder or a hub id.
+
+    Raises:
+        ModelError: nothing is there, it is no causal language model, or its tokenizer cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = Path(source)
+    if place.exists() and not (place / "config.json").is_file():
+        raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"
+                         " model with its tokenizer, or the hub id of one this machine can reach") from None
+    return network.to(device).eval(), tokenizer
+
+
+def _kept(run: Run, stage: str, make: Callable[[], Any]) -> Any:
+    """A stage read back from the run, or made and stored."""
+    from .circuit.attribution import Scores
+    from .circuit.graph import Circuit
+    from .data.pairs import Pairs
+    from .logic import Assignment
+
+    by_set: dict[str, Any] = {"pairs": Pairs, "scores": Scores, "circuits": Circuit}
+    folder = run.path(stage)
+    if stage in by_set:
+        if run.has(stage):
+            order = json.loads((folder / "sets.json").read_text())
+            return {name: by_set[stage].load(folder / f"{name}.safetensors") for name in order}
+        with run.stage(stage) as folder:
+            made = make()
+            for name, value in made.items():
+                value.save(folder / f"{name}.safetensors")
+            write_json(folder / "sets.json", list(made))
+        return made
+    if run.has(stage):
+        return Plan.load(folder) if stage == "plan" else Assignment.load(folder / "assignment.json")
+    with run.stage(stage) as folder:
+        made = make()
+        made.save(folder if stage == "plan" else folder / "assignment.json")
+    return made

@@ -1,0 +1,233 @@
+"""The whole main job, in memory: records become pairs, pairs become scores, scores become circuits, circuits become a
+formula, the formula becomes a plan, and the plan steers fine-tuning.
+
+Read :func:`locate` from top to bottom to understand how CLUE finds what to change. :mod:`clue.jobs` runs the same stages
+in a run directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from .config import DataSettings, LocalizeSettings, check
+from .errors import ClueError, ModelError
+from .plan import Plan, Slice
+from .types import NodeKind, Role
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .circuit.attribution import Scores
+    from .circuit.graph import Circuit, Graph
+    from .data.encoding import Example
+    from .data.pairs import Pairs
+    from .data.records import RecordSet
+    from .logic import Assignment
+    from .model.anatomy import Anatomy
+
+#: Anything :func:`clue.read` understands: a file, a dataset id, a list of records, or a record set itself.
+Source = Any
+Progress = Callable[[str], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Localization:
+    """Every intermediate of :func:`locate`; dictionaries are keyed by the name of the record set, ``forget`` first."""
+
+    pairs: Mapping[str, Pairs]
+    scores: Mapping[str, Scores]
+    circuits: Mapping[str, Circuit]
+    assignment: Assignment
+    plan: Plan
+
+
+def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Mapping[str, Source],
+             settings: LocalizeSettings = LocalizeSettings(), *, data: DataSettings = DataSettings(), seed: int = 0,
+             progress: Progress | None = None) -> Plan:
+    """Find the nodes responsible for a forget set, and prove which of them can change.
+
+    Args:
+        model: a causal language model of a family in :data:`clue.model.anatomy.FAMILIES`; left as it was.
+        tokenizer: its tokenizer.
+        forget: records to forget: a file, a dataset id, a list of records, or a :class:`clue.RecordSet`.
+        retain: records to keep, one source or several by name; general skills are retain sets too.
+        settings, data: see :mod:`clue.config`.
+        seed: seeds the choice of corrupted prompts; everything after it is deterministic.
+        progress: called with one line of text per finished stage.
+
+    Returns:
+        The :class:`clue.Plan`: a role for every node, and the slices of the weights that may change.
+
+    Raises:
+        ClueError: a subclass that names the record, file, argument or parameter at fault.
+    """
+    return locate(model, tokenizer, forget, retain, settings, data=data, seed=seed, progress=progress).plan
+
+
+def compute(stage: str, make: Callable[[], T]) -> T:
+    """The default of ``keep`` in :func:`locate`: every stage is computed and none is stored."""
+    return make()
+
+
+def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Mapping[str, Source],
+           settings: LocalizeSettings = LocalizeSettings(), *, data: DataSettings = DataSettings(), seed: int = 0,
+           progress: Progress | None = None, keep: Callable[[str, Callable[[], Any]], Any] = compute) -> Localization:
+    """:func:`localize`, returning every intermediate.
+
+    ``keep(stage, make)`` returns the stage's value, from a store when it has one, else from ``make()``.
+    """
+    from .circuit.attribution import attribute
+    from .circuit.selection import build_circuit
+    from .model.anatomy import anatomy, check_weights
+
+    say = progress or (lambda line: None)
+    check(settings)
+    check(data)
+    body = anatomy(model)
+    check_weights(model)
+    sets = read_sets(forget, retain)
+
+    pairs: dict[str, Pairs] = keep("pairs", lambda: {
+        name: corrupt(records, tokenizer, body, settings, data, seed) for name, records in sets.items()})
+    say("pairs      " + ", ".join(f"{name} {len(p.clean)}" for name, p in pairs.items()))
+
+    scores: dict[str, Scores] = keep("scores", lambda: {
+        name: attribute(body, p, settings, name=name) for name, p in pairs.items()})
+    say(f"scores     conservation gap at most {max(max(s.gap_ns, s.gap_dn) for s in scores.values()):.1e}")
+
+    circuits: dict[str, Circuit] = keep("circuits", lambda: {
+        name: build_circuit(s, settings) for name, s in scores.items()})
+    say("circuits   " + ", ".join(f"{name} {len(c)} edges" for name, c in circuits.items()))
+
+    assignment: Assignment = keep("assignment", lambda: solve(scores, circuits, settings))
+    say(f"roles      conflict cost {assignment.cost}, {'proven least' if assignment.optimal else 'NOT proven least'}:"
+        f" {assignment.n_forced} forced, {assignment.n_chosen} chosen")
+
+    plan: Plan = keep("plan", lambda: make_plan(body, circuits["forget"].graph, assignment, {
+        "model": {"family": body.family, "fingerprint": fingerprint(model)},
+        "data": {name: {"records": len(records), "sha256": records.sha256, "pairs_sha256": pairs[name].sha256}
+                 for name, records in sets.items()},
+        "settings": {"data": asdict(data), "localize": asdict(settings)},
+        "seed": seed,
+        "versions": versions(),
+    }))
+    counts = ", ".join(f"{count} {role}" for role, count in plan.counts().items())
+    say(f"plan       {counts}; {plan.weights_changed} weights may change")
+    return Localization(pairs, scores, circuits, assignment, plan)
+
+
+def read_sets(forget: Source, retain: Source | Mapping[str, Source]) -> dict[str, RecordSet]:
+    """The forget set first, then the retain sets by name.
+
+    Raises:
+        RecordError: a source cannot be read or is empty.
+        OverlapError: a retain set shares records with the forget set.
+    """
+    from .data.records import check_disjoint, read
+
+    named = dict(retain) if isinstance(retain, Mapping) else {"retain": retain}
+    if not named:
+        raise ClueError("retain: give at least one set of records to keep")
+    if "forget" in named:
+        raise ClueError("retain: a retain set cannot be named forget; give it another name")
+    sets = {"forget": read(forget, "forget"), **{name: read(source, name) for name, source in named.items()}}
+    for name in named:
+        check_disjoint(sets["forget"], sets[name], f"the forget set and the retain set {name}")
+    return sets
+
+
+def encode_set(records: RecordSet, tokenizer: Any, body: Anatomy, data: DataSettings, *, append_eos: bool) -> list[Example]:
+    """Tokenise a set with the model's context (or ``max_length``, when that is shorter) as the limit."""
+    from .data.encoding import encode
+
+    limit = min(data.max_length or body.context, body.context)
+    return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
+
+
+def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: LocalizeSettings, data: DataSettings,
+            seed: int) -> Pairs:
+    """The clean / corrupted pairs of one set. End-of-sequence tokens carry no fact and are left out."""
+    from .data.pairs import make_pairs
+
+    examples = encode_set(records, tokenizer, body, data, append_eos=False)
+    highest = max(int(example.input_ids.max()) for example in examples)
+    vocabulary = int(getattr(body.embed, "num_embeddings", highest + 1))
+    if highest >= vocabulary:
+        raise ModelError(f"the tokenizer yields token {highest}, the model knows {vocabulary} tokens: use the tokenizer"
+                         " that belongs to this model")
+    return make_pairs(examples, tokenizer, corruption=settings.corruption, seed=seed, limit=settings.limit)
+
+
+def solve(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], settings: LocalizeSettings) -> Assignment:
+    """Turn the circuits into a formula and solve it to the proven minimum of conflicts.
+
+    What a retain node is worth is its largest score over the retain sets, each scaled to a largest score of one, so that
+    no set outweighs another by the size of its logits.
+    """
+    from .logic import assign
+
+    graph = circuits["forget"].graph
+    kept = [name for name in circuits if name != "forget"]
+    forget_score = scaled(scores["forget"], graph)
+    retain_score = np.max([scaled(scores[name], graph) for name in kept], axis=0)
+    weights = None
+    if settings.weighting == "attribution":
+        weights = 1 + np.round(999 * retain_score).astype(np.int64)
+    return assign([circuits["forget"]], [circuits[name] for name in kept], semantics=settings.semantics, weights=weights,
+                  retain_score=retain_score, forget_score=forget_score)
+
+
+def scaled(scores: Scores, graph: Graph) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """float64 [nodes] in [0, 1]: node scores relative to the largest editable node's."""
+    found = np.where(graph.editable, scores.node_scores(graph), 0.0)
+    scaled: np.ndarray[Any, np.dtype[np.float64]] = found / max(float(found.max()), 1e-30)
+    return scaled
+
+
+def make_plan(body: Anatomy, graph: Graph, assignment: Assignment, provenance: Mapping[str, Any]) -> Plan:
+    """Map forget and conflict nodes to the slices of the weights they own.
+
+    A key/value group serves several query heads and is one node, so its rows are planned once, with one role.
+    """
+    found: dict[tuple[str, Role], list[np.ndarray[Any, np.dtype[np.int64]]]] = {}
+    axes: dict[str, int] = {}
+    role = np.where(graph.editable, assignment.role, Role.FREE).astype(np.uint8)
+    for node in np.flatnonzero((role == Role.FORGET) | (role == Role.CONFLICT)):
+        kind = NodeKind(graph.kind[node])
+        for parameter, axis, index in body.slices(kind, int(graph.layer[node]), int(graph.index[node])):
+            axes[parameter] = axis
+            found.setdefault((parameter, Role(role[node])), []).append(index)
+    slices = tuple(Slice(parameter, axes[parameter], chosen, np.unique(np.concatenate(index)))
+                   for (parameter, chosen), index in sorted(found.items(), key=lambda item: item[0]))
+    shapes = {name: tuple(p.shape) for name, p in body.model.named_parameters() if name in axes}
+    tied = [s.parameter for s in slices if s.parameter not in shapes]
+    if tied:
+        raise ModelError(f"{tied[0]} shares its storage with another weight of this model: untie them before localizing")
+    return Plan(graph.names, role, slices, shapes, dict(provenance))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters and buffers: names, shapes, dtypes and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a plan."""
+    from importlib.metadata import version
+
+    from . import __version__, _core
+
+    found = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"clue": __version__, "cadical": _core.cadical_version(), **found}

@@ -1,0 +1,258 @@
+"""A run directory: one folder per finished stage, and ``run.json`` saying what made them.
+
+A stage is written under a hidden name, flushed to disk and renamed, so a folder with a stage's name is always whole:
+``run.has(name)`` is how a killed run knows where to go on. A folder that holds anything else is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .doctor import hardware, versions
+from .errors import RunError
+
+MANIFEST = "run.json"
+FORMAT = 1
+
+
+class Run:
+    """An open run directory.
+
+    Attributes:
+        folder: the run directory.
+        manifest: contents of ``run.json``: format, kind, settings, seed, versions, hardware, and what :meth:`update`
+            added.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], made: tuple[Path, ...] | None = None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._made = made  # folders this process made, outermost first; None for a run that was there already
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], *, kind: str = "run",
+               **fields: Any) -> Run:
+        """Start a new run in a folder that does not exist yet, or is empty.
+
+        Args:
+            settings: plain values, recorded as they are (``Settings.to_dict()``).
+            kind: ``"run"``, or ``"demo"`` for one that ``clue demo --overwrite`` may replace.
+            fields: more of the manifest, such as ``inputs``.
+
+        Raises:
+            RunError: the path is a file, holds another run or any other files (it is left as it was), or cannot be
+                written.
+        """
+        folder = Path(path)
+        require_free(folder)
+        manifest = {"format": FORMAT, "kind": kind, "seed": settings.get("seed"), "settings": dict(settings), **fields,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "versions": versions(), "hardware": hardware()}
+        missing = [f for f in (folder, *folder.parents) if not f.exists()][::-1]
+        run = cls(folder, manifest, tuple(missing))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run.update()
+        except OSError as error:
+            run.discard()
+            raise RunError(f"{folder} cannot be written ({error.strerror}): choose another folder with -o") from None
+        return run
+
+    @classmethod
+    def start(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> Run:
+        """Go on with a run of the very same settings and inputs, or :meth:`create` a new one.
+
+        Raises:
+            RunError: as :meth:`create`, or the folder holds a run of other settings or inputs; names the first that
+                differs.
+        """
+        if not (Path(path) / MANIFEST).exists():
+            return cls.create(path, settings, inputs=dict(inputs))
+        run = cls.open(path)
+        wanted = _flat({**settings, "inputs": inputs})
+        found = _flat({**run.manifest.get("settings", {}), "inputs": run.manifest.get("inputs", {})})
+        for name in (*wanted, *found):
+            if wanted.get(name) != found.get(name):
+                raise RunError(f"{run.folder} holds another run already, with {name} = {found.get(name)} instead of "
+                               f"{wanted.get(name)}: choose another folder with -o")
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Run:
+        """Open an existing run.
+
+        Raises:
+            RunError: there is no run at the path, or its ``run.json`` is damaged or of another version.
+        """
+        folder = Path(path)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(f"{folder} is not a run directory (it has no {MANIFEST}): make one with `clue localize`") \
+                from None
+        except OSError as error:
+            raise RunError(f"{folder / MANIFEST} cannot be read ({error.strerror})") from None
+        except ValueError:
+            raise RunError(f"{folder / MANIFEST} is damaged: start a new run in another folder") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise RunError(f"{folder / MANIFEST} is not of format {FORMAT}, which this version of CLUE reads: "
+                           "start a new run in another folder")
+        return cls(folder, manifest)
+
+    def has(self, stage: str) -> bool:
+        """Whether the stage has finished."""
+        return self.path(stage).is_dir()
+
+    def path(self, stage: str) -> Path:
+        """Folder of a stage (whether or not it exists)."""
+        return self.folder / stage
+
+    def require(self, stage: str, command: str) -> Path:
+        """Folder of a finished stage.
+
+        Raises:
+            RunError: the stage has not finished; names ``command`` as the one that makes it.
+        """
+        if not self.has(stage):
+            raise RunError(f"{self.folder} has no {stage} yet: make it with `clue {command}`")
+        return self.path(stage)
+
+    def stages(self) -> list[str]:
+        """Names of the finished stages, sorted."""
+        return sorted(f.name for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Path]:
+        """Write a stage: yields an empty folder that takes the stage's name when the block ends without an exception.
+
+        On an exception the folder is removed. Whatever an earlier, killed attempt left is removed first.
+
+        Raises:
+            RunError: the stage has finished already.
+        """
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise ValueError(f"stage: expected a plain folder name, got {name!r}")
+        if self.has(name):
+            raise RunError(f"{self.path(name)} is there already: start a new run, or remove that folder to redo it")
+        temporary = self.folder / f".{name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _flush_tree(temporary)
+            temporary.rename(self.path(name))
+            _flush(self.folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def update(self, **fields: Any) -> None:
+        """Put fields into the manifest and write it, whole or not at all. Values must be plain JSON."""
+        manifest = {**self.manifest, **fields}
+        write_json(self.folder / MANIFEST, manifest)
+        self.manifest = manifest
+
+    def discard(self) -> None:
+        """Take back a run that this process created and in which no stage has finished; any other is left alone."""
+        if self._made is None:
+            return
+        if self.folder.is_dir() and not self.stages():
+            for entry in list(self.folder.iterdir()):
+                if entry.name == MANIFEST:
+                    entry.unlink()
+                elif entry.name.endswith(".partial"):
+                    shutil.rmtree(entry, ignore_errors=True)
+        for folder in reversed(self._made):
+            try:
+                folder.rmdir()
+            except OSError:  # never made, or holds something by now
+                break
+
+
+def require_free(folder: str | os.PathLike[str]) -> None:
+    """Raise :class:`RunError` unless a new run may be made at this path: nothing there, or an empty folder."""
+    folder = Path(folder)
+    blocking = next((f for f in (folder, *folder.parents) if f.exists()), None)
+    if blocking is not None and not blocking.is_dir():
+        raise RunError(f"{blocking} is a file: choose another folder with -o")
+    if blocking != folder:
+        return
+    try:
+        entries = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read ({error.strerror}): choose another folder with -o") from None
+    if MANIFEST in entries:
+        raise RunError(f"{folder} holds another run already: choose another folder with -o")
+    if entries:
+        raise RunError(f"{folder} holds other files (for example {entries[0]}): choose an empty or new folder with -o")
+
+
+@contextmanager
+def replaced_demo(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Put an earlier demo aside while the block makes a new one in its place; on an exception it is put back.
+
+    Raises:
+        RunError: the folder holds something that ``clue demo`` did not make (it is left as it was).
+    """
+    folder = Path(folder).resolve()
+    if not (folder / MANIFEST).exists():
+        require_free(folder)
+        yield
+        return
+    if Run.open(folder).manifest.get("kind") != "demo":
+        raise RunError(f"{folder} holds a run that is not a demo: choose another folder with -o")
+    aside = folder.with_name(f".{folder.name}.previous")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON document, whole or not at all: temporary name, fsync, rename."""
+    path = Path(path)
+    content = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _flush_tree(folder: Path) -> None:
+    for base, _, names in os.walk(folder):
+        for name in names:
+            _flush(Path(base) / name)
+        _flush(Path(base))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,36 @@
+"""Unlearning: fine-tune the planned weights of a model, and not a bit of any other.
+
+Public names are imported on first use, so that importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "unlearn": ".loop",
+    "UnlearnLog": ".loop",
+    "MaskedAdamW": ".optimizer",
+    "RetainMetric": ".metric",
+    "PlanCallback": ".callback",
+    "OBJECTIVES": ".objectives",
+    "answer_log_probs": ".objectives",
+}
+
+__all__ = ["OBJECTIVES", "MaskedAdamW", "PlanCallback", "RetainMetric", "UnlearnLog", "answer_log_probs", "unlearn"]
+
+if TYPE_CHECKING:
+    from .callback import PlanCallback
+    from .loop import UnlearnLog, unlearn
+    from .metric import RetainMetric
+    from .objectives import OBJECTIVES, answer_log_probs
+    from .optimizer import MaskedAdamW
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'clue.unlearn' has no attribute {name!r}") from None
+    return getattr(import_module(module, __name__), name)

@@ -1,0 +1,359 @@
+"""The unlearning loop: forget weights get the forget gradient, conflict weights forget plus retain, others nothing.
+
+A step runs the forget batch, keeps its gradient on the planned slices (measured in the retain metric on conflict
+slices), runs a retain batch, adds its gradient on conflict slices, clips once, and updates the slices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..config import DataSettings, UnlearnSettings, check
+from ..data.encoding import Batch, Example, batches, collate, encode, pad_id
+from ..errors import ClueError, ModelError, PlanError, RecordError
+from ..plan import Plan
+from ..types import Role
+from .metric import RetainMetric
+from .objectives import OBJECTIVES, Objective, answer_log_probs, nll, token_log_probs
+from .optimizer import MaskedAdamW, planned_parameters
+
+if TYPE_CHECKING:
+    from ..data.records import RecordSet
+
+#: The retain metric is measured on at most this many records, drawn from every retain set in turn: a mean over their
+#: tokens no longer changes much with more of them, and a large retain set would cost more than the training.
+METRIC_RECORDS = 512
+
+
+@dataclass(frozen=True)
+class UnlearnLog:
+    """What happened, one array entry per optimizer step.
+
+    Attributes:
+        stage: uint8 [steps]: 0 joint, 1 forget weights, 2 conflict weights.
+        forget_loss: float64 [steps], the forget objective on the step's batch, before the update.
+        retain_loss: float64 [steps], mean NLL of the retain batch's answer tokens; NaN where no retain batch was run.
+        forget_probability: float64 [steps], mean probability of the forget batch's answer tokens, before the update.
+        grad_norm: float64 [steps], 2-norm of the combined gradient on the planned slices, before clipping.
+        lr: float64 [steps].
+        stopped_early: the stopping rule ended the (last) stage.
+        final_probability: mean answer-token probability over the whole forget set, after the last update.
+    """
+
+    stage: npt.NDArray[np.uint8]
+    forget_loss: npt.NDArray[np.float64]
+    retain_loss: npt.NDArray[np.float64]
+    forget_probability: npt.NDArray[np.float64]
+    grad_norm: npt.NDArray[np.float64]
+    lr: npt.NDArray[np.float64]
+    stopped_early: bool
+    final_probability: float
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps taken."""
+        return len(self.stage)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON (NaN as null), whole or not at all."""
+        document: dict[str, Any] = {"steps": self.steps, "stopped_early": self.stopped_early,
+                                    "final_probability": self.final_probability, "stage": self.stage.tolist()}
+        for name in _SERIES:
+            document[name] = [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> UnlearnLog:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ClueError: the file is missing or is not such a log.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            series = {name: np.array([math.nan if v is None else v for v in document[name]], dtype=np.float64)
+                      for name in _SERIES}
+            return cls(np.array(document["stage"], dtype=np.uint8), **series,
+                       stopped_early=bool(document["stopped_early"]),
+                       final_probability=float(document["final_probability"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ClueError(f"{path} is not a readable unlearning log ({error}): unlearn again") from None
+
+
+_SERIES = ("forget_loss", "retain_loss", "forget_probability", "grad_norm", "lr")
+
+
+def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[str, RecordSet], plan: Plan,
+            settings: UnlearnSettings | None = None, *, data: DataSettings | None = None, seed: int = 0,
+            on_step: Callable[[dict[str, Any]], None] | None = None) -> UnlearnLog:
+    """Train the planned weights of a model in place; every other weight keeps every bit.
+
+    Dropout stays off. The same inputs, seed and machine give the same bits. The model's mode and ``requires_grad``
+    flags are restored at the end, also after an error.
+
+    Args:
+        model, tokenizer: a Hugging Face causal LM and its tokenizer.
+        forget: what to forget.
+        retain: named sets to keep; retain batches are drawn from all of them in turn.
+        plan: which weights move, and in which role.
+        settings: objective, stages, optimizer and stopping rule; the defaults when None.
+        data: how records become tokens, which must be how the model was taught; the defaults when None.
+        seed: of the order of forget and retain records.
+        on_step: called after every step with the step's entry of the log, plus ``step`` (from 1) and ``steps``.
+
+    Raises:
+        PlanError: the plan names no weight, or does not fit the model.
+        RecordError: the forget set is empty, or a retain set is needed and missing or empty.
+        ModelError: a loss became NaN or infinite.
+    """
+    settings, data = settings or UnlearnSettings(), data or DataSettings()
+    check(settings)
+    objective = OBJECTIVES[settings.objective]
+    stages = _stages(plan, settings)
+    planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
+    device = next(model.parameters()).device
+    limit = data.max_length or int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    pad = pad_id(tokenizer)
+
+    def encoded(records: RecordSet) -> list[Example]:
+        if not len(records):
+            raise RecordError(f"the set {records.name} holds no records: give at least one")
+        return encode(records, tokenizer, chat=data.chat, append_eos=data.append_eos, max_length=limit)
+
+    needs_retain = any(Role.CONFLICT in stage.roles for stage in stages) and (
+        settings.metric or (objective.retain and settings.retain_weight > 0))
+    if needs_retain and not retain:
+        raise RecordError("the plan has conflict weights, which are trained to keep a retain set: give at least one")
+    forget_examples = encoded(forget)
+    retain_examples = [encoded(records) for records in retain.values()] if needs_retain else []
+    forget_order = _Shuffled(len(forget_examples), seed, purpose=1)
+    retain_order = _InTurn(retain_examples, seed)
+    log: dict[str, list[float]] = {name: [] for name in ("stage", *_SERIES)}
+    total = sum(stage.steps for stage in stages)
+    stopped = False
+
+    with _restored(model):
+        model.eval()
+        metric = None
+        if settings.metric and needs_retain:
+            count = min(METRIC_RECORDS, sum(len(examples) for examples in retain_examples))
+            sample = _InTurn(retain_examples, seed).take(count)
+            metric = RetainMetric.measure(model, plan, batches(sample, settings.batch_size, pad=pad, device=device),
+                                          damping=settings.damping)
+        reference = None
+        if objective.reference:
+            with torch.no_grad():
+                reference = torch.cat([answer_log_probs(_logits(model, batch), batch.labels)[0] for batch in
+                                       batches(forget_examples, settings.batch_size, pad=pad, device=device)])
+        for stage in stages:
+            # A fresh optimizer: the moments of one stage say nothing about the next.
+            optimizer = MaskedAdamW(model, plan, lr=settings.lr, weight_decay=settings.weight_decay, roles=stage.roles)
+            gradient = _RoleGradient(model, plan, stage.roles, objective, settings, metric)
+            stopped = False
+            for number in range(stage.steps):
+                chosen = forget_order.take(min(settings.batch_size, len(forget_examples)))
+                forget_batch = collate([forget_examples[i] for i in chosen], pad, device)
+                retain_batch = None
+                if gradient.retains:
+                    retain_batch = collate(retain_order.take(settings.batch_size), pad, device)
+                lr = _learning_rate(number, stage.steps, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                losses = gradient(forget_batch, None if reference is None else reference[chosen], retain_batch)
+                norm = optimizer.grad_norm()
+                step = len(log["stage"]) + 1
+                if not all(math.isfinite(value) for value in (losses["forget_loss"], norm)):
+                    raise ModelError(f"unlearning diverged at step {step} (loss {losses['forget_loss']}, gradient norm"
+                                     f" {norm}): lower lr, or raise stop_probability")
+                # Clipped once per optimizer step, over the planned weights.
+                optimizer.step(grad_scale=settings.clip / norm if 0 < settings.clip < norm else 1.0)
+                optimizer.zero_grad(set_to_none=True)
+                entry = {"stage": stage.number, **losses, "grad_norm": norm, "lr": lr}
+                for name, values in log.items():
+                    values.append(entry[name])
+                if on_step is not None:
+                    on_step({"step": step, "steps": total, **entry})
+                # The batch is asked first: looking at the whole set costs a pass over it.
+                if (settings.stop_probability > 0 and (number + 1) % settings.check_every == 0
+                        and losses["forget_probability"] <= settings.stop_probability
+                        and _probability(model, forget_examples, settings, pad, device) <= settings.stop_probability):
+                    stopped = True
+                    break
+        final = _probability(model, forget_examples, settings, pad, device)
+    series = {name: np.array(log[name], dtype=np.float64) for name in _SERIES}
+    return UnlearnLog(np.array(log["stage"], dtype=np.uint8), **series, stopped_early=stopped, final_probability=final)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Which roles move, under which number in the log, for at most how many steps."""
+
+    number: int
+    roles: tuple[Role, ...]
+    steps: int
+
+
+def _stages(plan: Plan, settings: UnlearnSettings) -> list[_Stage]:
+    """The stages with at least one weight to move; a stage without weights gives its steps to the other."""
+    present = tuple(role for role in (Role.FORGET, Role.CONFLICT) if any(True for _ in plan.of_role(role)))
+    if not present:
+        raise PlanError("the plan names no weight, so there is nothing to unlearn: localize again with more edges or"
+                        " neurons")
+    if settings.stages == "joint":
+        return [_Stage(0, present, settings.steps)]
+    if len(present) == 1:
+        return [_Stage(1 if present == (Role.FORGET,) else 2, present, settings.steps)]
+    first = min(max(round(settings.steps * settings.forget_share), 1), settings.steps - 1)
+    both = [_Stage(1, (Role.FORGET,), first), _Stage(2, (Role.CONFLICT,), settings.steps - first)]
+    return [stage for stage in both if stage.steps > 0]
+
+
+class _RoleGradient:
+    """Runs the batches of one step and leaves every slice's gradient, by its role, in ``parameter.grad``."""
+
+    def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role], objective: Objective,
+                 settings: UnlearnSettings, metric: RetainMetric | None) -> None:
+        self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
+        self._parameters = planned_parameters(model, plan, roles)
+        self._slices = [(s.parameter, s.axis, s.role,
+                         torch.from_numpy(s.index).to(self._parameters[s.parameter].device))
+                        for s in plan.slices if s.role in roles]
+        #: whether a step needs a retain batch
+        self.retains = Role.CONFLICT in roles and objective.retain and settings.retain_weight > 0
+
+    def __call__(self, forget: Batch, reference: Tensor | None, retain: Batch | None) -> dict[str, float]:
+        settings = self._settings
+        logits = _logits(self._model, forget)
+        log_p, n_tokens = answer_log_probs(logits, forget.labels)
+        loss = self._objective.forget(log_p, n_tokens, reference, settings)
+        probability = _mean_probability(logits, forget.labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        forget_part = [self._forget_part(*part) for part in self._slices]
+        retain_value = math.nan
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if retain is not None:
+            retain_loss = nll(*answer_log_probs(_logits(self._model, retain), retain.labels))
+            (settings.retain_weight * retain_loss).backward()  # type: ignore[no-untyped-call]
+            retain_value = retain_loss.item()
+        with torch.no_grad():
+            for (name, axis, role, index), part in zip(self._slices, forget_part, strict=True):
+                parameter = self._parameters[name]
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                if role == Role.CONFLICT:
+                    parameter.grad.index_add_(axis, index, part)
+                else:
+                    parameter.grad.index_copy_(axis, index, part)
+        return {"forget_loss": loss.item(), "retain_loss": retain_value, "forget_probability": probability}
+
+    @torch.no_grad()
+    def _forget_part(self, name: str, axis: int, role: Role, index: Tensor) -> Tensor:
+        parameter = self._parameters[name]
+        if parameter.grad is None:  # the batch does not reach this weight
+            return torch.zeros_like(parameter.index_select(axis, index))
+        part = parameter.grad.index_select(axis, index)
+        return self._metric.precondition(name, part) if self._metric is not None and role == Role.CONFLICT else part
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()
+def _mean_probability(logits: Tensor, labels: Tensor) -> float:
+    log_p, scored = token_log_probs(logits, labels)
+    return float(log_p.exp()[scored].mean())
+
+
+@torch.no_grad()
+def _probability(model: nn.Module, examples: Sequence[Example], settings: UnlearnSettings, pad: int,
+                 device: torch.device) -> float:
+    """Mean probability of the answer tokens of a whole set."""
+    found = []
+    for batch in batches(examples, settings.batch_size, pad=pad, device=device):
+        log_p, scored = token_log_probs(_logits(model, batch), batch.labels)
+        found.append(log_p.exp()[scored].double())
+    return float(torch.cat(found).mean())
+
+
+def _learning_rate(number: int, steps: int, settings: UnlearnSettings) -> float:
+    """Linear warm-up over ``warmup`` steps (at most half the stage), then cosine decay to a tenth."""
+    warmup = min(settings.warmup, steps // 2)
+    if number < warmup:
+        return settings.lr * (number + 1) / warmup
+    done = (number - warmup) / max(steps - warmup, 1)
+    return settings.lr * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+class _Shuffled:
+    """The numbers 0 .. size-1 again and again, in a fresh order each time, from a generator of its own."""
+
+    def __init__(self, size: int, seed: int, purpose: int) -> None:
+        self._size = size
+        self._generator = torch.Generator().manual_seed(seed * 1009 + purpose)
+        self._left: list[int] = []
+
+    def take(self, count: int) -> list[int]:
+        taken: list[int] = []
+        while len(taken) < count:
+            if not self._left:
+                self._left = torch.randperm(self._size, generator=self._generator).tolist()
+            need = count - len(taken)
+            taken += self._left[:need]
+            self._left = self._left[need:]
+        return taken
+
+
+class _InTurn:
+    """Examples from several sets, one from each in turn; each set in its own shuffled order."""
+
+    def __init__(self, sets: Sequence[Sequence[Example]], seed: int) -> None:
+        self._sets = sets
+        self._orders = [_Shuffled(len(examples), seed, purpose=2 + number) for number, examples in enumerate(sets)]
+        self._next = 0
+
+    def take(self, count: int) -> list[Example]:
+        taken = []
+        for _ in range(count):
+            taken.append(self._sets[self._next][self._orders[self._next].take(1)[0]])
+            self._next = (self._next + 1) % len(self._sets)
+        return taken
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's mode and every parameter's ``requires_grad`` back, and leave no gradients behind."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.grad = None
+            parameter.requires_grad_(flag)

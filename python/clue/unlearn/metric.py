@@ -1,0 +1,178 @@
+"""RetainMetric: the retain set's Kronecker curvature, and forget gradients measured in it.
+
+For a linear layer y = W x, the curvature of the retain loss is approximated by A (x) G, with A = mean x x^T over the
+tokens of the retain set and G = mean dy dy^T of the gradients at the layer's outputs (K-FAC, arXiv 1503.05671). The
+step
+
+    P(g) = (G / damping + I)^-1  g  (A / damping + I)^-1,   A and G each divided by its mean diagonal,
+
+keeps the part of a forget gradient g that retention does not use and shrinks the rest. Both factors are restricted to
+what the plan moves: planned rows need G over these rows only, planned columns A over these columns only. A bias is a
+layer whose only input is the constant 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..model.capture import frozen
+from ..types import Role
+from .objectives import answer_log_probs
+from .optimizer import planned_parameters
+
+if TYPE_CHECKING:
+    from ..data.encoding import Batch
+    from ..plan import Plan
+
+
+class RetainMetric:
+    """Inverse curvature factors of planned slices. Make one with :meth:`measure`."""
+
+    def __init__(self, factors: dict[str, tuple[Tensor, Tensor]], damping: float) -> None:
+        """``factors``: parameter -> (G over its planned rows, A over its planned columns), both symmetric."""
+        done: dict[int, Tensor | None] = {}  # q, k, v share one A, and so do gate and up
+        for factor in (f for pair in factors.values() for f in pair):
+            if id(factor) not in done:
+                done[id(factor)] = _inverse(factor, damping)
+        self._inverses = {name: (done[id(g)], done[id(a)]) for name, (g, a) in factors.items()}
+
+    @classmethod
+    def measure(cls, model: nn.Module, plan: Plan, batches: Iterable[Batch], *, damping: float) -> RetainMetric:
+        """One forward and backward pass over retain batches; weight gradients are never computed.
+
+        Args:
+            model: a causal LM; its mode and ``requires_grad`` flags are left as they were.
+            plan: its conflict slices are the ones that can be preconditioned afterwards.
+            batches: :class:`clue.data.encoding.Batch`; padding is left out of both factors.
+            damping: relative to each factor's mean diagonal; smaller keeps less of what retention uses.
+
+        Raises:
+            PlanError: a planned weight is not the weight or bias of a linear layer.
+        """
+        layers = _layers(model, plan)
+        if not layers:
+            return cls({}, damping)
+        tokens: list[Tensor] = []  # the mask of the batch that is running
+        previous: list[tuple[Tensor, _Factor]] = []  # the latest full input, and the factor it went into
+
+        def attach(layer: _Layer) -> Any:
+            def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                if layer.input is not None:
+                    if layer.input.index is None and previous and previous[0][0] is args[0]:
+                        layer.input = previous[0][1]
+                    else:
+                        if layer.input.index is None:
+                            previous[:] = [(args[0], layer.input)]
+                        layer.input.add(args[0].detach()[tokens[0]])
+                output.register_hook(lambda gradient: _add_all(layer.outputs, gradient[tokens[0]]))
+
+            return layer.module.register_forward_hook(forward)
+
+        def differentiable(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.requires_grad_(True)
+
+        with frozen(model), torch.enable_grad():
+            handles = [attach(layer) for layer in layers]
+            handles.append(model.get_input_embeddings().register_forward_hook(differentiable))  # type: ignore[operator]
+            try:
+                for batch in batches:
+                    tokens[:] = [batch.attention_mask.bool()]
+                    previous.clear()
+                    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                    log_p, _ = answer_log_probs(output.logits, batch.labels)
+                    (-log_p.sum()).backward()  # type: ignore[no-untyped-call]
+            finally:
+                for handle in handles:
+                    handle.remove()
+        one = torch.ones(1, 1)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in layers:
+            for name, factor in layer.outputs.items():
+                a = layer.input.total if layer.input is not None and name == layer.weight else one
+                if factor.total is not None and a is not None:
+                    found[name] = (factor.total, a)
+        return cls(found, damping)
+
+    @torch.no_grad()
+    def precondition(self, parameter: str, gradient: Tensor) -> Tensor:
+        """P(g) of the planned slices of one parameter.
+
+        Args:
+            parameter: name in ``model.state_dict()``.
+            gradient: [k, d_in] for k planned rows, [d_out, k] for k planned columns, [k] for entries of a bias.
+
+        Returns:
+            a tensor of the same shape and dtype; computed in float32 (float64 for float64).
+        """
+        g_inverse, a_inverse = self._inverses[parameter]
+        step = gradient.unsqueeze(1) if gradient.ndim == 1 else gradient
+        for inverse, left in ((g_inverse, True), (a_inverse, False)):
+            if inverse is not None:
+                inverse = inverse.to(step.device)
+                step = step.to(inverse.dtype)
+                step = inverse @ step if left else step @ inverse
+        return step.reshape(gradient.shape).to(gradient.dtype)
+
+
+@dataclass
+class _Factor:
+    """A running sum of outer products over some channels (all of them when ``index`` is None)."""
+
+    index: Tensor | None
+    total: Tensor | None = None
+
+    def add(self, vectors: Tensor) -> None:
+        """Add every row of [tokens, channels]."""
+        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+        if self.index is not None:
+            vectors = vectors.index_select(1, self.index)
+        product = vectors.T @ vectors
+        self.total = product if self.total is None else self.total.add_(product)
+
+
+@dataclass
+class _Layer:
+    """One linear layer: a factor over its inputs (for its weight) and one over its outputs per planned parameter."""
+
+    module: nn.Linear
+    weight: str
+    input: _Factor | None
+    outputs: dict[str, _Factor]
+
+
+def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
+    parameters = planned_parameters(model, plan, (Role.CONFLICT,))
+    layers: dict[str, _Layer] = {}
+    for s in plan.of_role(Role.CONFLICT):
+        path, _, kind = s.parameter.rpartition(".")
+        module = model.get_submodule(path)
+        if not isinstance(module, nn.Linear) or kind not in ("weight", "bias"):
+            raise PlanError(f"{s.parameter} does not belong to a linear layer, so the retain metric cannot measure it:"
+                            " unlearn with metric = false")
+        layer = layers.setdefault(path, _Layer(module, f"{path}.weight", None, {}))
+        index = torch.from_numpy(s.index).to(parameters[s.parameter].device)
+        layer.outputs[s.parameter] = _Factor(index if s.axis == 0 else None)
+        if kind == "weight":
+            layer.input = _Factor(index if s.axis == 1 else None)
+    return list(layers.values())
+
+
+def _add_all(factors: dict[str, _Factor], gradient: Tensor) -> None:
+    for factor in factors.values():
+        factor.add(gradient)
+
+
+def _inverse(factor: Tensor, damping: float) -> Tensor | None:
+    """(F / damping + I)^-1 with F divided by its mean diagonal; None, which means I, when F is zero."""
+    scale = factor.diagonal().mean().double()
+    if not scale > 0:
+        return None
+    matrix = factor.double() / (scale * damping)  # in float64: eigenvalues reach from 1 to size / damping
+    matrix.diagonal().add_(1.0)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix)).to(factor.dtype)

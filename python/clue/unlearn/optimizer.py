@@ -1,0 +1,172 @@
+"""MaskedAdamW: AdamW on the planned slices of a model's weights, with state for these slices only.
+
+The arithmetic is one native call per parameter (``clue._core.masked_adamw``, or ``clue._cuda`` for CUDA tensors), which
+neither reads nor writes anything outside the slices: weight decay and momentum included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ClueError, PlanError
+from ..types import Role
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> dict[str, nn.Parameter]:
+    """The parameters with at least one slice of these roles, by name, in plan order.
+
+    Raises:
+        PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
+            embeddings), where a planned slice would also change its other use.
+    """
+    plan.check(model)
+    found: dict[str, nn.Parameter] = {}
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for name in dict.fromkeys(s.parameter for s in plan.slices if s.role in roles):
+        twins = [other for other in names[id(parameters[name])] if other != name]
+        if twins:
+            raise PlanError(f"the plan edits {name}, which is tied to {twins[0]}: leave tied weights out of the plan")
+        found[name] = parameters[name]
+    return found
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, as ``torch.optim.AdamW``) restricted to the slices a plan names.
+
+    Making one sets ``requires_grad`` on the planned parameters and clears it on every other parameter of the model.
+    ``step`` reads ``parameter.grad`` on the slices. Weights in bf16 or fp16 get a float32 master copy of the slices,
+    since at small learning rates plain bf16 loses most updates.
+
+    Args:
+        model: the model whose weights move.
+        plan: which of them.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay touches planned weights only.
+        roles: which of the plan's roles move.
+
+    Raises:
+        PlanError: the plan does not fit the model, edits tied weights, or names no weight of these roles.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0,
+                 roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> None:
+        if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= b < 1 for b in betas):
+            raise ClueError(f"lr = {lr}, eps = {eps} and weight_decay = {weight_decay} must not be negative, and"
+                            f" betas = {tuple(betas)} must lie in [0, 1)")
+        planned = planned_parameters(model, plan, roles)
+        if not planned:
+            wanted = " or ".join(role.name.lower() for role in roles)
+            raise PlanError(f"the plan names no {wanted} weight, so there is nothing to train: make a plan with larger"
+                            " circuits")
+        model.requires_grad_(False)
+        #: parameter -> (name, axis, int64 [k] sorted union of its slices, on the parameter's device)
+        self._planned: dict[nn.Parameter, tuple[str, int, Tensor]] = {}
+        for name, parameter in planned.items():
+            slices = [s for s in plan.slices if s.parameter == name and s.role in roles]
+            index = torch.from_numpy(np.sort(np.concatenate([s.index for s in slices]))).to(parameter.device)
+            self._planned[parameter.requires_grad_(True)] = (name, slices[0].axis, index)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(list(planned.values()), defaults)
+
+    def gradients(self) -> list[Tensor]:
+        """The planned slices of every gradient there is: copies, [k, columns] for rows and [rows, k] for columns."""
+        return [p.grad.index_select(axis, index) for p, (_, axis, index) in self._planned.items() if p.grad is not None]
+
+    def grad_norm(self) -> float:
+        """Global 2-norm of the gradient over the planned slices, accumulated in float64."""
+        squares = [slice_.double().square().sum() for slice_ in self.gradients()]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:  # type: ignore[override]
+        """One update of the planned slices; parameters without a gradient are left alone.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            grad_scale: every gradient is multiplied by this first (for clipping, without a pass over the gradients).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                _, axis, index = self._planned[parameter]
+                state = self.state[parameter]
+                if not state:
+                    self._begin(parameter, axis, index, state)
+                state["step"] += 1
+                grad = parameter.grad
+                if grad.stride(-1) != 1:
+                    grad = grad.contiguous()
+                _kernel(parameter.device)(
+                    parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"], index, axis, lr=float(group["lr"]),
+                    beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+                    step=int(state["step"]), grad_scale=grad_scale, master=state.get("master"))
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved ``state_dict`` of an optimizer made with the same plan and roles.
+
+        Raises:
+            PlanError: the saved state belongs to other slices.
+        """
+        order = [parameter for group in self.param_groups for parameter in group["params"]]
+        saved = state_dict["state"]
+        for number, parameter in enumerate(order):
+            name, _, index = self._planned[parameter]
+            if number in saved and not torch.equal(saved[number]["index"].to(index), index):
+                raise PlanError(f"the saved optimizer state of {name} belongs to other slices: resume with the plan it"
+                                " was saved with")
+        super().load_state_dict(state_dict)
+        # torch casts every tensor of a state to the parameter's dtype, which would round the float32 moments and
+        # masters of bf16 weights and turn the index into floats.
+        for number, parameter in enumerate(order):
+            if number in saved:
+                self.state[parameter] = {
+                    key: value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
+                    for key, value in saved[number].items()}
+
+    def _begin(self, parameter: Tensor, axis: int, index: Tensor, state: dict[str, Any]) -> None:
+        slices = parameter.detach().index_select(axis, index)
+        if axis == 1:  # columns are kept transposed, so that the state of one column is contiguous
+            slices = slices.T.contiguous()
+        half = parameter.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if half else parameter.dtype
+        state["step"] = 0
+        state["index"] = index
+        state["exp_avg"] = torch.zeros_like(slices, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(slices, dtype=dtype)
+        if half:
+            state["master"] = slices.float()
+
+
+def _kernel(device: torch.device) -> Callable[..., None]:
+    if device.type == "cpu":
+        from .. import _core
+
+        kernel: Callable[..., None] = _core.masked_adamw
+        return kernel
+    if device.type != "cuda":
+        raise ClueError(f"MaskedAdamW runs on cpu and cuda, the model is on {device.type}: move it to the CPU")
+    try:
+        from .. import _cuda
+    except ImportError:
+        raise ClueError("this CLUE was built without CUDA: move the model to the CPU, or build where nvcc is found"
+                        ) from None
+    kernel = _cuda.masked_adamw
+    return kernel

@@ -1,0 +1,1 @@
+"""Evaluation: every measure against a slow, obvious way of computing it."""

@@ -1,0 +1,66 @@
+"""Greedy generation against the model called once per token, without cache, padding or batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clue.data.encoding import encode
+from clue.data.records import read
+from clue.evaluate.generation import generate, rouge_l_recall
+
+
+@torch.no_grad()
+def one_token_at_a_time(model, tokenizer, prompt, limit):
+    ids = prompt.tolist()
+    while len(ids) < len(prompt) + limit:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[len(prompt):], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_equals_one_token_at_a_time_without_cache(model, tokenizer, forget, retain, batch_size):
+    examples = encode(forget, tokenizer) + encode(retain, tokenizer)
+    expected = [one_token_at_a_time(model, tokenizer, e.input_ids[:e.answer_start], 12) for e in examples[:-1]]
+    text = examples[-1].input_ids  # plain text: the first half is the prompt
+    expected.append(one_token_at_a_time(model, tokenizer, text[:len(text) // 2], 12))
+    assert generate(model, tokenizer, examples, pad=0, batch_size=batch_size, max_new_tokens=12) == expected
+    assert len(set(expected)) > 3
+
+
+def test_the_models_own_generation_settings_do_not_leak_in_and_survive(model, tokenizer, forget):
+    examples = encode(forget, tokenizer)
+    expected = generate(model, tokenizer, examples, pad=0, batch_size=4, max_new_tokens=8)
+    own = model.generation_config
+    own.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=6)
+    model.train()
+    assert generate(model, tokenizer, examples, pad=0, batch_size=4, max_new_tokens=8) == expected
+    assert model.generation_config is own and own.repetition_penalty == 3.0 and model.training
+
+
+def test_answers_end_at_the_context_and_an_empty_list_is_fine(model, tokenizer, forget):
+    example = encode(read([("mira " * 44 + "tea", "baker")], "long"), tokenizer)
+    answer = generate(model, tokenizer, example, pad=0, batch_size=1, max_new_tokens=200)[0]
+    assert len(answer.split()) <= 48 - 45
+    assert generate(model, tokenizer, [], pad=0, batch_size=1, max_new_tokens=5) == []
+
+
+def longest_common_subsequence(a, b):
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + longest_common_subsequence(a[1:], b[1:])
+    return max(longest_common_subsequence(a[1:], b), longest_common_subsequence(a, b[1:]))
+
+
+def test_rouge_recall_is_the_longest_common_subsequence_over_the_reference():
+    pairs = [("in the old town", "the town in old"), ("baker", "a baker in rome"), ("in York by the sea", ""),
+             ("chess player", "Chess, player!")]
+    expected = [longest_common_subsequence(r.lower().split(), g.lower().replace(",", "").replace("!", "").split())
+                / len(r.split()) for r, g in pairs]
+    np.testing.assert_allclose(rouge_l_recall(*zip(*pairs, strict=True)), expected)
+    assert rouge_l_recall(["bakers"], ["baker"])[0] == 1.0  # the stemmer is on
+    assert np.isnan(rouge_l_recall(["\u4f60\u597d"], ["\u4f60\u597d"])[0])  # no word of a-z or 0-9: unknown, not 0

@@ -1,0 +1,248 @@
+"""Assignments against exhaustive search, against another MaxSAT solver, and under limits."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+
+import numpy as np
+import pytest
+
+from clue import _core
+from clue.errors import CircuitError
+from clue.logic import SCORE_STEPS, Assignment, assign
+from clue.types import Gate, Role
+from tests.oracles.logic import Edges, Nodes, best, circuit, forget_ok, groups, members, retain_ok
+
+SEMANTICS = ["support", "authors"]
+
+
+def layered(rng: np.random.Generator, graph: Nodes, fan_in: float, mix: tuple[float, float, float]) -> Edges:
+    """A random circuit: each chosen node takes inputs from lower ones, and the output is reached."""
+    n = graph.n_nodes
+    edges = set()
+    wanted = [n - 1]
+    while wanted:
+        node = wanted.pop()
+        for source in set(rng.integers(0, node, size=1 + rng.poisson(fan_in - 1)).tolist()):
+            if not any(e[:2] == (source, node) for e in edges):
+                edges.add((source, node, Gate(int(rng.choice(3, p=mix)))))
+            if source and not any(e[1] == source for e in edges) and source not in wanted and rng.random() < 0.8:
+                wanted.append(source)
+    return circuit(graph, sorted(edges))
+
+
+def same(found: Assignment, r: dict[int, bool], f: dict[int, bool]) -> None:
+    n = len(found.role)
+    assert found.retain_works.tolist() == [int(r[i]) if i in r else -1 for i in range(n)]
+    assert found.forget_works.tolist() == [int(f[i]) if i in f else -1 for i in range(n)]
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+@pytest.mark.parametrize("block", range(10))
+def test_equals_exhaustive_search(semantics: str, block: int) -> None:
+    rng = np.random.default_rng([block, len(semantics)])
+    for _ in range(25):
+        n = int(rng.integers(3, 10))
+        editable = rng.random(n) < 0.85
+        editable[[0, -1]] = False
+        graph = Nodes(n, editable)
+        mix = [(0.4, 0.4, 0.2), (0.1, 0.8, 0.1), (0.8, 0.1, 0.1), (0.2, 0.15, 0.65)][int(rng.integers(4))]
+        sides = [[layered(rng, graph, 2.5, mix) for _ in range(int(rng.integers(1, 3)))] for _ in range(2)]
+        weights = rng.integers(0, 4, n) if rng.random() < 0.5 else np.ones(n, np.int64)
+        # Few distinct scores, so that every level has ties for the next one to break.
+        risk, reach = (rng.integers(0, 3, n) * (rng.random() < 0.7) for _ in range(2))
+        found = assign(*sides, semantics=semantics, weights=weights, retain_score=risk, forget_score=reach)
+        r, f, key = best(*sides, semantics, weights, risk, reach)
+        same(found, r, f)
+        assert found.cost == found.lower_bound == key[0]
+        assert found.optimal and found.statistics["unique"] == 1
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_forced_conflicts_cannot_be_avoided(semantics: str) -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(40):
+        n = int(rng.integers(4, 9))
+        editable = np.ones(n, bool)
+        editable[[0, -1]] = False
+        graph = Nodes(n, editable)
+        forget, retain = (layered(rng, graph, 2.0, (0.4, 0.4, 0.2)) for _ in range(2))
+        found = assign([forget], [retain], semantics=semantics)
+        # No weights avoid a forced conflict. (Others may be unavoidable too, by more than propagation.)
+        for node in np.flatnonzero(found.forced):
+            weights = np.ones(n, np.int64)
+            weights[node] = 1000
+            assert assign([forget], [retain], semantics=semantics, weights=weights).cost >= 1000
+        assert found.n_forced + found.n_chosen == np.count_nonzero(found.role == Role.CONFLICT)
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_order_of_edges_and_circuits_does_not_matter(semantics: str) -> None:
+    rng = np.random.default_rng(11)
+    n = 400
+    editable = np.ones(n, bool)
+    editable[[0, -1]] = False
+    graph = Nodes(n, editable)
+    forget, retain = ([layered(rng, graph, 1.8, (0.45, 0.45, 0.1)) for _ in range(2)] for _ in range(2))
+    score = rng.random(n)
+    first = assign(forget, retain, semantics=semantics, retain_score=score, forget_score=score)
+    assert first.optimal and first.statistics["variables"] > 0
+
+    def shuffled(one: Edges) -> Edges:
+        order = rng.permutation(np.repeat(np.arange(len(one.src)), 2))  # an edge told twice is the same edge
+        return Edges(one.name, graph, one.src[order], one.dst[order], one.gate[order])
+
+    again = assign([shuffled(c) for c in forget[::-1]], [shuffled(c) for c in retain[::-1]], semantics=semantics,
+                   retain_score=score * 8, forget_score=score / 2)
+    for name in ("role", "retain_works", "forget_works", "forced"):
+        assert np.array_equal(getattr(first, name), getattr(again, name)), name
+
+
+def test_equals_another_maxsat_solver() -> None:
+    pytest.importorskip("pysat")
+    from pysat.examples.rc2 import RC2
+    from pysat.formula import WCNF
+
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        n = 600
+        editable = np.ones(n, bool)
+        editable[[0, -1]] = False
+        graph = Nodes(n, editable)
+        forget, retain = (layered(rng, graph, 1.6, (0.5, 0.45, 0.05)) for _ in range(2))
+        weights = rng.integers(1, 30, n)
+        formula = WCNF()  # r of node n is 2n + 1, f is 2n + 2
+        for node, gate, inputs in groups([retain]):
+            r = [2 * m + 1 for m in inputs]
+            for clause in [r] if gate == Gate.OR else [[m] for m in r]:
+                formula.append([-(2 * node + 1), *clause])
+        for node, gate, inputs in groups([forget]):
+            dead = [-(2 * m + 2) for m in inputs if m]
+            for clause in [dead] if gate == Gate.AND else [[m] for m in dead]:
+                if clause:
+                    formula.append([2 * node + 2, *clause])
+        formula.append([1])
+        formula.append([2])
+        formula.append([2 * n - 1])
+        formula.append([-2 * n])
+        for node in set(members([forget])) & set(members([retain])) - {0, n - 1}:
+            formula.append([-(2 * node + 1), 2 * node + 2], weight=int(weights[node]))
+        with RC2(formula) as solver:
+            solver.compute()
+            expected = solver.cost
+        found = assign([forget], [retain], weights=weights)
+        assert found.optimal and found.cost == expected
+
+
+def hitting_set(sets: int = 300, leaves: int = 120, seed: int = 0) -> tuple[Edges, Edges]:
+    """Forget must kill one of eight leaves in each of many sets, retain needs them all: NP-hard."""
+    rng = np.random.default_rng(seed)
+    n = 1 + leaves + sets + 1
+    editable = np.zeros(n, bool)
+    editable[1:1 + leaves] = True
+    graph = Nodes(n, editable)
+    kill = [(int(leaf), 1 + leaves + s, Gate.AND) for s in range(sets)
+            for leaf in 1 + rng.choice(leaves, 8, replace=False)]
+    kill += [(1 + leaves + s, n - 1, Gate.OR) for s in range(sets)]
+    keep = [(1 + leaf, n - 1, Gate.AND) for leaf in range(leaves)]
+    return circuit(graph, kill), circuit(graph, keep)
+
+
+def test_time_limit_returns_a_valid_assignment_and_a_bound() -> None:
+    forget, retain = hitting_set()
+    found = assign([forget], [retain], time_limit=0.3)
+    assert not found.optimal and found.statistics["unique"] == 0
+    assert 0 < found.lower_bound < found.cost <= 120
+    r = {n: bool(found.retain_works[n]) for n in members([retain])}
+    f = {n: bool(found.forget_works[n]) for n in members([forget])}
+    assert retain_ok(r, [retain], "support") and forget_ok(f, [forget], "support")
+    assert found.cost == np.count_nonzero(found.role == Role.CONFLICT)
+
+
+def test_interrupt_stops_the_solver_and_leaves_it_usable() -> None:
+    forget, retain = hitting_set()
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        assign([forget], [retain], time_limit=300)
+    timer.join()
+    small = hitting_set(sets=3, leaves=10)
+    assert assign([small[0]], [small[1]]).optimal
+
+
+def test_scores_are_scaled_and_rounded() -> None:
+    # Node 1 or node 2 must die; their scores differ by less than half a step of the largest, so the index decides.
+    graph = Nodes(5, np.array([0, 1, 1, 1, 0], bool))
+    forget = circuit(graph, [(1, 4, Gate.AND), (2, 4, Gate.AND)])
+    retain = circuit(graph, [(1, 4, Gate.ADDER), (2, 4, Gate.ADDER), (3, 4, Gate.ADDER)])
+    score = np.array([0, 0.5 + 0.3 / SCORE_STEPS, 0.5, 1, 0])
+    assert assign([forget], [retain], retain_score=score).role.tolist() == [0, Role.RETAIN, Role.CONFLICT, Role.RETAIN, 0]
+    score[2] += 2 / SCORE_STEPS
+    assert assign([forget], [retain], retain_score=score).role.tolist() == [0, Role.CONFLICT, Role.RETAIN, Role.RETAIN, 0]
+
+
+def test_save_and_load(tmp_path) -> None:
+    forget, retain = hitting_set(sets=3, leaves=10)
+    found = assign([forget], [retain])
+    found.save(tmp_path / "assignment.json")
+    again = Assignment.load(tmp_path / "assignment.json")
+    for name, value in vars(found).items():
+        assert np.array_equal(getattr(again, name), value), name
+        if isinstance(value, np.ndarray):
+            assert getattr(again, name).dtype == value.dtype
+    (tmp_path / "assignment.json").write_text("{}")
+    with pytest.raises(CircuitError, match="not an assignment file"):
+        Assignment.load(tmp_path / "assignment.json")
+    with pytest.raises(CircuitError, match="does not exist"):
+        Assignment.load(tmp_path / "none.json")
+
+
+def test_errors_name_the_circuit_and_the_remedy() -> None:
+    graph = Nodes(4, np.array([0, 1, 1, 0], bool))
+    good = circuit(graph, [(0, 1, Gate.AND), (1, 3, Gate.AND)])
+
+    def bad(edges: list[tuple[int, int, int]], text: str) -> None:
+        with pytest.raises(CircuitError, match=text):
+            assign([good], [circuit(graph, edges, name="facts")])  # type: ignore[arg-type]
+
+    bad([(1, 2, 0), (2, 1, 0), (1, 3, 0)], "circuit facts: edge node 2 -> node 1 closes a cycle")
+    bad([(1, 9, 0)], r"circuit facts: an edge names a node outside 0\.\.3")
+    bad([(-1, 3, 0)], "outside")
+    bad([(0, 1, 0), (1, 2, 0)], "circuit facts: nothing reaches the output")
+    bad([(1, 3, 7)], "gate 7")
+    empty = Edges("facts", graph, np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.uint8))
+    for text, arguments, options in [
+        ("no edges", ([good], [empty]), {}),
+        ("no retain circuit", ([good], []), {}),
+        ("another graph", ([good], [circuit(Nodes(5, np.ones(5, bool)), [(1, 4, Gate.AND)])]), {}),
+        ("weights must be finite and not negative", ([good], [good]), {"weights": np.array([0, -1, 0, 0])}),
+        ("weights must be integers", ([good], [good]), {"weights": np.array([0, 0.5, 0, 0])}),
+        (r"retain_score must hold one number per node: expected shape \(4,\)", ([good], [good]), {"retain_score": [1.0]}),
+        ("forget_score must be finite", ([good], [good]), {"forget_score": [0, np.nan, 0, 0]}),
+        ("semantics: expected 'support' or 'authors', got 'x'", ([good], [good]), {"semantics": "x"}),
+        ("time_limit", ([good], [good]), {"time_limit": -1.0}),
+    ]:
+        with pytest.raises(CircuitError, match=text):
+            assign(*arguments, **options)
+
+
+def test_native_core_checks_its_arguments() -> None:
+    edges = (np.array([1], np.int32), np.array([2], np.int32), np.array([0], np.uint8))
+    arguments = {"n_nodes": 3, "editable": np.ones(3, np.uint8), "forget": [edges], "retain": [edges],
+                 "weights": np.ones(3, np.int64), "risk": np.zeros(3, np.int64), "reach": np.zeros(3, np.int64),
+                 "semantics": "support", "time_limit": 0.0}
+    assert _core.assign(**arguments)["cost"] == 1
+    for error, text, change in [
+        (ValueError, "editable: expected length 3, got 2", {"editable": np.ones(2, np.uint8)}),
+        (TypeError, "weights: expected a contiguous 1-d array of int64", {"weights": np.ones(3)}),
+        (TypeError, r"forget\[0\].src: expected", {"forget": [([1], edges[1], edges[2])]}),
+        (ValueError, r"retain\[0\]: expected node ids in 0..2", {"retain": [(edges[0], edges[1] + 5, edges[2])]}),
+        (ValueError, r"retain\[0\]: expected src < dst", {"retain": [(edges[1], edges[0], edges[2])]}),
+        (ValueError, "risk: expected 0..", {"risk": np.full(3, -1)}),
+        (ValueError, "weights: expected 0..", {"weights": np.full(3, 2**62)}),
+        (ValueError, "n_nodes: expected at least 2", {"n_nodes": 0}),
+    ]:
+        with pytest.raises(error, match=text):
+            _core.assign(**{**arguments, **change})  # type: ignore[arg-type]
+    assert _core.cadical_version() == "3.0.0"

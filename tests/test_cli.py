@@ -1,0 +1,450 @@
+"""The command line: options come from the settings, errors are one sentence, and a failure changes nothing on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from clue.cli import _parser, _settings, main
+from clue.config import Settings
+from clue.plan import Plan, Slice
+from clue.run_directory import Run
+from clue.types import Role
+
+LOCALIZE = ["localize", "--model", "m", "--forget", "f", "--retain", "r", "-o", "run"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its contents."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """The one sentence with which a command refuses."""
+    assert main([str(a) for a in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[-1].startswith("clue: error: ")
+    assert "Traceback" not in captured.err
+    return lines[-1].removeprefix("clue: error: ")
+
+
+def clue(*argv: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a process of its own."""
+    return subprocess.run([sys.executable, "-m", "clue.cli", *map(str, argv)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment)
+
+
+# --- starting -------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_heavy_import() -> None:
+    probe = ("import sys; from clue.cli import main\n"
+             "try: main(['localize', '--help'])\n"
+             "except SystemExit: pass\n"
+             "print([m for m in ('torch', 'transformers', 'numpy', 'sklearn') if m in sys.modules])")
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["", "demo", "localize", "run", "unlearn", "evaluate", "report", "doctor", "plan",
+                                     "plan show", "plan verify"])
+def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert f"usage: clue {command}".strip() in capsys.readouterr().out
+
+
+def test_help_gives_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    defaults = Settings()
+    for group in (g for g in (getattr(defaults, f.name) for f in fields(defaults)) if is_dataclass(g)):
+        for f in fields(group):
+            value = getattr(group, f.name)
+            assert f"(default: {value if not isinstance(value, bool) else 'on' if value else 'off'})" in text
+            assert f.name.replace("_", "-") in text
+
+
+def test_the_module_is_the_command() -> None:
+    result = clue("--version")
+    assert (result.returncode, result.stdout.split()[0]) == (0, "clue")
+    result = clue("plan", "show", "nowhere")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("clue: error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def parsed(*argv: str, base: list[str] = LOCALIZE) -> Settings:
+    return _settings(_parser().parse_args([*base, *argv]))
+
+
+def test_without_options_the_settings_are_the_defaults() -> None:
+    assert parsed() == Settings()
+
+
+def values(default: object, choices: tuple[str, ...] | None) -> st.SearchStrategy[object]:
+    if choices:
+        return st.sampled_from(choices)
+    if isinstance(default, bool):
+        return st.booleans()
+    if isinstance(default, int):
+        return st.integers(1, 10**6)
+    return st.floats(0.001, 1.0)
+
+
+@given(st.data())
+def test_every_setting_survives_the_command_line_and_toml(
+        tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whatever the values, an option per field and a TOML file both give back the same settings."""
+    wanted: dict[str, object] = {}
+    options: list[str] = []
+    shared = {"batch_size"}
+    defaults = Settings()
+    for outer in fields(defaults):
+        group = getattr(defaults, outer.name)
+        for f in fields(group) if is_dataclass(group) else (outer,):
+            default = getattr(group, f.name) if is_dataclass(group) else group
+            value = data.draw(values(default, f.metadata.get("choices")))
+            name = f"{outer.name}_{f.name}" if f.name in shared else f.name
+            flag = "--" + name.replace("_", "-")
+            options += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+            if is_dataclass(group):
+                wanted.setdefault(outer.name, {})[f.name] = value  # type: ignore[attr-defined]
+            else:
+                wanted[f.name] = value
+    settings = Settings.from_dict(wanted)
+    assert settings.to_dict() == wanted
+    assert parsed(*options) == settings
+    file = tmp_path_factory.mktemp("toml") / "settings.toml"
+    file.write_text(settings.to_toml())
+    assert parsed("--config", str(file)) == settings
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("seed = 5\n[localize]\nedges = 1\nneurons = 0.5\n")
+    settings = parsed("--config", str(file), "--edges", "0.25")
+    assert (settings.seed, settings.localize.edges, settings.localize.neurons) == (5, 0.25, 0.5)
+
+
+def test_a_stage_takes_its_own_batch_size_without_prefix() -> None:
+    assert parsed("--batch-size", "3").localize.batch_size == 3
+    settings = parsed("--batch-size", "3", "--evaluate-batch-size", "4", base=["unlearn", "run"])
+    assert (settings.localize.batch_size, settings.unlearn.batch_size, settings.evaluate.batch_size) == (8, 3, 4)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[localize]\nedge = 0.1\n", "no setting localize.edge; did you mean edges?"),
+    ("[localise]\nedges = 0.1\n", "no setting localise; did you mean localize?"),
+    ("[localize]\nedges = 'many'\n", "localize.edges must be of type float, got 'many'"),
+    ("[localize]\nedges = true\n", "localize.edges must be of type float, got True"),
+    ("[localize]\nedges = 0.0\n", "edges = 0.0 must lie in (0, 1]"),
+    ("[localize]\nedges = nan\n", "edges = nan must lie in (0, 1]"),
+    ("[unlearn]\nlr = -1.0\n", "lr = -1.0 must be finite and not negative"),
+    ("[unlearn]\nobjective = 'forget'\n", "objective = 'forget' is not one of npo"),
+    ("seed = 1.5\n", "seed must be of type int, got 1.5"),
+    ("data = 3\n", "data must be a table"),
+    ("[localize\n", "not a TOML file"),
+])
+def test_a_wrong_settings_file_is_named(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    error = failure(capsys, *LOCALIZE[:-1], tmp_path / "run", "--config", file)
+    assert error.startswith(f"{file}: ")
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ([], "COMMAND"),
+    (["forget"], "invalid choice: 'forget'"),
+    (["localize", "--model", "m"], "--forget, --retain"),
+    ([*LOCALIZE, "--edges", "many"], "argument --edges: invalid float value: 'many'"),
+    ([*LOCALIZE, "--edges", "2"], "edges = 2.0 must lie in (0, 1]"),
+    ([*LOCALIZE, "--steps", "0"], "steps = 0 must be at least 1"),
+    ([*LOCALIZE, "--lr", "inf"], "lr = inf must be finite"),
+    ([*LOCALIZE, "--seed", "-1"], "seed = -1 must be finite and not negative"),
+    ([*LOCALIZE, "--objective", "x"], "argument --objective: invalid choice: 'x'"),
+    ([*LOCALIZE, "--edg", "0.1"], "unrecognized arguments: --edg"),
+    ([*LOCALIZE, "--threads", "0"], "--threads 0 must be at least 1"),
+    ([*LOCALIZE, "--config", "nowhere.toml"], "nowhere.toml: the settings file cannot be read"),
+    ([*LOCALIZE, "--retain", "r"], "there is a set named r already"),
+    ([*LOCALIZE, "--retain", "name="], "expected a file or NAME=FILE"),
+    (["demo", "--seed", "x"], "argument --seed"),
+    (["demo", "--json", "nowhere/out.json"], "there is no folder nowhere"),
+    (["demo", "--json", "."], "that is a folder"),
+    (["plan", "show", "run", "--nodes", "-1"], "argument --nodes: invalid count value: '-1'"),
+    (["unlearn", "nowhere"], "nowhere is not a run directory"),
+    (["evaluate", "nowhere"], "nowhere is not a run directory"),
+    (["report", "nowhere"], "nowhere is not a run directory"),
+    (["plan", "show", "nowhere"], "nowhere holds no plan"),
+])
+def test_a_wrong_command_line_is_one_sentence_and_leaves_nothing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str],
+        message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in failure(capsys, *argv)
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device cpu" in failure(capsys, *LOCALIZE[:-1], tmp_path / "run", "--device", "cuda")
+    assert snapshot(tmp_path) == {}
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """A run folder with a plan of two rows of ``up`` (one forget, one conflict), and the model before and after."""
+    nodes = ("embed", "a0.h0", "m0.n0", "m0.n1", "m1.n0", "logits")
+    role = np.array([Role.FREE, Role.RETAIN, Role.FORGET, Role.CONFLICT, Role.FREE, Role.RETAIN], np.uint8)
+    slices = (Slice("up", 0, Role.FORGET, np.array([0])), Slice("up", 0, Role.CONFLICT, np.array([2])))
+    Plan(nodes, role, slices, {"up": (4, 3)}).save(tmp_path / "run" / "plan")
+    weights = {"up": torch.zeros(4, 3), "head": torch.ones(2, 2)}
+    edited = {"up": weights["up"].clone(), "head": weights["head"]}
+    edited["up"][0, 1] = 1.0
+    for name, tensors in (("before", weights), ("after", edited)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    return tmp_path
+
+
+def test_plan_show_counts_layers_slices_and_weights(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(plan / "run"), "--json", "--nodes", "1"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["counts"] == {"forget": 1, "conflict": 1, "retain": 2, "free": 2}
+    assert facts["layers"] == {"embed": {"free": 1}, "0": {"retain": 1, "forget": 1, "conflict": 1}, "1": {"free": 1},
+                               "logits": {"retain": 1}}
+    assert facts["slices"] == {"up": {"axis": "rows", "of": 4, "forget": 1, "conflict": 1}}
+    assert facts["weights_changed"] == 6
+    assert facts["nodes"] == [{"node": "m0.n1", "role": "conflict"}]
+    assert main(["plan", "show", str(plan / "run"), "--nodes", "9"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("6 weights may change", "m0.n0  forget", "4 rows", "logits"):
+        assert expected in text
+
+
+def test_plan_verify_accepts_what_was_planned(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "verify", str(plan / "before"), str(plan / "after"), str(plan / "run")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("exact: 1 of 6 planned weights changed")
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "planned": 6, "changed": 1, "outside": {}}
+
+
+def test_plan_verify_finds_one_bit_outside_the_plan(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {"up": torch.zeros(4, 3), "head": torch.ones(2, 2)}
+    weights["up"][1, 2] = -0.0  # equal to 0.0 as a number, another bit pattern
+    save_file(weights, plan / "after" / "model.safetensors")
+    arguments = ["plan", "verify", str(plan / "before"), str(plan / "after"), str(plan / "run")]
+    assert main(arguments) == 1
+    assert "NOT exact: 1 weights outside the plan changed, in up (1)" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["outside"] == {"up": 1}
+
+
+def test_plan_verify_says_what_it_cannot_compare(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no model weights" in failure(capsys, "plan", "verify", plan / "nowhere", plan / "after", plan / "run")
+    (plan / "run" / "plan" / "plan.json").write_text("{")
+    assert "damaged" in failure(capsys, "plan", "verify", plan / "before", plan / "after", plan / "run")
+
+
+def test_a_reader_that_stops_early_is_no_error(plan: Path) -> None:
+    command = f"{sys.executable} -m clue.cli plan show {plan / 'run'} --nodes 9 | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a small world (``forget.jsonl``, ``retain.jsonl``, ...) and an untrained ``model`` that can read it."""
+    from transformers import LlamaForCausalLM
+
+    from clue.data.world import build_world, model_config, save_world
+
+    folder = tmp_path_factory.mktemp("world")
+    small = build_world(n_people=12, n_forget=2)
+    save_world(small, folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(model_config(small, "small")).save_pretrained(folder / "model")
+    small.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+QUICK = ("--limit", "4", "--steps", "3", "--unlearn-batch-size", "4", "--no-rouge", "--bootstrap", "0")
+
+
+@pytest.fixture(scope="module")
+def localized(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of that world with a plan."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["localize", "--model", str(world / "model"), "--forget", str(world / "forget.jsonl"),
+                 "--retain", f"people={world / 'retain.jsonl'}", "-o", str(run), *QUICK]) == 0
+    return run
+
+
+def inputs(world: Path, **changed: str | Path) -> list[str]:
+    given = {"model": world / "model", "forget": world / "forget.jsonl", "retain": world / "retain.jsonl"} | changed
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """unlearn, evaluate, report and verify on a localized run; only planned weights changed, and stages are kept."""
+    run = shutil.copytree(localized, tmp_path / "run")
+    assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "model")
+    assert Run.open(run).manifest["settings"]["unlearn"]["lr"] == 0.01
+    assert main(["plan", "verify", str(world / "model"), str(run / "model"), str(run)]) == 0
+    assert "exact: " in capsys.readouterr().out
+
+    assert main(["evaluate", str(run), "--test", str(world / "retain_unseen.jsonl")]) == 0
+    table = capsys.readouterr().out
+    assert "retain_unseen" in table
+    assert main(["evaluate", str(run)]) == 0
+    assert capsys.readouterr().out == table
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert "<html" in (run / "report.html").read_text()
+
+    before = snapshot(run)
+    assert "made with other unlearn settings: remove" in failure(capsys, "unlearn", run, "--lr", "0.02")
+    assert "made with other evaluate settings" in failure(capsys, "evaluate", run, "--min-k", "0.5")
+    assert "other tests (gold)" in failure(capsys, "evaluate", run, "--gold", world / "model")
+    assert "made with edges = 0.05" in failure(capsys, "evaluate", run, "--edges", "0.5")
+    assert snapshot(run) == before
+
+
+def test_run_is_the_same_job_in_one_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", *inputs(world), "-o", str(tmp_path / "run"), *QUICK]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "localize" not in captured.out
+    assert captured.out.rstrip().endswith("report.html")
+    first = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    # Killed after the plan: the same command goes on from there, to the same bits.
+    for stage in ("model", "evaluation"):
+        shutil.rmtree(tmp_path / "run" / stage)
+    plan = (tmp_path / "run" / "plan").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == first
+    assert (tmp_path / "run" / "plan").stat().st_mtime_ns == plan
+
+
+def test_a_stage_out_of_order_names_the_one_before(localized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(localized)
+    assert "has no model yet: make it with `clue unlearn`" in failure(capsys, "evaluate", localized)
+    assert "has no evaluation yet: make it with `clue evaluate`" in failure(capsys, "report", localized)
+    assert "seed = 0, which can no longer change" in failure(capsys, "unlearn", localized, "--seed", "1")
+    assert snapshot(localized) == before
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("forget", None, "forget.jsonl"),
+    ("forget", "", "forget.jsonl"),
+    ("forget", '{"question": "a", "answer": "b"}\n{"question": "a"\n', "forget.jsonl:2"),
+    ("forget", '{"question": "a", "answer": "b"}\n{"question": "a"}\n', "forget.jsonl:2"),
+    ("forget", '{"question": "a", "answer": ""}\n', "forget.jsonl:1"),
+    ("forget", '{"question": "a", "answer": 3}\n', "forget.jsonl:1"),
+    ("retain", '{"question": "a"}\n', "retain.jsonl:1"),
+    ("retain", "same", "forget"),
+    ("forget", '{"question": "' + "Where " * 500 + '", "answer": "b"}\n', "forget.jsonl:1"),
+])
+def test_bad_records_are_named_and_leave_nothing(
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | None, message: str) -> None:
+    file = tmp_path / f"{name}.jsonl"
+    if text is not None:
+        file.write_text((world / "forget.jsonl").read_text() if text == "same" else text)
+    before = snapshot(tmp_path)
+    assert message in failure(capsys, "localize", *inputs(world, **{name: file}), "-o", tmp_path / "a" / "run")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "no tokenizer", "nan", "truncated"])
+def test_bad_models_are_named_and_leave_nothing(
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    model = tmp_path / "model"
+    if damage == "empty":
+        model.mkdir()
+    elif damage != "missing":
+        shutil.copytree(world / "model", model)
+    if damage == "no tokenizer":
+        for file in model.glob("token*"):
+            file.unlink()
+    elif damage == "nan":
+        weights = load_file(model / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    elif damage == "truncated":
+        content = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(content[:len(content) // 2])
+    before = snapshot(tmp_path)
+    message = failure(capsys, "localize", *inputs(world, model=model), "-o", tmp_path / "run")
+    assert ("nan" in message.lower() and "up_proj" in message) if damage == "nan" else str(model) in message
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_not_written_to(
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    assert "other files (for example notes.txt)" in failure(capsys, "localize", *inputs(world), "-o", tmp_path)
+    assert "other files (for example notes.txt)" in failure(capsys, "demo", "--overwrite", "-o", tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_another_job_does_not_get_into_a_run(
+        world: Path, localized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(localized)
+    again = ["localize", *inputs(world, retain=f"people={world / 'retain.jsonl'}"), "-o", str(localized), *QUICK]
+    assert "localize.edges = 0.05 instead of 0.5" in failure(capsys, *again, "--edges", "0.5")
+    other = [a.replace("people=", "others=") for a in again]
+    assert "inputs.retain" in failure(capsys, *other)
+    assert "add --overwrite to replace a demo" in failure(capsys, "demo", "-o", localized)
+    assert "holds a run that is not a demo" in failure(capsys, "demo", "--overwrite", "-o", localized)
+    assert main(again) == 0
+    assert snapshot(localized) == before
+
+
+def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clue.cli", "localize", *inputs(world), "-o", str(run)], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    while not (run / "run.json").exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "clue: interrupted"
+    assert not run.exists() or not [p for p in run.iterdir() if p.name.startswith(".")]

@@ -1,0 +1,134 @@
+"""Plans: saved and reloaded whole, refused when damaged, and verified against two models bit by bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clue.errors import PlanError
+from clue.plan import Plan, Slice, verify
+from clue.types import Role
+
+SHAPES = {"up.weight": (6, 4), "down.weight": (4, 6), "up.bias": (6,)}
+
+
+def index(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def make_plan(**changes) -> Plan:
+    values = {
+        "nodes": ("embed", "m0.n0", "m0.n1", "logits"),
+        "role": np.array([Role.FREE, Role.FORGET, Role.CONFLICT, Role.RETAIN], dtype=np.uint8),
+        "slices": (Slice("up.weight", 0, Role.FORGET, index(0, 3)), Slice("up.weight", 0, Role.CONFLICT, index(1)),
+                   Slice("down.weight", 1, Role.FORGET, index(0, 5)), Slice("up.bias", 0, Role.CONFLICT, index(1))),
+        "shapes": SHAPES, "provenance": {"seed": 3},
+    }
+    return Plan(**{**values, **changes})
+
+
+def test_counts_and_weights():
+    plan = make_plan()
+    assert plan.counts() == {"forget": 1, "conflict": 1, "retain": 1, "free": 1}
+    assert plan.weights_changed == 2 * 4 + 1 * 4 + 2 * 4 + 1
+    assert plan.parameters() == ["up.weight", "down.weight", "up.bias"]
+    assert plan.mask("down.weight").sum(0).tolist() == [4, 0, 0, 0, 0, 4]
+
+
+def test_round_trip_is_byte_identical(tmp_path):
+    make_plan().save(tmp_path / "a")
+    again = Plan.load(tmp_path / "a")
+    again.save(tmp_path / "b")
+    for name in ("plan.json", "plan.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert again.nodes == make_plan().nodes
+    assert again.provenance == {"seed": 3}
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["plan.json", "plan.safetensors"]
+
+
+@pytest.mark.parametrize(("slices", "message"), [
+    ((Slice("up.weight", 0, Role.FORGET, index(0, 1)), Slice("up.weight", 0, Role.CONFLICT, index(1))),
+     "1 of its slices are forget and conflict at once"),  # golden: roles are disjoint
+    ((Slice("up.weight", 0, Role.FORGET, index(0, 6)),), "index 6 is outside"),
+    ((Slice("up.weight", 0, Role.FORGET, index(3, 0)),), "sorted"),
+    ((Slice("up.weight", 0, Role.RETAIN, index(3)),), "only forget and conflict"),
+    ((Slice("other.weight", 0, Role.FORGET, index(3)),), "does not say its shape"),
+    ((Slice("up.weight", 0, Role.FORGET, index(3)), Slice("up.weight", 1, Role.CONFLICT, index(3))), "one axis"),
+])
+def test_malformed_plans_are_refused(slices, message):
+    with pytest.raises(PlanError, match=message):
+        make_plan(slices=slices)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    with pytest.raises(PlanError, match="holds no plan"):
+        Plan.load(tmp_path)
+    make_plan().save(tmp_path)
+    document = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**document, "format": 99}))
+    with pytest.raises(PlanError, match="format 99"):
+        Plan.load(tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(PlanError, match="damaged"):
+        Plan.load(tmp_path)
+    make_plan().save(tmp_path)
+    (tmp_path / "plan.safetensors").write_bytes(b"1234")
+    with pytest.raises(PlanError, match="damaged"):
+        Plan.load(tmp_path)
+
+
+def test_a_plan_for_another_model_is_refused():
+    class Model(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(4, width)
+            self.down = torch.nn.Linear(width, 4, bias=False)
+
+    make_plan().check(Model(6))
+    with pytest.raises(PlanError, match=r"up\.weight of shape \(6, 4\), this model's is \(7, 4\)"):
+        make_plan().check(Model(7))
+    with pytest.raises(PlanError, match="does not have"):
+        make_plan().check(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_verify_sees_every_bit(tmp_path, dtype):
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()} | {"norm.weight": torch.ones(4)}
+    plan = make_plan()
+    for name in ("before", "after", "wrong"):
+        (tmp_path / name).mkdir()
+    save_file(weights, tmp_path / "before" / "model.safetensors")
+    moved = {name: tensor.clone() for name, tensor in weights.items()}
+    for s in plan.slices:
+        moved[s.parameter][(slice(None),) * s.axis + (torch.from_numpy(s.index),)] += 1
+    save_file(moved, tmp_path / "after" / "model.safetensors")
+    found = verify(tmp_path / "before", tmp_path / "after", plan)
+    assert found.ok
+    assert found.changed == found.planned == plan.weights_changed
+    assert str(found) == "exact: 21 of 21 planned weights changed, and not a bit of any other"
+
+    bits = moved["up.weight"].view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    bits[5, 2] ^= 1  # the last bit of one weight that no plan names
+    moved["norm.weight"][0] = -0.0  # equal to zero as a number, not as bits
+    weights["norm.weight"][0] = 0.0
+    save_file(weights, tmp_path / "before" / "model.safetensors")
+    save_file(moved, tmp_path / "wrong" / "model.safetensors")
+    found = verify(tmp_path / "before", tmp_path / "wrong", plan)
+    assert not found.ok
+    assert found.outside == (("norm.weight", 1), ("up.weight", 1))
+    assert "NOT exact: 2 weights outside the plan changed" in str(found)
+
+
+def test_verify_refuses_two_different_models(tmp_path):
+    for name, extra in (("a", {}), ("b", {"more.weight": torch.ones(2)})):
+        (tmp_path / name).mkdir()
+        save_file({n: torch.ones(s) for n, s in SHAPES.items()} | extra, tmp_path / name / "model.safetensors")
+    with pytest.raises(PlanError, match="more.weight"):
+        verify(tmp_path / "a", tmp_path / "b", make_plan())
+    with pytest.raises(PlanError, match="holds no model weights"):
+        verify(tmp_path, tmp_path / "b", make_plan())

@@ -1,0 +1,63 @@
+"""PlanCallback: a foreign training loop with any optimizer moves planned weights and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clue.errors import PlanError
+from clue.types import Role
+from clue.unlearn import MaskedAdamW, PlanCallback
+
+
+def dataset() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 40, (8, 6), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def test_any_optimizer_in_a_hand_written_loop(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    callback = PlanCallback(plan)
+    # Decay and momentum move a weight even where its gradient is zero; the optimizer holds every parameter.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    before = bits(model)
+    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    for row in dataset()[:4]:
+        model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.backward()
+        optimizer.step()
+        callback.on_optimizer_step(None, None, None)
+        optimizer.zero_grad()
+    moved(before, bits(model), plan)
+    callback.on_train_end(None, None, None)
+    assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("roles", [(Role.FORGET, Role.CONFLICT), (Role.FORGET,)])
+def test_real_trainer(masked: bool, roles: tuple[Role, ...], tmp_path: Path, make_model: Any, mixed_plan: Any,
+                      bits: Any, moved: Any) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = make_model()
+    plan = mixed_plan(model)
+    before = bits(model)
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=4,
+                                  gradient_accumulation_steps=2, learning_rate=1e-2, weight_decay=0.1, use_cpu=True,
+                                  report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no")
+    optimizers = (MaskedAdamW(model, plan, lr=1e-2, weight_decay=0.1, roles=roles), None) if masked else (None, None)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset(), optimizers=optimizers,
+                      callbacks=[PlanCallback(plan, roles)])
+    trainer.train()
+    moved(before, bits(model), plan, roles)
+
+
+def test_a_plan_for_another_model_is_refused(make_model: Any, mixed_plan: Any) -> None:
+    plan = mixed_plan(make_model())
+    with pytest.raises(PlanError, match="made for another model"):
+        PlanCallback(plan).on_train_begin(None, None, None, model=make_model(intermediate_size=64))

@@ -1,0 +1,206 @@
+"""The loop: only planned weights, each by its role, with fresh moments per stage and one clip per step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clue.config import UnlearnSettings
+from clue.data.records import Record, RecordSet
+from clue.errors import ClueError, ModelError, PlanError, RecordError
+from clue.types import Role
+from clue.unlearn import UnlearnLog, unlearn
+
+PLAIN = UnlearnSettings(objective="graddiff", stages="joint", lr=1e-2, steps=4, batch_size=2, metric=False, warmup=0,
+                        stop_probability=0.0, weight_decay=0.1, forget_share=0.5, clip=1.0)
+
+
+def single(name: str, prompt: str, answer: str) -> RecordSet:
+    return RecordSet(name, (Record(prompt, answer, source=f"{name}:1"),))
+
+
+@pytest.mark.parametrize("objective", ["npo", "graddiff", "ga"])
+@pytest.mark.parametrize("stages", ["two", "joint"])
+@pytest.mark.parametrize("metric", [True, False])
+def test_only_planned_weights_change(objective: str, stages: str, metric: bool, make_model: Any, mixed_plan: Any,
+                                     tokenizer: Any, sets: Any, bits: Any, moved: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    before = bits(model)
+    log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"], "skill": sets["skill"]}, plan,
+                  replace(PLAIN, objective=objective, stages=stages, metric=metric))
+    assert log.steps == 4 and not log.stopped_early
+    moved(before, bits(model), plan)
+
+
+def test_stages_move_disjoint_weights(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any, bits: Any,
+                                      moved: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    readings, stages = [bits(model)], []
+
+    def on_step(entry: dict[str, Any]) -> None:
+        readings.append(bits(model))
+        stages.append(entry["stage"])
+
+    log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, stages="two"),
+                  on_step=on_step)
+    assert stages == log.stage.tolist() == [1, 1, 2, 2]
+    moved(readings[0], readings[2], plan, (Role.FORGET,))
+    moved(readings[2], readings[4], plan, (Role.CONFLICT,))
+    for name in plan.parameters():
+        assert not np.any(plan.mask(name, (Role.FORGET,)) & plan.mask(name, (Role.CONFLICT,)))
+
+
+def test_forget_weights_never_see_the_retain_set(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    after = []
+    for retain in ("retain", "skill"):
+        model = make_model()
+        settings = replace(PLAIN, steps=1, clip=0.0)
+        unlearn(model, tokenizer, sets["forget"], {"r": sets[retain]}, mixed_plan(model), settings)
+        after.append(dict(model.named_parameters()))
+    plan = mixed_plan(make_model())
+    for name in plan.parameters():
+        forget, conflict = (torch.from_numpy(plan.mask(name, (role,))) for role in (Role.FORGET, Role.CONFLICT))
+        assert torch.equal(after[0][name][forget], after[1][name][forget])
+        assert not conflict.any() or not torch.equal(after[0][name][conflict], after[1][name][conflict])
+
+
+def test_joint_steps_match_a_plain_torch_loop(make_model: Any, make_plan: Any, tokenizer: Any) -> None:
+    # One record per set makes the order irrelevant; the reference knows nothing of CLUE: its own shift, clip and AdamW.
+    model = make_model()
+    reference = copy.deepcopy(model)
+    names = [n for n, p in model.named_parameters() if "proj" in n]
+    plan = make_plan(model, {n: (0, {Role.CONFLICT: None}) for n in names})
+    forget, retain = single("f", "where does ada live", "paris"), single("r", "what does dan eat", "nuts and figs")
+    settings = replace(PLAIN, steps=6, warmup=2, retain_weight=0.7, clip=0.5)
+    log = unlearn(model, tokenizer, forget, {"r": retain}, plan, settings)
+
+    def ids(records: RecordSet) -> tuple[torch.Tensor, int]:
+        record = records.records[0]
+        prompt = tokenizer(record.prompt)["input_ids"]
+        return torch.tensor([prompt + tokenizer(record.answer)["input_ids"] + [tokenizer.eos_token_id]]), len(prompt)
+
+    def loss(records: RecordSet) -> torch.Tensor:
+        tokens, start = ids(records)
+        logits = reference(tokens).logits
+        return torch.nn.functional.cross_entropy(logits[0, start - 1:-1], tokens[0, start:])
+
+    reference.eval()
+    moving = [p for n, p in reference.named_parameters() if n in names]
+    optimizer = torch.optim.AdamW(moving, lr=1.0, weight_decay=0.1)
+    for step in range(6):
+        done = (step - 2) / 4
+        rate = (step + 1) / 2 if step < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+        optimizer.param_groups[0]["lr"] = settings.lr * rate
+        optimizer.zero_grad()
+        wanted = loss(retain)
+        total = -loss(forget) + 0.7 * wanted
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(moving, 0.5)
+        optimizer.step()
+        assert log.lr[step] == pytest.approx(settings.lr * rate)
+        assert log.retain_loss[step] == pytest.approx(wanted.item(), rel=1e-3)
+        assert log.grad_norm[step] == pytest.approx(norm.item(), rel=1e-3)
+        assert log.grad_norm[step] > settings.clip  # so that the clip was at work
+    for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_each_stage_starts_with_fresh_moments(make_model: Any, mixed_plan: Any, make_plan: Any, tokenizer: Any,
+                                              bits: Any) -> None:
+    # Two stages in one run are the same bits as two runs, each of which must make its own optimizer and schedule.
+    forget, retain = single("f", "where does ada live", "paris"), {"r": single("r", "what does cat eat", "rice")}
+    together, apart = make_model(), make_model()
+    plan = mixed_plan(together)
+    unlearn(together, tokenizer, forget, retain, plan, replace(PLAIN, stages="two", steps=6))
+    for role in (Role.FORGET, Role.CONFLICT):
+        only = replace(plan, slices=tuple(plan.of_role(role)))
+        unlearn(apart, tokenizer, forget, retain, only, replace(PLAIN, stages="two", steps=3))
+    assert all(np.array_equal(now, bits(apart)[name]) for name, now in bits(together).items())
+
+
+def test_same_seed_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any, bits: Any) -> None:
+    def run(seed: int) -> tuple[dict[str, np.ndarray], UnlearnLog]:
+        # Dropout would draw from the global generator: unlearning must not use it.
+        model = make_model(attention_dropout=0.5).train()
+        log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"], "skill": sets["skill"]},
+                      mixed_plan(model), UnlearnSettings(steps=6, batch_size=2, stop_probability=0.0), seed=seed)
+        assert model.training
+        return bits(model), log
+
+    (first, log), (second, again), (other, _) = run(1), run(1), run(2)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert np.array_equal(log.forget_loss, again.forget_loss) and np.array_equal(log.retain_loss, again.retain_loss)
+    assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_stops_once_forgotten(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any) -> None:
+    model = make_model()
+    plan = make_plan(model, {n: (0, {Role.CONFLICT: None}) for n, _ in model.named_parameters() if "proj" in n})
+    settings = replace(PLAIN, steps=100, batch_size=8, check_every=3, stop_probability=1e-3, objective="ga")
+    log = unlearn(model, tokenizer, sets["forget"], {}, plan, settings)
+    assert log.stopped_early and log.steps < 100 and log.steps % 3 == 0
+    assert log.final_probability <= 1e-3 < log.forget_probability[0]
+    assert np.all(np.isnan(log.retain_loss))  # gradient ascent alone runs no retain batch
+
+
+def test_roles_without_weights(make_model: Any, make_plan: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                               bits: Any, moved: Any) -> None:
+    for stages in ("two", "joint"):
+        for role, number in ((Role.FORGET, 1), (Role.CONFLICT, 2)):
+            model = make_model()
+            plan = mixed_plan(model)
+            plan = replace(plan, slices=tuple(plan.of_role(role)))
+            before = bits(model)
+            retain = {} if role == Role.FORGET else {"retain": sets["retain"]}  # forget weights need no retain set
+            log = unlearn(model, tokenizer, sets["forget"], retain, plan, replace(PLAIN, stages=stages))
+            assert log.stage.tolist() == [number if stages == "two" else 0] * 4
+            moved(before, bits(model), plan, (role,))
+    model = make_model()
+    with pytest.raises(PlanError, match="names no weight"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, make_plan(model, {}))
+
+
+def test_refusals(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    with pytest.raises(RecordError, match="give at least one"):
+        unlearn(model, tokenizer, sets["forget"], {}, plan)
+    with pytest.raises(RecordError, match="the set nothing holds no records"):
+        unlearn(model, tokenizer, RecordSet("nothing", ()), {"retain": sets["retain"]}, plan)
+    with pytest.raises(ClueError, match="steps = 0"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, steps=0))
+
+
+def test_divergence_is_an_error_and_leaves_the_flags(make_model: Any, make_plan: Any, tokenizer: Any,
+                                                     sets: Any) -> None:
+    model = make_model().train()
+    plan = make_plan(model, {"model.layers.0.mlp.down_proj.weight": (1, {Role.CONFLICT: None})})
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(ModelError, match="diverged at step 1"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, PLAIN)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_log_survives_saving(tmp_path: Path) -> None:
+    log = UnlearnLog(np.array([1, 2], dtype=np.uint8), np.array([0.5, 0.25]), np.array([math.nan, 0.1]),
+                     np.array([0.9, 0.8]), np.array([2.0, 1.0]), np.array([1e-3, 1e-4]), True, 0.125)
+    log.save(tmp_path / "log.json")
+    back = UnlearnLog.load(tmp_path / "log.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["log.json"]
+    for name in ("stage", "forget_loss", "retain_loss", "forget_probability", "grad_norm", "lr"):
+        assert np.array_equal(getattr(log, name), getattr(back, name), equal_nan=name == "retain_loss")
+        assert getattr(log, name).dtype == getattr(back, name).dtype
+    assert (back.steps, back.stopped_early, back.final_probability) == (2, True, 0.125)
+    (tmp_path / "log.json").write_text("{}")
+    with pytest.raises(ClueError, match="not a readable unlearning log"):
+        UnlearnLog.load(tmp_path / "log.json")

@@ -1,0 +1,150 @@
+"""MaskedAdamW: torch's AdamW on the planned slices, nothing outside them, and a state that survives saving."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clue.errors import ClueError, PlanError
+from clue.types import Role
+from clue.unlearn import MaskedAdamW
+
+LR, BETAS, EPS, DECAY = 3e-2, (0.8, 0.95), 1e-6, 0.1
+
+
+def gradients(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.grad = grad.to(parameter.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_parity_with_torch_on_the_same_slices(dtype: torch.dtype, make_model: Any, mixed_plan: Any, bits: Any,
+                                              moved: Any) -> None:
+    model = make_model(dtype=dtype)
+    plan = mixed_plan(model)
+    optimizer = MaskedAdamW(model, plan, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    planned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert list(planned) == sorted(plan.parameters(), key=list(dict(model.named_parameters())).index)
+    # bf16 weights are a rounding of a float32 master, so the reference is AdamW in float32.
+    work = torch.float32 if dtype == torch.bfloat16 else dtype
+    twins = {name: p.detach().to(work).clone().requires_grad_(True) for name, p in planned.items()}
+    reference = torch.optim.AdamW(twins.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    before = bits(model)
+    for step in range(5):
+        gradients(model, step)
+        for name, twin in twins.items():
+            assert planned[name].grad is not None
+            twin.grad = 0.25 * planned[name].grad.to(work)
+        for group in (*optimizer.param_groups, *reference.param_groups):
+            group["lr"] = LR * (1 - 0.1 * step)  # as a scheduler would
+        optimizer.step(grad_scale=0.25)
+        reference.step()
+    moved(before, bits(model), plan)
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
+    for name, parameter in planned.items():
+        mask = torch.from_numpy(plan.mask(name))
+        expected = twins[name].detach()
+        if dtype == torch.bfloat16:
+            _, axis, index = optimizer._planned[parameter]
+            master = optimizer.state[parameter]["master"]
+            master = master.T if axis == 1 else master
+            torch.testing.assert_close(master, expected.index_select(axis, index), rtol=tolerance, atol=tolerance)
+            assert torch.equal(parameter.detach().index_select(axis, index), master.bfloat16())
+        else:
+            torch.testing.assert_close(parameter.detach()[mask], expected[mask], rtol=tolerance, atol=tolerance)
+
+
+def test_state_is_kept_for_planned_slices_only(make_model: Any, mixed_plan: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    optimizer = MaskedAdamW(model, plan)
+    gradients(model, 0)
+    optimizer.step()
+    moments = sum(state[key].numel() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    assert moments == 2 * plan.weights_changed
+
+
+def test_one_role_moves_alone(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    for role in (Role.FORGET, Role.CONFLICT):
+        model = make_model()
+        plan = mixed_plan(model)
+        optimizer = MaskedAdamW(model, plan, weight_decay=DECAY, roles=(role,))
+        before = bits(model)
+        for step in range(2):
+            gradients(model, step)
+            optimizer.step()
+        moved(before, bits(model), plan, (role,))
+
+
+def test_parameters_without_gradient_stay(make_model: Any, mixed_plan: Any, bits: Any) -> None:
+    model = make_model()
+    optimizer = MaskedAdamW(model, mixed_plan(model), weight_decay=DECAY)
+    before = bits(model)
+    optimizer.step()
+    assert all(np.array_equal(before[name], now) for name, now in bits(model).items())
+    assert optimizer.grad_norm() == 0.0
+
+
+def test_gradient_norm_counts_planned_weights_only(make_model: Any, mixed_plan: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    optimizer = MaskedAdamW(model, plan)
+    gradients(model, 0)
+    parts = [p.grad.numpy()[plan.mask(name)] for name, p in model.named_parameters() if p.requires_grad]
+    expected = np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in parts))
+    assert optimizer.grad_norm() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_state_continues_bit_by_bit(dtype: torch.dtype, make_model: Any, mixed_plan: Any, bits: Any) -> None:
+    model = make_model(dtype=dtype)
+    plan = mixed_plan(model)
+    first = MaskedAdamW(model, plan, lr=1e-3, weight_decay=DECAY)
+    for step in range(3):
+        gradients(model, step)
+        first.step()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model)
+    second = MaskedAdamW(other, plan, lr=7.0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(3, 6):
+        for m, optimizer in ((model, first), (other, second)):
+            gradients(m, step)
+            optimizer.step()
+    assert all(np.array_equal(now, bits(other)[name]) for name, now in bits(model).items())
+
+
+def test_state_of_another_plan_is_refused(make_model: Any, make_plan: Any) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    model = make_model()
+    first = MaskedAdamW(model, make_plan(model, {name: (0, {Role.FORGET: [1, 2]})}))
+    gradients(model, 0)
+    first.step()
+    second = MaskedAdamW(model, make_plan(model, {name: (0, {Role.FORGET: [1, 3]})}))
+    with pytest.raises(PlanError, match=f"{name} belongs to other slices"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_refusals(make_model: Any, make_plan: Any) -> None:
+    tied = make_model(tie_word_embeddings=True)
+    plan = make_plan(tied, {"model.embed_tokens.weight": (0, {Role.FORGET: [3]})})
+    with pytest.raises(PlanError, match="model.embed_tokens.weight, which is tied to lm_head.weight"):
+        MaskedAdamW(tied, plan)
+    model = make_model()
+    plan = make_plan(model, {"model.layers.0.mlp.up_proj.weight": (0, {Role.FORGET: [1, 2]})})
+    with pytest.raises(PlanError, match="names no conflict weight"):
+        MaskedAdamW(model, plan, roles=(Role.CONFLICT,))
+    with pytest.raises(PlanError, match="made for another model"):
+        MaskedAdamW(make_model(intermediate_size=64), plan)
+    with pytest.raises(ClueError, match="lr = -1"):
+        MaskedAdamW(model, plan, lr=-1)

@@ -1,0 +1,126 @@
+"""RetainMetric against a dense Kronecker solve written out in NumPy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clue.data.encoding import Batch
+from clue.errors import PlanError
+from clue.types import Role
+from clue.unlearn import RetainMetric
+
+DAMPING = 0.3
+
+
+class TwoLayers(nn.Module):
+    """logits = W2 tanh(W1 e + b): small enough to differentiate by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(9, 4)
+        self.first = nn.Linear(4, 5)
+        self.second = nn.Linear(5, 9, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.second(torch.tanh(self.first(self.embed(input_ids)))))
+
+
+def two_batches() -> list[Batch]:
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+    labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, 8, -100, -100]])
+    first = Batch(input_ids=ids, attention_mask=torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]), labels=labels)
+    last = Batch(input_ids=ids[:1, :3], attention_mask=torch.ones(1, 3, dtype=torch.int64), labels=labels[:1, :3])
+    return [first, last]
+
+
+def tokens_by_hand(model: TwoLayers) -> dict[str, np.ndarray]:
+    """Inputs and output gradients of both layers, [unpadded tokens, channels], by the chain rule."""
+    found: dict[str, list[np.ndarray]] = {"x": [], "dy": [], "h": [], "dz": []}
+    e, w1, b, w2 = (p.detach().double().numpy() for p in
+                    (model.embed.weight, model.first.weight, model.first.bias, model.second.weight))
+    for batch in two_batches():
+        for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+            for t in range(int(mask.sum())):
+                x = e[ids[t]]
+                h = np.tanh(w1 @ x + b)
+                z = w2 @ h
+                dz = np.zeros(9)
+                if t + 1 < len(ids) and labels[t + 1] != -100:
+                    dz = np.exp(z) / np.exp(z).sum()
+                    dz[labels[t + 1]] -= 1
+                for key, value in (("x", x), ("h", h), ("dz", dz), ("dy", (w2.T @ dz) * (1 - h**2))):
+                    found[key].append(value)
+    return {key: np.stack(values) for key, values in found.items()}
+
+
+def dense(x: np.ndarray, dy: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Solve (A (x) G) step = g with the whole Kronecker product as one matrix (column-major vec)."""
+    a, c = x.T @ x / len(x), dy.T @ dy / len(dy)
+    left = c / np.diag(c).mean() / DAMPING + np.eye(len(c))
+    right = a / np.diag(a).mean() / DAMPING + np.eye(len(a))
+    return np.linalg.solve(np.kron(right.T, left), g.flatten(order="F")).reshape(g.shape, order="F")
+
+
+def test_rows_columns_and_bias_match_the_dense_solve(make_plan: Any) -> None:
+    model = TwoLayers().train()
+    rows, columns = [0, 2, 3], [1, 4]
+    plan = make_plan(model, {"first.weight": (0, {Role.CONFLICT: rows, Role.FORGET: [4]}),
+                             "first.bias": (0, {Role.CONFLICT: rows}),
+                             "second.weight": (1, {Role.CONFLICT: columns})})
+    metric = RetainMetric.measure(model, plan, two_batches(), damping=DAMPING)
+    hand = tokens_by_hand(model)
+    generator = np.random.default_rng(0)
+    ones = np.ones((len(hand["x"]), 1))
+    for name, x, dy in (("first.weight", hand["x"], hand["dy"][:, rows]), ("first.bias", ones, hand["dy"][:, rows]),
+                        ("second.weight", hand["h"][:, columns], hand["dz"])):
+        g = generator.normal(size=(dy.shape[1], x.shape[1]))
+        shape = (3,) if name == "first.bias" else g.shape
+        step = metric.precondition(name, torch.from_numpy(g.reshape(shape)).float())
+        assert step.shape == shape and step.dtype == torch.float32
+        np.testing.assert_allclose(step.numpy().reshape(g.shape), dense(x, dy, g), rtol=2e-5, atol=1e-6)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_shared_inputs_give_what_each_layer_alone_would(make_model: Any, make_plan: Any) -> None:
+    # q, k and v read one tensor, and so do gate and up: the factor is accumulated once and must not mix layers.
+    model = make_model()
+    names = [f"model.layers.{layer}.{part}.weight" for layer in (0, 1)
+             for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")]
+    generator = torch.Generator().manual_seed(0)
+    batches = [Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+               for ids in (torch.randint(0, 40, (2, 9), generator=generator) for _ in range(2))]
+    together = make_plan(model, {name: (0, {Role.CONFLICT: [0, 3, 5]}) for name in names})
+    metric = RetainMetric.measure(model, together, batches, damping=DAMPING)
+    g = torch.randn(3, 32, generator=generator)
+    for name in names:
+        alone = make_plan(model, {name: (0, {Role.CONFLICT: [0, 3, 5]})})
+        expected = RetainMetric.measure(model, alone, batches, damping=DAMPING).precondition(name, g)
+        torch.testing.assert_close(metric.precondition(name, g), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_directions_retention_never_uses_are_kept(make_plan: Any) -> None:
+    model = TwoLayers()
+    with torch.no_grad():
+        model.embed.weight[:, 2:] = 0.0  # retention uses inputs 0 and 1 only
+    plan = make_plan(model, {"first.weight": (0, {Role.CONFLICT: [1]})})
+    metric = RetainMetric.measure(model, plan, two_batches(), damping=1e-3)
+    step = metric.precondition("first.weight", torch.ones(1, 4))[0]
+    assert step[:2].abs().max() < 0.01 * step[2:].abs().min()
+    assert step[2] == pytest.approx(step[3])
+
+
+def test_only_linear_layers_can_be_measured(make_plan: Any) -> None:
+    model = TwoLayers()
+    plan = make_plan(model, {"embed.weight": (0, {Role.CONFLICT: [1]})})
+    with pytest.raises(PlanError, match=r"embed\.weight does not belong to a linear layer"):
+        RetainMetric.measure(model, plan, two_batches(), damping=DAMPING)
