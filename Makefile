@@ -14,6 +14,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-com
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# A compiler newer than ours may warn of more: here that is no error. CUDA kernels are built where there is a GPU to run
+# them (make CUDA=ON or OFF to insist).
+CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
+BUILD := --no-build-isolation --config-settings=cmake.define.CLUE_WERROR=OFF \
+  --config-settings=cmake.define.CLUE_CUDA=$(CUDA)
 NATIVE := CMakeLists.txt $(shell find cmake csrc -type f)
 
 .PHONY: help demo setup test lint bench clean
@@ -53,9 +58,9 @@ $(VENV)/.tools: constraints.txt
 	@touch $@
 
 $(VENV)/.clue: $(VENV)/.tools pyproject.toml $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) $(BUILD) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.clue
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) $(BUILD) -e '.[dev]'
 	@touch $@

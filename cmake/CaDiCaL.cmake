@@ -134,7 +134,7 @@ if(NOT _found STREQUAL "${_version}")
   message(FATAL_ERROR "${_root} holds CaDiCaL ${_found}; version ${_version} is needed.")
 endif()
 
-file(GLOB _sources CONFIGURE_DEPENDS "${_root}/src/*.cpp")
+file(GLOB _sources "${_root}/src/*.cpp")
 list(FILTER _sources EXCLUDE REGEX "/(cadical|mobical|ipasir|ccadical)\\.cpp$")
 # Without kitten.c everything links and only the import of the module fails.
 add_library(cadical STATIC ${_sources} "${_root}/src/kitten.c")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -114,6 +114,7 @@ def values(default: object, choices: tuple[str, ...] | None) -> st.SearchStrateg
     return st.floats(0.001, 1.0)
 
 
+@settings(max_examples=25)
 @given(st.data())
 def test_every_setting_survives_the_command_line_and_toml(
         tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -134,25 +135,25 @@ def test_every_setting_survives_the_command_line_and_toml(
                 wanted.setdefault(outer.name, {})[f.name] = value  # type: ignore[attr-defined]
             else:
                 wanted[f.name] = value
-    settings = Settings.from_dict(wanted)
-    assert settings.to_dict() == wanted
-    assert parsed(*options) == settings
+    given_settings = Settings.from_dict(wanted)
+    assert given_settings.to_dict() == wanted
+    assert parsed(*options) == given_settings
     file = tmp_path_factory.mktemp("toml") / "settings.toml"
-    file.write_text(settings.to_toml())
-    assert parsed("--config", str(file)) == settings
+    file.write_text(given_settings.to_toml())
+    assert parsed("--config", str(file)) == given_settings
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("seed = 5\n[localize]\nedges = 1\nneurons = 0.5\n")
-    settings = parsed("--config", str(file), "--edges", "0.25")
-    assert (settings.seed, settings.localize.edges, settings.localize.neurons) == (5, 0.25, 0.5)
+    both = parsed("--config", str(file), "--edges", "0.25")
+    assert (both.seed, both.localize.edges, both.localize.neurons) == (5, 0.25, 0.5)
 
 
 def test_a_stage_takes_its_own_batch_size_without_prefix() -> None:
     assert parsed("--batch-size", "3").localize.batch_size == 3
-    settings = parsed("--batch-size", "3", "--evaluate-batch-size", "4", base=["unlearn", "run"])
-    assert (settings.localize.batch_size, settings.unlearn.batch_size, settings.evaluate.batch_size) == (8, 3, 4)
+    own = parsed("--batch-size", "3", "--evaluate-batch-size", "4", base=["unlearn", "run"])
+    assert (own.localize.batch_size, own.unlearn.batch_size, own.evaluate.batch_size) == (8, 3, 4)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -287,7 +288,7 @@ def test_a_reader_that_stops_early_is_no_error(plan: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a small world (``forget.jsonl``, ``retain.jsonl``, ...) and an untrained ``model`` that can read it."""
+    """The files of a small world (``forget.jsonl``, ``retain.jsonl``, ...) and an untrained ``model`` of it."""
     from transformers import LlamaForCausalLM
 
     from clue.data.world import build_world, model_config, save_world
@@ -329,7 +330,10 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
 
     assert main(["evaluate", str(run), "--test", str(world / "retain_unseen.jsonl")]) == 0
     table = capsys.readouterr().out
-    assert "retain_unseen" in table
+    assert "before" in table
+    assert "after" in table
+    evaluation = json.loads((run / "evaluation" / "after.json").read_text())
+    assert "retain_unseen" in str(evaluation)
     assert main(["evaluate", str(run)]) == 0
     assert capsys.readouterr().out == table
     assert main(["report", str(run)]) == 0
@@ -380,7 +384,8 @@ def test_a_stage_out_of_order_names_the_one_before(localized: Path, capsys: pyte
     ("forget", '{"question": "' + "Where " * 500 + '", "answer": "b"}\n', "forget.jsonl:1"),
 ])
 def test_bad_records_are_named_and_leave_nothing(
-        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | None, message: str) -> None:
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | None,
+        message: str) -> None:
     file = tmp_path / f"{name}.jsonl"
     if text is not None:
         file.write_text((world / "forget.jsonl").read_text() if text == "same" else text)
@@ -429,7 +434,7 @@ def test_another_job_does_not_get_into_a_run(
     assert "localize.edges = 0.05 instead of 0.5" in failure(capsys, *again, "--edges", "0.5")
     other = [a.replace("people=", "others=") for a in again]
     assert "inputs.retain" in failure(capsys, *other)
-    assert "add --overwrite to replace a demo" in failure(capsys, "demo", "-o", localized)
+    assert "holds a run that is not a demo" in failure(capsys, "demo", "-o", localized)
     assert "holds a run that is not a demo" in failure(capsys, "demo", "--overwrite", "-o", localized)
     assert main(again) == 0
     assert snapshot(localized) == before
@@ -438,8 +443,8 @@ def test_another_job_does_not_get_into_a_run(
 def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "clue.cli", "localize", *inputs(world), "-o", str(run)], stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+        [sys.executable, "-m", "clue.cli", "localize", *inputs(world), "-o", str(run)],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     while not (run / "run.json").exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.01)

@@ -14,7 +14,7 @@ import pytest
 
 from clue.config import Settings
 from clue.errors import RunError
-from clue.run_directory import MANIFEST, Run, replaced_demo, write_json
+from clue.run_directory import MANIFEST, Run, demo_folder, write_json
 
 SETTINGS = Settings(seed=3).to_dict()
 
@@ -186,22 +186,36 @@ def test_a_demo_is_replaced_only_by_a_finished_one(tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     Run.create(demo, SETTINGS, kind="demo")
     before = snapshot(tmp_path)
-    with pytest.raises(KeyboardInterrupt), replaced_demo(demo):
+    with pytest.raises(RunError, match="add --overwrite"), demo_folder(demo, overwrite=False):
+        pass
+    with pytest.raises(KeyboardInterrupt), demo_folder(demo, overwrite=True):
         Run.create(demo, SETTINGS, kind="demo", note="half")
         raise KeyboardInterrupt
     assert snapshot(tmp_path) == before
-    with replaced_demo(demo):
+    with demo_folder(demo, overwrite=True):
         Run.create(demo, SETTINGS, kind="demo", note="new")
     assert Run.open(demo).manifest["note"] == "new"
     assert set(snapshot(tmp_path)) == {"demo", f"demo/{MANIFEST}"}
 
 
-def test_nothing_but_a_demo_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["new", "deep/new", "empty"])
+def test_a_failed_demo_leaves_what_was_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    before = snapshot(tmp_path)
+    with pytest.raises(ZeroDivisionError), demo_folder(tmp_path / name, overwrite=False):
+        with Run.create(tmp_path / name, SETTINGS, kind="demo").stage("world"):
+            pass
+        raise ZeroDivisionError
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_but_a_demo_is_replaced(tmp_path: Path, overwrite: bool) -> None:
     Run.create(tmp_path / "run", SETTINGS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
     before = snapshot(tmp_path)
     for name, message in (("run", "not a demo"), ("mine", "other files")):
-        with pytest.raises(RunError, match=message), replaced_demo(tmp_path / name):
+        with pytest.raises(RunError, match=message), demo_folder(tmp_path / name, overwrite=overwrite):
             pass
     assert snapshot(tmp_path) == before

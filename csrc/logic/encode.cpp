@@ -357,8 +357,15 @@ class Instance {
     for (std::size_t c = 0; c < clause_ends_.size(); ++c)
       clauses_of[pack_of[parent_[index(clauses_[clause_begin(c)])]]].push_back(static_cast<std::int32_t>(c));
 
+    // Smallest first, so that a time limit leaves as few of them as possible undone.
+    std::vector<std::size_t> order(packs);
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+      return pack_start[a + 1] - pack_start[a] < pack_start[b + 1] - pack_start[b];
+    });
+
     local_.assign(parent_.size(), 0);
-    for (std::size_t p = 0; p < packs; ++p) {
+    for (const std::size_t p : order) {
       std::vector<std::int32_t> members(variables.begin() + pack_start[p], variables.begin() + pack_start[p + 1]);
       std::sort(members.begin(), members.end());
       minimize_pack(members, clauses_of[p]);

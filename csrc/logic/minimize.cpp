@@ -6,11 +6,12 @@
 //    member and add w to the lower bound. A totalizer counts how many members fail; "at most one" becomes a new soft
 //    literal of weight w. When that one is in a later core, "at most two" takes over, and so on: outputs are made on
 //    demand. A count proven too small at once ("core exhaustion") raises the bound without another core.
-// 3. A closed level's soft literals that still carry weight hold in every optimum and only there, so making them hard
+// 3. The last model bounds the cost from above; soft literals dearer than the gap between the bounds become hard.
+// 4. A closed level's soft literals that still carry weight hold in every optimum and only there, so making them hard
 //    clauses fixes the level's cost for all later levels.
 //
 // Source: Andres, Kaufmann, Matheis, Schaub (ICLP 2012); Martins, Joshi, Manquinho, Lynce (CP 2014) for the incremental
-// totalizers; Ignatiev, Morgado, Marques-Silva (JSAT 2019) for stratification, exhaustion and minimisation.
+// totalizers; Ignatiev, Morgado, Marques-Silva (JSAT 2019) for stratification, hardening, exhaustion and minimisation.
 #include "minimize.hpp"
 
 #include <algorithm>
@@ -105,6 +106,7 @@ class Minimizer {
 
   // Closes one level. False when a limit ended the search; `bound` is then still a lower bound.
   bool close(const Level &level, std::int64_t &bound) {
+    level_ = level;
     softs_.clear();
     position_.clear();
     bound = 0;
@@ -223,7 +225,20 @@ class Minimizer {
         std::erase_if(assumptions_, [&](int literal) { return soft_of(literal).waiting; });
       }
       if (!found) return true;
+      harden_dear(bound);
     }
+  }
+
+  // Softs that weigh more than the gap between the model and the bound hold in every optimum.
+  void harden_dear(std::int64_t bound) {
+    std::int64_t gap = -bound;
+    for (const Soft &soft : level_)
+      if (!holds(soft.literal)) gap += soft.weight;
+    for (State &soft : softs_)
+      if (soft.weight > gap) {
+        harden(soft.literal);
+        soft.weight = 0;
+      }
   }
 
   // Drops members the core does not need, as far as a small search budget shows it. Members already found necessary
@@ -281,6 +296,7 @@ class Minimizer {
   int n_variables_;
   Totalizers totalizers_;
   std::vector<std::uint8_t> model_;
+  Level level_;  // as it was given
   std::vector<State> softs_;
   std::vector<int> position_;  // of a literal in softs_, plus one; 0 where it is none
   std::vector<int> assumptions_, core_, trial_, pending_;

@@ -23,3 +23,82 @@ def assign(
     semantics: str,
     time_limit: float,
 ) -> dict[str, Any]: ...
+
+# Kernels (csrc/attribution, csrc/update). Tensors come through DLPack: torch, NumPy and others.
+
+def neuron_attribution(
+    clean: Any,
+    corrupted: Any,
+    grad_clean: Any,
+    grad_corrupted: Any,
+    out_ns: Any,
+    out_dn: Any,
+    out_sq_ns: Any,
+    out_sq_dn: Any,
+    mask: Any = None,
+) -> None:
+    """Add every neuron's noising and denoising terms, and their squares, over tokens to four sums, in place.
+
+    ``out_ns += sum_t (corrupted - clean) * grad_clean``, ``out_dn += sum_t (corrupted - clean) * grad_corrupted``, and
+    ``out_sq_*`` the sums of the squared terms. The same bits for any number of threads and any instruction set.
+
+    Args:
+        clean, corrupted, grad_clean, grad_corrupted: [tokens, neurons] bf16, fp16, fp32 or fp64, all alike, neurons
+            next to each other in memory.
+        out_ns, out_dn, out_sq_ns, out_sq_dn: contiguous [neurons] fp32, or fp64 for fp64 inputs.
+        mask: [tokens] uint8 or bool; tokens with zero are left out and not read.
+
+    Raises:
+        TypeError, ValueError, BufferError: ``<argument>: <expected>, got <actual>``.
+    """
+
+def masked_adamw(
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    index: Any,
+    axis: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+    master: Any = None,
+) -> None:
+    """One AdamW step (arXiv 1711.05101, as ``torch.optim.AdamW``) on some rows or columns of a parameter, in place.
+
+    Nothing else of ``param`` is read or written, weight decay included. The same bits for any number of threads and any
+    instruction set.
+
+    Args:
+        param: [R, C] or [R] bf16, fp16, fp32 or fp64, any strides.
+        grad: like ``param``, or the slices alone: [n, C] for rows, [R, n] for columns. Its dtype is that of ``param``;
+            float32 goes with bf16 and fp16 too.
+        exp_avg, exp_avg_sq: contiguous [n, C] for rows, [n, R] (transposed) for columns, [n] for one dimension; fp32,
+            or fp64 for an fp64 parameter.
+        index: int64 [n], the rows or columns, sorted and unique.
+        axis: 0 for rows, 1 for columns.
+        step: number of this step, from 1.
+        grad_scale: factor on the gradient.
+        master: the slices' values in fp32, in the layout of ``exp_avg``, for a bf16 or fp16 parameter, which then only
+            receives them rounded. Without it the parameter's own rounded values are the starting point of every step.
+
+    Raises:
+        TypeError, ValueError, BufferError: ``<argument>: <expected>, got <actual>``.
+    """
+
+def openmp_threads() -> int:
+    """Threads the kernels use when called from this thread; 1 without an OpenMP runtime and in forked children."""
+
+def isas() -> list[str]:
+    """Instruction sets the kernels were built for and this processor has, slowest first."""
+
+def set_isa(name: str) -> None:
+    """Use the kernels of this instruction set from now on (the best one is in use from the start)."""
+
+def kernels() -> dict[str, str]:
+    """The instruction set in use, by kernel."""

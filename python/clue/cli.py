@@ -39,6 +39,11 @@ _SETTLED = {"unlearn": ("seed", "data", "localize"), "evaluate": ("seed", "data"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status and never raises on what a user can put right."""
+    # Threads that spin while they wait make a job many times slower on a machine shared with others; idle ones cost
+    # nothing. Read when torch loads OpenMP; whoever sets it knows better.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Progress is told in lines of our own; read when transformers is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -64,18 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .run_directory import MANIFEST, replaced_demo, require_free, write_json
+    from .run_directory import demo_folder, write_json
 
     folder, target = Path(arguments.output), _json_target(arguments.json)
-    if not arguments.overwrite:
-        if (folder / MANIFEST).exists():
-            raise RunError(f"{folder} holds an earlier run: add --overwrite to replace a demo, or choose another folder"
-                           " with -o")
-        require_free(folder)
     _threads(arguments)
-    from . import jobs
+    with demo_folder(folder, overwrite=arguments.overwrite):
+        from . import jobs
 
-    with replaced_demo(folder) if arguments.overwrite else nullcontext():
         # With --json - stdout is one JSON document: the table for people goes the way of the progress lines.
         with redirect_stdout(sys.stderr) if arguments.json == "-" else nullcontext():
             result = jobs.demo(folder, setting=arguments.setting, seed=arguments.seed, progress=_progress)

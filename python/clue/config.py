@@ -59,7 +59,7 @@ class UnlearnSettings:
     objective: str = _option("npo", "what forgetting minimises", choices=("npo", "graddiff", "ga"))
     stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper) or joint",
                           choices=("two", "joint"))
-    lr: float = _option(1e-3, "learning rate at the top of the schedule")
+    lr: float = _option(1e-4, "learning rate at the top of the schedule")
     steps: int = _option(200, "most optimizer steps, all stages together")
     forget_share: float = _option(0.2, "share of the steps given to the forget stage when stages = two")
     batch_size: int = _option(16, "forget records per step; as many retain records go with them")
@@ -67,12 +67,13 @@ class UnlearnSettings:
     beta: float = _option(0.1, "NPO's inverse temperature")
     metric: bool = _option(True, "precondition the forget gradient of conflict weights by the retain set's Kronecker"
                            " curvature")
-    damping: float = _option(0.1, "lambda of that preconditioner, relative to the factors' mean diagonal")
+    damping: float = _option(0.02, "lambda of that preconditioner, relative to the factors' mean diagonal")
     weight_decay: float = _option(0.0, "decoupled weight decay, on planned weights only")
     clip: float = _option(1.0, "largest global gradient norm per optimizer step; 0 turns clipping off")
     warmup: int = _option(10, "linear warm-up steps of each stage; cosine decay to a tenth follows")
-    stop_probability: float = _option(0.02, "stop once the mean answer-token probability on the forget set is at or"
-                                      " below this; 0 never stops early")
+    stop_probability: float = _option(0.15, "stop once the mean length-normalised answer probability of the forget"
+                                      " set is at or below this, about what a model gives to answers it never saw; 0"
+                                      " never stops early")
     check_every: int = _option(5, "steps between checks of the stopping rule")
 
 

@@ -195,29 +195,43 @@ def require_free(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def replaced_demo(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Put an earlier demo aside while the block makes a new one in its place; on an exception it is put back.
+def demo_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Iterator[None]:
+    """The place of a new demo, which is made whole by the block or not at all.
+
+    With ``overwrite`` an earlier demo there is put aside meanwhile; on an exception it is put back.
 
     Raises:
-        RunError: the folder holds something that ``clue demo`` did not make (it is left as it was).
+        RunError: the folder holds an earlier run and ``overwrite`` is off, or something that ``clue demo`` did not make
+            (it is left as it was).
     """
     folder = Path(folder).resolve()
-    if not (folder / MANIFEST).exists():
+    aside = None
+    if (folder / MANIFEST).exists():
+        if Run.open(folder).manifest.get("kind") != "demo":
+            raise RunError(f"{folder} holds a run that is not a demo: choose another folder with -o")
+        if not overwrite:
+            raise RunError(f"{folder} holds an earlier demo: add --overwrite to replace it, or choose another folder"
+                           " with -o")
+        aside = folder.with_name(f".{folder.name}.previous")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    else:
         require_free(folder)
-        yield
-        return
-    if Run.open(folder).manifest.get("kind") != "demo":
-        raise RunError(f"{folder} holds a run that is not a demo: choose another folder with -o")
-    aside = folder.with_name(f".{folder.name}.previous")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        if aside is not None:
+            aside.rename(folder)
+        elif not missing:
+            folder.mkdir()
+        for parent in missing[1:]:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
         raise
-    shutil.rmtree(aside)
+    if aside is not None:
+        shutil.rmtree(aside)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

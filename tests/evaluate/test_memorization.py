@@ -106,9 +106,9 @@ def greedy_strength(model, example):
 def test_extraction_strength_is_that_of_greedy_decoding_from_every_prefix(model, tokenizer, forget, retain):
     examples = encode(forget, tokenizer) + encode(retain, tokenizer)
     # A few steps on some answers, so that prefixes of every length happen to suffice.
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     seen = []
-    for _ in range(6):
+    for _ in range(3):
         for example in examples[:7]:
             ids = torch.from_numpy(example.input_ids[None])
             model(ids, labels=ids).loss.backward()

@@ -22,11 +22,12 @@ def circuit(name: str, edges: list[tuple[int, int, Gate]]) -> Circuit:
 
 def flat(name: str, nodes: np.ndarray, gate: Gate) -> Circuit:
     """embed -> each node -> logits."""
-    return circuit(name, [(GRAPH.embed, int(n), Gate.ADDER) for n in nodes] + [(int(n), GRAPH.logits, gate) for n in nodes])
+    return circuit(name, [(GRAPH.embed, int(n), Gate.ADDER) for n in nodes]
+                   + [(int(n), GRAPH.logits, gate) for n in nodes])
 
 
 def test_optimum_is_proven_without_enumeration_and_ties_go_by_rule() -> None:
-    # 32 free leaves: 2^32 x 2^32 assignments to the released enumeration. One of them must die, and retention needs all.
+    # 32 free leaves: 2^32 x 2^32 assignments to the released enumeration. One must die, and retention needs them all.
     forget, retain = flat("forget", HEADS, Gate.AND), flat("retain", HEADS, Gate.ADDER)
     assert len(HEADS) == 32
     found = assign([forget], [retain])

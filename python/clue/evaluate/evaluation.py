@@ -315,7 +315,8 @@ def _spread(items: list[Any], limit: int) -> list[Any]:
 
 
 def _check_vocabulary(model: PreTrainedModel, examples: list[Example]) -> None:
-    size = len(model.get_input_embeddings().weight)
+    embedding: Any = model.get_input_embeddings()
+    size = int(embedding.weight.shape[0])
     for example in examples:
         largest = int(example.input_ids.max())
         if largest >= size:

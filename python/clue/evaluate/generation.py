@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
     training = model.training
+    mixin: Any = model  # the type of a pretrained model does not show that it generates
     model.eval()
     model.generation_config = plain  # generate() fills every setting left open from here
     try:
@@ -57,7 +58,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
                 for row, i in enumerate(chosen):
                     input_ids[row, width - len(prompts[i]):] = prompts[i]
                     mask[row, width - len(prompts[i]):] = 1
-                output = model.generate(input_ids=torch.from_numpy(input_ids).to(model.device),
+                output = mixin.generate(input_ids=torch.from_numpy(input_ids).to(model.device),
                                         attention_mask=torch.from_numpy(mask).to(model.device),
                                         generation_config=plain)
                 for row, i in enumerate(chosen):

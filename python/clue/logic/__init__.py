@@ -2,8 +2,8 @@
 
 Every node n has two variables: r_n, it works for the retain circuits, and f_n, it works for the forget circuits. The
 retain outputs must work, the forget outputs must not, and each gate passes this on to its inputs (CLUE, ICLR 2026, and
-the gate theory of arXiv 2505.10039). A node that must work for one side and stop for the other is a conflict; the native
-core finds the assignment with the fewest, by propagation and core-guided MaxSAT on CaDiCaL.
+the gate theory of arXiv 2505.10039). A node that must work for one side and stop for the other is a conflict; the
+native core finds the assignment with the fewest, by propagation and core-guided MaxSAT on CaDiCaL.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def assign(
 ) -> Assignment:
     """Give every node its role, at the least cost of conflicts.
 
-    A node's incoming edges in one circuit form a group per gate. If a node must work for the retain circuits, its AND and
-    ADDER groups need all inputs to work and its OR groups one; if it must die for the forget circuits, its OR and ADDER
-    groups need all inputs dead and its AND groups one. ``semantics="support"`` reads this one way only, since an edit may
-    stop a node whose inputs work; ``"authors"`` makes each group alone equivalent to its node, as the released code does.
-    The embedding always works: it satisfies retain OR groups and is left out of forget groups. A conflict is a node of
-    both sides with weights of its own, r_n true and f_n false; embedding and output never count.
+    A node's incoming edges in one circuit form a group per gate. If a node must work for the retain circuits, its AND
+    and ADDER groups need all inputs to work and its OR groups one; if it must die for the forget circuits, its OR and
+    ADDER groups need all inputs dead and its AND groups one. ``semantics="support"`` reads this one way only, since an
+    edit may stop a node whose inputs work; ``"authors"`` makes each group alone equivalent to its node, as the released
+    code does. The embedding always works: it satisfies retain OR groups and is left out of forget groups. A conflict is
+    a node of both sides with weights of its own, r_n true and f_n false; embedding and output never count.
 
     Among all assignments the one returned is best in this order, so it is the same on every machine:
 
@@ -110,8 +110,8 @@ def assign(
         forget, retain: circuits of one graph, at least one on each side; all constraints of a side hold together.
         semantics: ``support`` or ``authors``.
         weights: int64 [nodes] >= 0, cost of a conflict at each node; 1 everywhere if not given.
-        retain_score, forget_score: float [nodes] >= 0 for levels 2 and 3, which are skipped if not given. Each is scaled
-            by its maximum and rounded (ties to even) to integers 0 .. :data:`SCORE_STEPS`.
+        retain_score, forget_score: float [nodes] >= 0 for levels 2 and 3, which are skipped if not given. Each is
+            scaled by its maximum and rounded (ties to even) to integers 0 .. :data:`SCORE_STEPS`.
         time_limit: seconds after which the best assignment so far is returned; 0 never stops early.
 
     Raises:
@@ -164,8 +164,8 @@ def _check(circuit: Circuit, graph: Graph) -> None:
     """Refuse a circuit that has no meaning as a formula; node names are in the message."""
     where = f"circuit {circuit.name}"
     if circuit.graph is not graph and circuit.graph != graph:
-        raise CircuitError(f"{where} belongs to another graph than the first: cut all circuits from the same model at the"
-                           " same granularity")
+        raise CircuitError(f"{where} belongs to another graph than the first: cut all circuits from the same model at"
+                           " the same granularity")
     src, dst = circuit.src, circuit.dst
     if len(src) == 0:
         raise CircuitError(f"{where} has no edges: keep more of them (--edges)")

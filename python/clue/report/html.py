@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.atomic import write_atomically
+from ..errors import ClueError
 from ..evaluate.evaluation import Evaluation, privleak
 from ..types import Role
 from .measures import ATTACKS, MEASURES, caption, mean_of, pooled
@@ -68,10 +69,15 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
         log: training curves.
         provenance: anything nested of plain values (settings, versions, hardware, files). The text under
             ``verification``, if any, is shown beside the roles.
+
+    Raises:
+        ClueError: there is no evaluation.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    if not evaluations:
+        raise ClueError("a report needs at least one evaluation: run `clue evaluate` first")
     resources = files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "number": number}
@@ -173,8 +179,9 @@ def _summary(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
         for name in _set_names(columns, purpose):
             found = [(c, c.evaluation.detail.get(name)) for c in columns]
             strip = dumbbell([(c.name, c.style, r.accuracy) for c, r in found if r is not None], style=purpose)
-            rows.append({"name": _label(name, columns), "n": max(r.n for _, r in found if r is not None), "strip": strip,
-                         "values": [None if r is None else r.accuracy for _, r in found]})
+            n = max(r.n for _, r in found if r is not None)
+            rows.append({"name": _label(name, columns), "n": n, "strip": strip, "values": [
+                None if r is None else r.accuracy for _, r in found]})
         if rows:
             yield {"title": title, "purpose": purpose, "rows": rows}
 
@@ -324,7 +331,8 @@ def _sets(columns: Sequence[Column]) -> list[dict[str, Any]]:
     rows = []
     for name in _set_names(columns):
         found = [c.evaluation.detail[name] for c in columns if name in c.evaluation.detail]
-        rows.append({"name": _label(name, columns), "n": found[0].n, "hashes": list(dict.fromkeys(r.sha256 for r in found))})
+        hashes = list(dict.fromkeys(r.sha256 for r in found))
+        rows.append({"name": _label(name, columns), "n": found[0].n, "hashes": hashes})
     return rows
 
 

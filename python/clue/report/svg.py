@@ -123,10 +123,10 @@ def line_plot(series: Sequence[Series], *, label: str, x_label: str, y_label: st
                      f' y2="{axes.at_y(1):.1f}"><title>guessing</title></line>')
     for i, (value, text) in enumerate(marks):
         # Staggered, so that neighbouring texts do not run into each other.
-        x, y = axes.at_x(value), _TOP + 10 + 15 * (i % 2)
+        x, height = axes.at_x(value), _TOP + 10 + 15 * (i % 2)
         beside, anchor = (x + 5, "start") if x < 0.6 * WIDTH else (x - 5, "end")
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
-                     f'<text class="tick" x="{beside:.1f}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>')
+                     f'<text class="tick" x="{beside:.1f}" y="{height}" text-anchor="{anchor}">{escape(text)}</text>')
     for s in drawn:
         points = [(axes.at_x(x), axes.at_y(y)) for x, y in zip(s.x, s.y, strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

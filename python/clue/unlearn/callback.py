@@ -65,7 +65,8 @@ class PlanCallback(TrainerCallback):
             if len(others):
                 kept = parameter.detach().index_select(slices[0].axis, others)
                 self._kept.append((parameter, slices[0].axis, others, kept))
-                self._handles.append(parameter.register_post_accumulate_grad_hook(_zeroing(slices[0].axis, others)))
+                hook = _zeroing(slices[0].axis, others)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the unplanned weights back (the trainer calls this after each optimizer step)."""

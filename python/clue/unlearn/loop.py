@@ -26,15 +26,15 @@ from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..plan import Plan
 from ..types import Role
 from .metric import RetainMetric
-from .objectives import OBJECTIVES, Objective, answer_log_probs, nll, token_log_probs
+from .objectives import OBJECTIVES, Objective, answer_log_probs, nll
 from .optimizer import MaskedAdamW, planned_parameters
 
 if TYPE_CHECKING:
     from ..data.records import RecordSet
 
-#: The retain metric is measured on at most this many records, drawn from every retain set in turn: a mean over their
-#: tokens no longer changes much with more of them, and a large retain set would cost more than the training.
-METRIC_RECORDS = 512
+#: The retain metric is measured on at most this many records, drawn from all retain sets: beyond that a mean over their
+#: tokens hardly changes, and a large retain set would cost more than the training.
+METRIC_RECORDS = 2048
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class UnlearnLog:
         stage: uint8 [steps]: 0 joint, 1 forget weights, 2 conflict weights.
         forget_loss: float64 [steps], the forget objective on the step's batch, before the update.
         retain_loss: float64 [steps], mean NLL of the retain batch's answer tokens; NaN where no retain batch was run.
-        forget_probability: float64 [steps], mean probability of the forget batch's answer tokens, before the update.
+        forget_probability: float64 [steps], mean length-normalised probability of the forget batch's answers, before the
+            update.
         grad_norm: float64 [steps], 2-norm of the combined gradient on the planned slices, before clipping.
         lr: float64 [steps].
         stopped_early: the stopping rule ended the (last) stage.
-        final_probability: mean answer-token probability over the whole forget set, after the last update.
+        final_probability: mean length-normalised answer probability over the whole forget set, after the last update.
     """
 
     stage: npt.NDArray[np.uint8]
@@ -116,7 +117,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     Args:
         model, tokenizer: a Hugging Face causal LM and its tokenizer.
         forget: what to forget.
-        retain: named sets to keep; retain batches are drawn from all of them in turn.
+        retain: named sets to keep; retain batches are drawn from all their records, shuffled together.
         plan: which weights move, and in which role.
         settings: objective, stages, optimizer and stopping rule; the defaults when None.
         data: how records become tokens, which must be how the model was taught; the defaults when None.
@@ -137,19 +138,21 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     limit = data.max_length or int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
     pad = pad_id(tokenizer)
 
-    def encoded(records: RecordSet) -> list[Example]:
+    def encoded(records: RecordSet, append_eos: bool) -> list[Example]:
         if not len(records):
             raise RecordError(f"the set {records.name} holds no records: give at least one")
-        return encode(records, tokenizer, chat=data.chat, append_eos=data.append_eos, max_length=limit)
+        return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
 
     needs_retain = any(Role.CONFLICT in stage.roles for stage in stages) and (
         settings.metric or (objective.retain and settings.retain_weight > 0))
     if needs_retain and not retain:
         raise RecordError("the plan has conflict weights, which are trained to keep a retain set: give at least one")
-    forget_examples = encoded(forget)
-    retain_examples = [encoded(records) for records in retain.values()] if needs_retain else []
+    # That an answer ends is not what is to be forgotten, and the end token's probability stays near 1 on an answer that
+    # is gone: it would cost every other answer its end, and keep the stopping rule from ever seeing the rest.
+    forget_examples = encoded(forget, append_eos=False)
+    retain_examples = [encoded(records, data.append_eos) for records in retain.values()] if needs_retain else []
     forget_order = _Shuffled(len(forget_examples), seed, purpose=1)
-    retain_order = _InTurn(retain_examples, seed)
+    retain_order = _Pool(retain_examples, seed)
     log: dict[str, list[float]] = {name: [] for name in ("stage", *_SERIES)}
     total = sum(stage.steps for stage in stages)
     stopped = False
@@ -158,8 +161,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         model.eval()
         metric = None
         if settings.metric and needs_retain:
-            count = min(METRIC_RECORDS, sum(len(examples) for examples in retain_examples))
-            sample = _InTurn(retain_examples, seed).take(count)
+            pool = _Pool(retain_examples, seed)
+            sample = pool.take(min(METRIC_RECORDS, len(pool)))
             metric = RetainMetric.measure(model, plan, batches(sample, settings.batch_size, pad=pad, device=device),
                                           damping=settings.damping)
         reference = None
@@ -248,9 +251,9 @@ class _RoleGradient:
         logits = _logits(self._model, forget)
         log_p, n_tokens = answer_log_probs(logits, forget.labels)
         loss = self._objective.forget(log_p, n_tokens, reference, settings)
-        probability = _mean_probability(logits, forget.labels)
+        probability = float(_answer_probability(logits, forget.labels).mean())
         loss.backward()  # type: ignore[no-untyped-call]
-        forget_part = [self._forget_part(*part) for part in self._slices]
+        forget_part = self._forget_parts()
         retain_value = math.nan
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -270,12 +273,29 @@ class _RoleGradient:
         return {"forget_loss": loss.item(), "retain_loss": retain_value, "forget_probability": probability}
 
     @torch.no_grad()
-    def _forget_part(self, name: str, axis: int, role: Role, index: Tensor) -> Tensor:
-        parameter = self._parameters[name]
-        if parameter.grad is None:  # the batch does not reach this weight
-            return torch.zeros_like(parameter.index_select(axis, index))
-        part = parameter.grad.index_select(axis, index)
-        return self._metric.precondition(name, part) if self._metric is not None and role == Role.CONFLICT else part
+    def _forget_parts(self) -> list[Tensor]:
+        """The forget gradient of every slice; on conflict slices in the retain metric, at the raw gradient's norm.
+
+        The metric is a filter of directions. What it lets through is small beside the retain gradient, so that without
+        the one common factor that restores the norm a plan of conflict nodes alone would never forget.
+        """
+        parts, before, after = [], 0.0, 0.0
+        for name, axis, role, index in self._slices:
+            parameter = self._parameters[name]
+            if parameter.grad is None:  # the batch does not reach this weight
+                parts.append(torch.zeros_like(parameter.index_select(axis, index)))
+                continue
+            part = parameter.grad.index_select(axis, index)
+            if self._metric is not None and role == Role.CONFLICT:
+                before += float(part.double().square().sum())
+                part = self._metric.precondition(name, part)
+                after += float(part.double().square().sum())
+            parts.append(part)
+        if self._metric is None or not after > 0:
+            return parts
+        factor = math.sqrt(before / after)
+        return [part * factor if role == Role.CONFLICT else part
+                for (_, _, role, _), part in zip(self._slices, parts, strict=True)]
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -284,19 +304,22 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_probability(logits: Tensor, labels: Tensor) -> float:
-    log_p, scored = token_log_probs(logits, labels)
-    return float(log_p.exp()[scored].mean())
+def _answer_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Length-normalised probability of each answer, exp(mean log p of its tokens), float [batch].
+
+    The mean of the tokens' own probabilities would not do as a stopping rule: the tokens that carry no fact (the end of
+    the sequence, the words of the phrasing) stay likely when the fact is long gone.
+    """
+    log_p, n_tokens = answer_log_probs(logits, labels)
+    return (log_p / n_tokens).exp()
 
 
 @torch.no_grad()
 def _probability(model: nn.Module, examples: Sequence[Example], settings: UnlearnSettings, pad: int,
                  device: torch.device) -> float:
-    """Mean probability of the answer tokens of a whole set."""
-    found = []
-    for batch in batches(examples, settings.batch_size, pad=pad, device=device):
-        log_p, scored = token_log_probs(_logits(model, batch), batch.labels)
-        found.append(log_p.exp()[scored].double())
+    """Mean length-normalised answer probability of a whole set."""
+    found = [_answer_probability(_logits(model, batch), batch.labels).double()
+             for batch in batches(examples, settings.batch_size, pad=pad, device=device)]
     return float(torch.cat(found).mean())
 
 
@@ -328,20 +351,18 @@ class _Shuffled:
         return taken
 
 
-class _InTurn:
-    """Examples from several sets, one from each in turn; each set in its own shuffled order."""
+class _Pool:
+    """The records of all retain sets, shuffled together: what must stay is drawn in the proportions it is given in."""
 
     def __init__(self, sets: Sequence[Sequence[Example]], seed: int) -> None:
-        self._sets = sets
-        self._orders = [_Shuffled(len(examples), seed, purpose=2 + number) for number, examples in enumerate(sets)]
-        self._next = 0
+        self._examples = [example for examples in sets for example in examples]
+        self._order = _Shuffled(len(self._examples), seed, purpose=2)
+
+    def __len__(self) -> int:
+        return len(self._examples)
 
     def take(self, count: int) -> list[Example]:
-        taken = []
-        for _ in range(count):
-            taken.append(self._sets[self._next][self._orders[self._next].take(1)[0]])
-            self._next = (self._next + 1) % len(self._sets)
-        return taken
+        return [self._examples[i] for i in self._order.take(count)]
 
 
 @contextmanager

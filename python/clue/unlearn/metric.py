@@ -70,7 +70,8 @@ class RetainMetric:
                         if layer.input.index is None:
                             previous[:] = [(args[0], layer.input)]
                         layer.input.add(args[0].detach()[tokens[0]])
-                output.register_hook(lambda gradient: _add_all(layer.outputs, gradient[tokens[0]]))
+                output.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient: _add_all(layer.outputs, gradient[tokens[0]]))
 
             return layer.module.register_forward_hook(forward)
 

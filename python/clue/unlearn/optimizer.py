@@ -75,7 +75,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name, parameter in planned.items():
             slices = [s for s in plan.slices if s.parameter == name and s.role in roles]
             index = torch.from_numpy(np.sort(np.concatenate([s.index for s in slices]))).to(parameter.device)
-            self._planned[parameter.requires_grad_(True)] = (name, slices[0].axis, index)
+            parameter.requires_grad_(True)
+            self._planned[parameter] = (name, slices[0].axis, index)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(planned.values()), defaults)
 
@@ -89,7 +90,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
         """One update of the planned slices; parameters without a gradient are left alone.
 
         Args:
