@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import clue
-from clue.data.encoding import Example, batches, encode, pad_id
+from clue.data.encoding import batches, encode, pad_id
 from clue.evaluate import Evaluation, EvaluationSets, evaluate
 from clue.plan import Plan, Slice
 from clue.types import Role

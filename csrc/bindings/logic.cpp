@@ -18,12 +18,11 @@ namespace {
 class Arrays {
  public:
   template <typename T>
-  std::span<const T> view(const py::handle &object, const std::string &name) {
+  std::span<const T> view(const py::handle& object, const std::string& name) {
     if (!py::isinstance<py::array_t<T, py::array::c_style>>(object) ||
         py::reinterpret_borrow<py::array>(object).ndim() != 1)
-      throw py::type_error(name + ": expected a contiguous 1-d array of " +
-                           std::string(py::str(py::dtype::of<T>())) + ", got " +
-                           std::string(py::str(py::type::of(object))));
+      throw py::type_error(name + ": expected a contiguous 1-d array of " + std::string(py::str(py::dtype::of<T>())) +
+                           ", got " + std::string(py::str(py::type::of(object))));
     const auto array = py::reinterpret_borrow<py::array_t<T, py::array::c_style>>(object);
     kept_.push_back(array);
     return {array.data(), static_cast<std::size_t>(array.size())};
@@ -33,9 +32,9 @@ class Arrays {
   std::vector<py::object> kept_;
 };
 
-std::vector<logic::Circuit> circuits(Arrays &arrays, const py::list &list, const std::string &name) {
+std::vector<logic::Circuit> circuits(Arrays& arrays, const py::list& list, const std::string& name) {
   std::vector<logic::Circuit> found;
-  for (const py::handle &item : list) {
+  for (const py::handle& item : list) {
     const std::string at = name + "[" + std::to_string(found.size()) + "]";
     if (!py::isinstance<py::tuple>(item) || py::len(item) != 3)
       throw py::type_error(at + ": expected a tuple (src, dst, gate), got " + std::string(py::str(py::type::of(item))));
@@ -47,13 +46,13 @@ std::vector<logic::Circuit> circuits(Arrays &arrays, const py::list &list, const
 }
 
 template <typename T>
-py::array_t<T> array(const std::vector<T> &values) {
+py::array_t<T> array(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-py::dict assign(std::int32_t n_nodes, const py::object &editable, const py::list &forget, const py::list &retain,
-                const py::object &weights, const py::object &risk, const py::object &reach, const std::string &semantics,
-                double time_limit) {
+py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list& forget, const py::list& retain,
+                const py::object& weights, const py::object& risk, const py::object& reach,
+                const std::string& semantics, double time_limit) {
   Arrays arrays;
   logic::Question question;
   question.n_nodes = n_nodes;
@@ -77,7 +76,7 @@ py::dict assign(std::int32_t n_nodes, const py::object &editable, const py::list
       const py::gil_scoped_acquire held;
       return PyErr_CheckSignals() != 0;
     });
-  } catch (const logic::Interrupted &) {
+  } catch (const logic::Interrupted&) {
     throw py::error_already_set();  // what PyErr_CheckSignals raised, usually KeyboardInterrupt
   }
 
@@ -91,7 +90,7 @@ py::dict assign(std::int32_t n_nodes, const py::object &editable, const py::list
 
 }  // namespace
 
-void register_logic(py::module_ &module) {
+void register_logic(py::module_& module) {
   module.def("cadical_version", [] { return CaDiCaL::Solver::version(); }, "Version of the CaDiCaL linked in.");
   module.def("assign", &assign, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
              py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("semantics"), py::arg("time_limit"),

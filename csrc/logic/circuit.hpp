@@ -1,9 +1,9 @@
 // Circuits as arrays, and the question asked of them: which nodes work for the retain circuits and which die for the
 // forget circuits, at the fewest conflicts. This header is all that callers need; encode.cpp implements assign().
 //
-// Every node n has two variables, r_n (it works for the retain circuits) and f_n (it works for the forget circuits). The
-// two sides mirror each other: with x_n = r_n on the retain side and x_n = not f_n on the forget side, the output's x is
-// true and every group of incoming edges (one per circuit and gate) asks for all or for any of its inputs:
+// Every node n has two variables, r_n (it works for the retain circuits) and f_n (it works for the forget circuits).
+// The two sides mirror each other: with x_n = r_n on the retain side and x_n = not f_n on the forget side, the output's
+// x is true and every group of incoming edges (one per circuit and gate) asks for all or for any of its inputs:
 //
 //            retain (x = works)   forget (x = dead)
 //   AND      all                  any
@@ -62,12 +62,12 @@ struct Interrupted : std::runtime_error {
 };
 
 // Answers the question. The answer is unique and depends on nothing but the question, unless the time limit cuts it
-// short. It minimises in this order: weight of conflicts; risk of retain nodes with r_n = 0, plus risk of editable retain
-// nodes with f_n = 0; minus the reach of editable forget nodes with f_n = 0; then, from the lowest node id up, f_n = 1 is
-// preferred, then r_n = 1.
+// short. It minimises in this order: weight of conflicts; risk of retain nodes with r_n = 0, plus risk of editable
+// retain nodes with f_n = 0; minus the reach of editable forget nodes with f_n = 0; then, from the lowest node id up,
+// f_n = 1 is preferred, then r_n = 1.
 //
-// `interrupted` is polled about every 50 ms and must not throw. Throws std::invalid_argument naming the argument when an
-// array has the wrong length, an id is out of range, an edge runs backwards, or nothing reaches an output.
-Answer assign(const Question &question, const std::function<bool()> &interrupted);
+// `interrupted` is polled about every 50 ms and must not throw. Throws std::invalid_argument naming the argument when
+// an array has the wrong length, an id is out of range, an edge runs backwards, or nothing reaches an output.
+Answer assign(const Question& question, const std::function<bool()>& interrupted);
 
 }  // namespace clue::logic

@@ -38,15 +38,15 @@ struct Side {
   std::vector<std::int8_t> x;        // kOpen, kTrue or kFalse; meaningful for members only
 };
 
-void require(bool condition, const std::string &text) {
+void require(bool condition, const std::string& text) {
   if (!condition) throw std::invalid_argument(text);
 }
 
-void check(const Question &q) {
+void check(const Question& q) {
   const auto n = static_cast<std::size_t>(q.n_nodes);
   require(q.n_nodes >= 2, "n_nodes: expected at least 2, got " + std::to_string(q.n_nodes));
   require(q.n_nodes <= (1 << 29), "n_nodes: expected at most 2^29, got " + std::to_string(q.n_nodes));
-  const auto length = [&](const char *name, std::size_t size) {
+  const auto length = [&](const char* name, std::size_t size) {
     require(size == n, std::string(name) + ": expected length " + std::to_string(n) + ", got " + std::to_string(size));
   };
   length("editable", q.editable.size());
@@ -55,7 +55,7 @@ void check(const Question &q) {
   length("reach", q.reach.size());
   // Sums over all nodes, twice, must stay far from overflow.
   const std::int64_t most = std::numeric_limits<std::int64_t>::max() / (4 * static_cast<std::int64_t>(q.n_nodes));
-  const auto range = [&](const char *name, std::span<const std::int64_t> values) {
+  const auto range = [&](const char* name, std::span<const std::int64_t> values) {
     for (const std::int64_t value : values)
       require(0 <= value && value <= most,
               std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
@@ -65,12 +65,12 @@ void check(const Question &q) {
   range("reach", q.reach);
   for (const bool retain : {false, true}) {
     const std::string side = retain ? "retain" : "forget";
-    const auto &circuits = retain ? q.retain : q.forget;
+    const auto& circuits = retain ? q.retain : q.forget;
     require(!circuits.empty(), side + ": expected at least one circuit, got none");
     require(circuits.size() < (1U << 24), side + ": expected fewer than 2^24 circuits");
     std::size_t edges = 0;
     for (std::size_t c = 0; c < circuits.size(); ++c) {
-      const Circuit &circuit = circuits[c];
+      const Circuit& circuit = circuits[c];
       const std::string name = side + "[" + std::to_string(c) + "]";
       require(circuit.src.size() == circuit.dst.size() && circuit.src.size() == circuit.gate.size(),
               name + ": expected src, dst and gate of equal length");
@@ -78,9 +78,9 @@ void check(const Question &q) {
       bool reached = false;
       for (std::size_t e = 0; e < circuit.src.size(); ++e) {
         const std::int32_t u = circuit.src[e], v = circuit.dst[e];
-        require(u >= 0 && v >= 0 && u < q.n_nodes && v < q.n_nodes,
-                name + ": expected node ids in 0.." + std::to_string(q.n_nodes - 1) + ", got edge " +
-                    std::to_string(u) + " -> " + std::to_string(v));
+        require(u >= 0 && v >= 0 && u < q.n_nodes && v < q.n_nodes, name + ": expected node ids in 0.." +
+                                                                        std::to_string(q.n_nodes - 1) + ", got edge " +
+                                                                        std::to_string(u) + " -> " + std::to_string(v));
         require(u < v, name + ": expected src < dst, got edge " + std::to_string(u) + " -> " + std::to_string(v));
         require(circuit.gate[e] <= static_cast<std::uint8_t>(Gate::Adder),
                 name + ": expected gates 0..2, got " + std::to_string(circuit.gate[e]));
@@ -93,13 +93,13 @@ void check(const Question &q) {
 }
 
 // Sorts one side's edges into groups. A group that the embedding satisfies is left out.
-Side make_side(const Question &q, bool retain) {
+Side make_side(const Question& q, bool retain) {
   const auto n = static_cast<std::size_t>(q.n_nodes);
-  const auto &circuits = retain ? q.retain : q.forget;
+  const auto& circuits = retain ? q.retain : q.forget;
   Side side{retain, q.semantics, {}, {}, {}, std::vector<std::uint8_t>(n), std::vector<std::int8_t>(n, kOpen)};
 
   std::vector<std::int64_t> start(n + 1);
-  for (const Circuit &circuit : circuits)
+  for (const Circuit& circuit : circuits)
     for (std::size_t e = 0; e < circuit.src.size(); ++e) {
       ++start[static_cast<std::size_t>(circuit.dst[e]) + 1];
       side.member[circuit.src[e]] = side.member[circuit.dst[e]] = 1;
@@ -110,9 +110,9 @@ Side make_side(const Question &q, bool retain) {
   std::vector<std::int64_t> next(start.begin(), start.end() - 1);
   for (std::size_t c = 0; c < circuits.size(); ++c)
     for (std::size_t e = 0; e < circuits[c].src.size(); ++e)
-      keys[static_cast<std::size_t>(next[circuits[c].dst[e]]++)] =
-          std::uint64_t{c} << 34 | std::uint64_t{circuits[c].gate[e]} << 32 |
-          static_cast<std::uint32_t>(circuits[c].src[e]);
+      keys[static_cast<std::size_t>(next[circuits[c].dst[e]]++)] = std::uint64_t{c} << 34 |
+                                                                   std::uint64_t{circuits[c].gate[e]} << 32 |
+                                                                   static_cast<std::uint32_t>(circuits[c].src[e]);
 
   side.x[0] = retain ? kTrue : kFalse;  // the embedding works
   side.x[n - 1] = kTrue;
@@ -152,7 +152,7 @@ Side make_side(const Question &q, bool retain) {
 }
 
 // Unit propagation. All x true is a model, so nothing is ever refuted and x only becomes true.
-void propagate(Side &side) {
+void propagate(Side& side) {
   std::vector<std::int32_t> queue;
   for (std::size_t node = 1; node < side.x.size(); ++node)
     if (side.x[node] == kTrue) queue.push_back(static_cast<std::int32_t>(node));
@@ -172,7 +172,7 @@ void propagate(Side &side) {
     uses.resize(side.inputs.size());
     std::vector<std::int64_t> next(first_use.begin(), first_use.end() - 1);
     for (std::size_t g = 0; g < side.groups.size(); ++g) {
-      const Group &group = side.groups[g];
+      const Group& group = side.groups[g];
       missing.push_back(group.last - group.first);
       for (std::int32_t i = group.first; i < group.last; ++i)
         uses[static_cast<std::size_t>(next[side.inputs[i]]++)] = static_cast<std::int32_t>(g);
@@ -183,13 +183,13 @@ void propagate(Side &side) {
     const std::int32_t node = queue.back();
     queue.pop_back();
     for (std::int32_t g = side.first_group[node]; g < side.first_group[node + 1]; ++g) {
-      const Group &group = side.groups[g];
+      const Group& group = side.groups[g];
       if (group.all || group.last - group.first == 1)
         for (std::int32_t i = group.first; i < group.last; ++i) raise(side.inputs[i]);
     }
     if (uses.empty()) continue;
     for (std::int64_t u = first_use[node]; u < first_use[node + 1]; ++u) {
-      const Group &group = side.groups[uses[u]];
+      const Group& group = side.groups[uses[u]];
       if (--missing[uses[u]] == 0 || !group.all) raise(group.node);
     }
   }
@@ -198,7 +198,7 @@ void propagate(Side &side) {
 // The question with its two sides, and the steps of the answer.
 class Instance {
  public:
-  Instance(const Question &question, Limits &limits)
+  Instance(const Question& question, Limits& limits)
       : q_(question), limits_(limits), n_(question.n_nodes), dead_(make_side(q_, false)), works_(make_side(q_, true)) {}
 
   Answer answer() {
@@ -236,7 +236,7 @@ class Instance {
       if (dead_.x[node] == kOpen && !needed[node] && (!gains(node) || loses(node))) dead_.x[node] = kFalse;
       if (dead_.x[node] == kFalse) continue;
       for (std::int32_t g = dead_.first_group[node]; g < dead_.first_group[node + 1]; ++g)
-        if (const Group &group = dead_.groups[g]; !group_true(dead_, group))
+        if (const Group& group = dead_.groups[g]; !group_true(dead_, group))
           for (std::int32_t i = group.first; i < group.last; ++i) needed[dead_.inputs[i]] = 1;
     }
     // Working: retain nodes that can no longer be a conflict and need nothing open for it.
@@ -244,27 +244,27 @@ class Instance {
       if (open(works_, node) && !at_stake(node) && groups_true(works_, node)) works_.x[node] = kTrue;
   }
 
-  static bool open(const Side &side, std::int32_t node) { return side.member[node] && side.x[node] == kOpen; }
+  static bool open(const Side& side, std::int32_t node) { return side.member[node] && side.x[node] == kOpen; }
 
   // What the death of a node is worth: reach on the third level, risk on the second.
   bool gains(std::int32_t node) const { return q_.editable[node] && q_.reach[node] > 0; }
   bool loses(std::int32_t node) const { return q_.editable[node] && works_.member[node] && q_.risk[node] > 0; }
 
-  static bool group_true(const Side &side, const Group &group) {
+  static bool group_true(const Side& side, const Group& group) {
     const auto first = side.inputs.begin() + group.first, last = side.inputs.begin() + group.last;
     const auto is_true = [&](std::int32_t input) { return side.x[input] == kTrue; };
     return group.all ? std::all_of(first, last, is_true) : std::any_of(first, last, is_true);
   }
 
-  static bool groups_true(const Side &side, std::int32_t node) {
+  static bool groups_true(const Side& side, std::int32_t node) {
     return std::all_of(side.groups.begin() + side.first_group[node], side.groups.begin() + side.first_group[node + 1],
-                       [&](const Group &group) { return group_true(side, group); });
+                       [&](const Group& group) { return group_true(side, group); });
   }
 
   // Residual variables, one per open x: d (dead) of node n is 2n, r (works) is 2n + 1.
-  static std::int32_t variable(const Side &side, std::int32_t node) { return 2 * node + (side.retain ? 1 : 0); }
+  static std::int32_t variable(const Side& side, std::int32_t node) { return 2 * node + (side.retain ? 1 : 0); }
 
-  void add_literal(const Side &side, std::int32_t node, bool positive) {
+  void add_literal(const Side& side, std::int32_t node, bool positive) {
     const std::int8_t value = side.x[node];
     if (value == (positive ? kTrue : kFalse)) satisfied_ = true;
     if (value == kOpen) clause_.push_back(positive ? variable(side, node) : ~variable(side, node));
@@ -297,8 +297,8 @@ class Instance {
   void encode() {
     parent_.resize(2 * static_cast<std::size_t>(n_));
     std::iota(parent_.begin(), parent_.end(), 0);
-    for (const Side *side : {&dead_, &works_})
-      for (const Group &group : side->groups) {
+    for (const Side* side : {&dead_, &works_})
+      for (const Group& group : side->groups) {
         if (side->x[group.node] == kFalse) continue;
         const bool authors = q_.semantics == Semantics::Authors;
         if (group.all) {
@@ -375,7 +375,7 @@ class Instance {
 
   std::size_t clause_begin(std::size_t c) const { return c == 0 ? 0 : static_cast<std::size_t>(clause_ends_[c - 1]); }
 
-  void minimize_pack(const std::vector<std::int32_t> &members, const std::vector<std::int32_t> &clauses) {
+  void minimize_pack(const std::vector<std::int32_t>& members, const std::vector<std::int32_t>& clauses) {
     Formula formula;
     for (const std::int32_t v : members) local_[v] = ++formula.n_variables;
     for (const std::int32_t c : clauses) {
@@ -436,8 +436,8 @@ class Instance {
       throw std::logic_error("the cost of the model and the proven bound disagree");
   }
 
-  const Question &q_;
-  Limits &limits_;
+  const Question& q_;
+  Limits& limits_;
   const std::int32_t n_;
   Side dead_, works_;
   Answer found_;
@@ -450,7 +450,7 @@ class Instance {
 
 }  // namespace
 
-Answer assign(const Question &question, const std::function<bool()> &interrupted) {
+Answer assign(const Question& question, const std::function<bool()>& interrupted) {
   check(question);
   Limits limits(question.time_limit, interrupted);
   return Instance(question, limits).answer();

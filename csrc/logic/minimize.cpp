@@ -1,6 +1,7 @@
 // OLL, core-guided MaxSAT, one level after the other.
 //
-// 1. Assume every soft literal of the current stratum (largest weights first). If the solver finds a model, go on to the
+// 1. Assume every soft literal of the current stratum (largest weights first). If the solver finds a model, go on to
+// the
 //    next stratum; after the last one the level is closed.
 // 2. Otherwise it returns a core: soft literals that cannot all hold. Minimise it, take its least weight w off each
 //    member and add w to the lower bound. A totalizer counts how many members fail; "at most one" becomes a new soft
@@ -24,7 +25,7 @@ namespace {
 // Counts true literals: output(k) is implied by k of them being true. Built as a balanced tree, output by output.
 class Totalizers {
  public:
-  Totalizers(Solver &solver, int &n_variables) : solver_(solver), n_variables_(n_variables) {}
+  Totalizers(Solver& solver, int& n_variables) : solver_(solver), n_variables_(n_variables) {}
 
   // Returns the root of a new counter.
   int add(std::span<const int> inputs) {
@@ -62,7 +63,7 @@ class Totalizers {
     extend(left, count);
     extend(right, count);
     const auto &a = nodes_[left].outputs, &b = nodes_[right].outputs;
-    auto &outputs = nodes_[id].outputs;
+    auto& outputs = nodes_[id].outputs;
     for (int total = static_cast<int>(outputs.size()) + 1; total <= count; ++total) {
       const int made = ++n_variables_;
       const int least = std::max(0, total - nodes_[right].size), most = std::min(total, nodes_[left].size);
@@ -81,17 +82,20 @@ class Totalizers {
     }
   }
 
-  Solver &solver_;
-  int &n_variables_;
+  Solver& solver_;
+  int& n_variables_;
   std::vector<Node> nodes_;
   std::vector<int> clause_;
 };
 
 class Minimizer {
  public:
-  Minimizer(const Formula &formula, std::vector<std::uint8_t> start, Limits &limits)
-      : solver_(limits), n_original_(formula.n_variables), n_variables_(formula.n_variables),
-        totalizers_(solver_, n_variables_), model_(std::move(start)) {
+  Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits)
+      : solver_(limits),
+        n_original_(formula.n_variables),
+        n_variables_(formula.n_variables),
+        totalizers_(solver_, n_variables_),
+        model_(std::move(start)) {
     for (auto first = formula.clauses.begin(); first != formula.clauses.end();) {
       const auto last = std::find(first, formula.clauses.end(), 0);
       solver_.clause({first, last});
@@ -105,38 +109,38 @@ class Minimizer {
   bool search() { return solve({}); }
 
   // Closes one level. False when a limit ended the search; `bound` is then still a lower bound.
-  bool close(const Level &level, std::int64_t &bound) {
+  bool close(const Level& level, std::int64_t& bound) {
     level_ = level;
     softs_.clear();
     position_.clear();
     bound = 0;
-    if (std::all_of(level.begin(), level.end(), [&](const Soft &soft) { return holds(soft.literal); })) {
-      for (const Soft &soft : level) harden(soft.literal);
+    if (std::all_of(level.begin(), level.end(), [&](const Soft& soft) { return holds(soft.literal); })) {
+      for (const Soft& soft : level) harden(soft.literal);
       return true;
     }
     solver_.propagate();  // what earlier levels settled needs no search
-    for (const Soft &soft : level) {
+    for (const Soft& soft : level) {
       const int value = solver_.fixed(soft.literal);
       if (value < 0) bound += soft.weight;
       if (value == 0) add_soft(soft.literal, soft.weight, -1, 0);
     }
     std::int64_t stratum = 0;
-    for (const State &soft : softs_) stratum = std::max(stratum, soft.weight);
+    for (const State& soft : softs_) stratum = std::max(stratum, soft.weight);
     while (stratum > 0) {
       if (!close_stratum(stratum, bound)) return false;
       std::int64_t next = 0;
-      for (const State &soft : softs_)
+      for (const State& soft : softs_)
         if (soft.weight < stratum) next = std::max(next, soft.weight);
       // Halving keeps the number of strata logarithmic however many distinct weights there are.
       stratum = next > stratum / 2 ? std::max<std::int64_t>(stratum / 2, 1) : next;
     }
-    for (const State &soft : softs_)
+    for (const State& soft : softs_)
       if (soft.weight > 0) harden(soft.literal);
     return true;
   }
 
   // Makes the model the best one in lexicographic order of these literals. False when a limit ended the search.
-  bool prefer(const std::vector<int> &literals) {
+  bool prefer(const std::vector<int>& literals) {
     for (const int literal : literals) {
       if (holds(literal)) {
         pending_.push_back(literal);  // told to the solver only if it is asked again
@@ -192,21 +196,21 @@ class Minimizer {
       softs_.push_back({literal, 0, totalizer, count, false});
       position_[key] = static_cast<int>(softs_.size());
     }
-    State &soft = softs_[static_cast<std::size_t>(position_[key] - 1)];
+    State& soft = softs_[static_cast<std::size_t>(position_[key] - 1)];
     soft.weight += weight;
     soft.waiting = totalizer >= 0;
   }
 
-  State &soft_of(int literal) {
+  State& soft_of(int literal) {
     const auto key = static_cast<std::size_t>(2 * std::abs(literal) + (literal < 0));
     return softs_[static_cast<std::size_t>(position_[key] - 1)];
   }
 
   // Rounds of disjoint cores until all softs of weight >= stratum hold together.
-  bool close_stratum(std::int64_t stratum, std::int64_t &bound) {
+  bool close_stratum(std::int64_t stratum, std::int64_t& bound) {
     for (;;) {
       assumptions_.clear();
-      for (State &soft : softs_) {
+      for (State& soft : softs_) {
         soft.waiting = false;
         if (soft.weight >= stratum) assumptions_.push_back(soft.literal);
       }
@@ -232,9 +236,9 @@ class Minimizer {
   // Softs that weigh more than the gap between the model and the bound hold in every optimum.
   void harden_dear(std::int64_t bound) {
     std::int64_t gap = -bound;
-    for (const Soft &soft : level_)
+    for (const Soft& soft : level_)
       if (!holds(soft.literal)) gap += soft.weight;
-    for (State &soft : softs_)
+    for (State& soft : softs_)
       if (soft.weight > gap) {
         harden(soft.literal);
         soft.weight = 0;
@@ -261,7 +265,7 @@ class Minimizer {
     }
   }
 
-  void relax(std::int64_t &bound) {
+  void relax(std::int64_t& bound) {
     ++cores_;
     std::int64_t least = soft_of(core_.front()).weight;
     for (const int literal : core_) least = std::min(least, soft_of(literal).weight);
@@ -270,7 +274,7 @@ class Minimizer {
     for (const int literal : core_) trial_.push_back(-literal);
     solver_.clause(trial_);
     for (const int literal : core_) {
-      State &soft = soft_of(literal);
+      State& soft = soft_of(literal);
       soft.weight -= least;
       soft.waiting = true;
       const int totalizer = soft.totalizer, next = soft.count + 1;
@@ -305,13 +309,13 @@ class Minimizer {
 
 }  // namespace
 
-Optimum minimize(const Formula &formula, const std::vector<Level> &levels, const std::vector<int> &preference,
-                 std::vector<std::uint8_t> start, Limits &limits) {
+Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
+                 std::vector<std::uint8_t> start, Limits& limits) {
   Minimizer minimizer(formula, std::move(start), limits);
   // Earlier levels have the last word on a variable's phase.
   for (const int literal : preference) minimizer.phase(literal);
   for (std::size_t i = levels.size(); i-- > 0;)
-    for (const Soft &soft : levels[i]) minimizer.phase(soft.literal);
+    for (const Soft& soft : levels[i]) minimizer.phase(soft.literal);
 
   Optimum optimum;
   bool going = minimizer.search();

@@ -1,4 +1,5 @@
-// Lexicographic MaxSAT: the best model of a formula under several objectives, the earlier ones counting infinitely more.
+// Lexicographic MaxSAT: the best model of a formula under several objectives, the earlier ones counting infinitely
+// more.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +33,7 @@ struct Optimum {
 // Minimises the levels in order, then prefers the literals of `preference` to be true, the earlier ones first. With
 // every variable in `preference` the model is unique. `start` must be a model; it is returned, improved as far as it
 // went, when the limits end the search.
-Optimum minimize(const Formula &formula, const std::vector<Level> &levels, const std::vector<int> &preference,
-                 std::vector<std::uint8_t> start, Limits &limits);
+Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
+                 std::vector<std::uint8_t> start, Limits& limits);
 
 }  // namespace clue::logic

@@ -21,7 +21,7 @@ bool Limits::expired() {
   return expired_;
 }
 
-Solver::Solver(Limits &limits) : limits_(limits) {
+Solver::Solver(Limits& limits) : limits_(limits) {
   // lucky costs a full pass per incremental call; factor invents variables that would clash with ours.
   solver_.set("quiet", 1);
   solver_.set("factor", 0);
@@ -39,9 +39,12 @@ Verdict Solver::solve(std::span<const int> assumptions, int decisions) {
   for (const int literal : assumptions) solver_.assume(literal);
   if (decisions >= 0) solver_.limit("decisions", decisions);
   switch (solver_.solve()) {
-    case CaDiCaL::SATISFIABLE: return Verdict::Satisfiable;
-    case CaDiCaL::UNSATISFIABLE: return Verdict::Unsatisfiable;
-    default: return Verdict::Unknown;
+    case CaDiCaL::SATISFIABLE:
+      return Verdict::Satisfiable;
+    case CaDiCaL::UNSATISFIABLE:
+      return Verdict::Unsatisfiable;
+    default:
+      return Verdict::Unknown;
   }
 }
 

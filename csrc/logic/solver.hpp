@@ -16,7 +16,7 @@ class Limits {
   // `time_limit` in seconds from now, 0 is none; `interrupted` is polled about every 50 ms.
   Limits(double time_limit, std::function<bool()> interrupted);
 
-  bool expired();                                   // the time is up, or it was interrupted
+  bool expired();                                    // the time is up, or it was interrupted
   bool interrupted() const { return interrupted_; }  // it was Ctrl-C, not the clock
 
  private:
@@ -31,12 +31,12 @@ enum class Verdict { Satisfiable, Unsatisfiable, Unknown };
 // An incremental SAT solver. Literals are CaDiCaL's: v or -v with v >= 1.
 class Solver : CaDiCaL::Terminator {
  public:
-  explicit Solver(Limits &limits);
+  explicit Solver(Limits& limits);
   ~Solver() override;
 
   void clause(std::span<const int> literals);
-  void phase(int literal) { solver_.phase(literal); }  // the polarity to try first
-  void propagate() { solver_.simplify(0); }  // units only, at the root
+  void phase(int literal) { solver_.phase(literal); }              // the polarity to try first
+  void propagate() { solver_.simplify(0); }                        // units only, at the root
   int fixed(int literal) const { return solver_.fixed(literal); }  // 1 implied, -1 refuted, 0 open
 
   // Unknown only if a limit ended the search. `decisions` < 0 is no limit of its own.
@@ -49,7 +49,7 @@ class Solver : CaDiCaL::Terminator {
  private:
   bool terminate() override { return limits_.expired(); }
 
-  Limits &limits_;
+  Limits& limits_;
   CaDiCaL::Solver solver_;
   std::int64_t solves_ = 0;
 };

@@ -15,8 +15,6 @@ __version__ = "0.1.0"
 
 _HOME = {
     "localize": ".pipeline",
-    "unlearn": ".pipeline",
-    "evaluate": ".pipeline",
     "Plan": ".plan",
     "Slice": ".plan",
     "verify": ".plan",
@@ -35,13 +33,14 @@ _HOME = {
     "Direction": ".types",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "evaluate", "unlearn", *_HOME]
 
 if TYPE_CHECKING:
+    from . import evaluate, unlearn
     from .config import DataSettings, EvaluateSettings, LocalizeSettings, UnlearnSettings
     from .data.records import Record, RecordSet, read
     from .errors import ClueError
-    from .pipeline import evaluate, localize, unlearn
+    from .pipeline import localize
     from .plan import Plan, Slice, verify
     from .types import Direction, Gate, Role
     from .unlearn.callback import PlanCallback
@@ -49,6 +48,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("unlearn", "evaluate"):  # packages that are also the function they are named after
+        return import_module(f".{name}", __name__)
     try:
         module = _HOME[name]
     except KeyError:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import Settings
+from .config import EvaluateSettings, LocalizeSettings, Settings, UnlearnSettings
 from .errors import ModelError, OverlapError, RunError
 from .pipeline import Progress, locate, read_sets
 from .plan import Plan
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .evaluate import Evaluation, EvaluationSets
+
+#: What the demo runs with: a model this small has 206 edges, and unlearns at a larger step than a language model would.
+DEMO = Settings(
+    localize=LocalizeSettings(edges=0.2, neurons=0.2, batch_size=32),
+    unlearn=UnlearnSettings(lr=5e-4, steps=300, batch_size=16, damping=0.1, stop_probability=0.12, check_every=2),
+    evaluate=EvaluateSettings(rouge_limit=72, max_new_tokens=8),
+)
 
 #: Seconds between two progress lines of a long loop would depend on the machine; steps do not.
 REPORT_EVERY = 20
@@ -199,7 +204,7 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
     from .plan import verify
     from .report import table
 
-    settings = Settings(seed=seed)
+    settings = replace(DEMO, seed=seed)
     world = build_world(setting, seed)
 
     def on_step(step: int, loss: float) -> None:
@@ -214,7 +219,7 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
                                                                      "retain_unseen", "retain_paraphrase", "holdout")}
     train_skills, test_skills = ({name: str(home / "world" / f"{kind}.{name}.jsonl") for name in world.skills}
                                  for kind in ("skills_train", "skills"))
-    inputs = {"model": str(home / "before"), "forget": data["forget"],
+    inputs: dict[str, Any] = {"model": str(home / "before"), "forget": data["forget"],
               "retain": {"retain": data["retain"], **train_skills}}
     run = Run.create(folder, settings.to_dict(), kind="demo", inputs=inputs)
     try:
@@ -241,13 +246,14 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
             "setting": setting, "seed": seed, "report": str(folder / "report.html")}
 
 
-def load_model(source: str, settings: Settings) -> tuple[nn.Module, Any]:
+def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
     """A causal language model and its tokenizer, from a folder or a hub id.
 
     Raises:
         ModelError: nothing is there, it is no causal language model, or its tokenizer cannot be read.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = Path(source)
@@ -258,8 +264,8 @@ def load_model(source: str, settings: Settings) -> tuple[nn.Module, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        network = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
-    except (OSError, ValueError, KeyError) as error:
+        network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"
                          " model with its tokenizer, or the hub id of one this machine can reach") from None

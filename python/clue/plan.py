@@ -216,7 +216,7 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
         differing = sorted(old.keys() ^ new.keys())
         raise PlanError(f"{before} and {after} do not hold the same tensors (for example {differing[0]}):"
                         " they are not two versions of one model")
-    missing = [name for name in plan.parameters() if name not in old.keys()]
+    missing = [name for name in plan.parameters() if name not in old.keys()]  # noqa: SIM118 -- not a mapping
     if missing:
         raise PlanError(f"the plan edits {missing[0]}, which {before} does not hold: it was made for another model")
     changed = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.oracles.attribution import finite_difference, writer_outputs
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from clue.circuit.attribution import Scores, attribute
@@ -13,6 +12,7 @@ from clue.config import LocalizeSettings
 from clue.data.pairs import Pairs
 from clue.errors import AttributionError
 from clue.model.anatomy import anatomy
+from tests.oracles.attribution import finite_difference, writer_outputs
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
@@ -106,7 +106,7 @@ def test_neuron_scores_equal_the_finite_difference():
         for number, layer in enumerate(body.layers):
             hidden = []
             for ids in sides:
-                handle = layer.down.module.register_forward_pre_hook(lambda m, a: hidden.append(a[0].detach()))
+                handle = layer.down.module.register_forward_pre_hook(lambda m, a, seen=hidden: seen.append(a[0].detach()))
                 with torch.no_grad():
                     body.model(ids)
                 handle.remove()

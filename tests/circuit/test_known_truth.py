@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.circuit.test_attribution import in_double, make_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clue.circuit.attribution import attribute
@@ -18,6 +17,7 @@ from clue.circuit.selection import build_circuit
 from clue.config import LocalizeSettings
 from clue.model.anatomy import anatomy
 from clue.types import Gate, NodeKind
+from tests.circuit.test_attribution import in_double, make_pairs
 
 D, BIG = 8, 1e4
 CONST, SUM, OUT, BIT_A, BIT_B = 0, 1, 2, 3, 4

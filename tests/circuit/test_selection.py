@@ -14,8 +14,10 @@ from clue.config import LocalizeSettings
 from clue.errors import CircuitError
 from clue.types import Gate, NodeKind, Provenance
 
+SMALL = Graph(2, 4, 2, 6, True)
 
-def make_scores(seed: int = 0, graph: Graph = Graph(2, 4, 2, 6, True)) -> Scores:
+
+def make_scores(seed: int = 0, graph: Graph = SMALL) -> Scores:
     random = np.random.default_rng(seed)
     edges = [np.where(graph.residual_edges, random.normal(size=graph.residual_edges.shape), 0) for _ in range(2)]
     units = [random.normal(size=(graph.n_layers, graph.d_mlp)) for _ in range(4)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.circuit.test_attribution import CONFIGS, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clue.errors import ModelError
 from clue.model.anatomy import anatomy, check_weights
 from clue.types import NodeKind
+from tests.circuit.test_attribution import CONFIGS, tiny
 
 IDS = torch.tensor([[1, 5, 7, 9, 4, 3, 11]])
 

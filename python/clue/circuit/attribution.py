@@ -176,7 +176,7 @@ def attribute(
 
 def _batch(body: Anatomy, pairs: Pairs, chosen: npt.NDArray[np.int64], target: str, sums: _Sums) -> int:
     """Run one batch both ways, add its scores, and return how many of its pairs were informative."""
-    device = body.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = next(body.model.parameters()).device
     lengths = [len(pairs.clean[i]) for i in chosen]
     clean, corrupted = (torch.zeros(len(chosen), max(lengths), dtype=torch.int64) for _ in range(2))
     mask = torch.zeros_like(clean)
@@ -223,7 +223,7 @@ class _Sums:
         self.body, self.norm = body, norm
         self.graph = graph_of(body)
         shape = self.graph.residual_edges.shape
-        device = body.head.weight.device  # type: ignore[union-attr]
+        device = next(body.model.parameters()).device
         self.edges = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2)]
         self.books = [torch.zeros(shape[1], dtype=torch.float64, device=device) for _ in range(2)]
         exact = next(body.model.parameters()).dtype == torch.float64

@@ -212,8 +212,8 @@ class Circuit:
         """Write the circuit as one safetensors file."""
         from safetensors.numpy import save
 
-        arrays = {"src": self.src, "dst": self.dst, "gate": self.gate, "provenance": self.provenance,
-                  "ns": self.ns, "dn": self.dn}
+        arrays: dict[str, npt.NDArray[Any]] = {"src": self.src, "dst": self.dst, "gate": self.gate,
+                                               "provenance": self.provenance, "ns": self.ns, "dn": self.dn}
         metadata = {"name": self.name, "graph": json.dumps(self.graph.to_json(), sort_keys=True)}
         Path(path).write_bytes(save(arrays, metadata))
 

@@ -305,7 +305,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(world: World, size: str = "demo") -> LlamaConfig:
-    """The Llama that a world's models are: ``demo`` (0.64 M parameters), or ``small`` (0.12 M) for unit tests: it learns
+    """The Llama of a world: ``demo`` (0.64 M parameters), or ``small`` (0.12 M) for unit tests, which learns
     the facts of a dozen people in seconds, but the skills only in part."""
     from transformers import LlamaConfig
 

@@ -8,7 +8,23 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from .evaluation import Evaluation, EvaluationSets, Sample, SetResult, evaluate, privleak
 from .privacy import Attack
 
 __all__ = ["Attack", "Evaluation", "EvaluationSets", "Sample", "SetResult", "evaluate", "privleak"]
+
+
+class _Package(ModuleType):
+    """Lets ``clue.evaluate(...)`` be called although ``clue.evaluate`` is this package."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        from .evaluation import evaluate
+
+        return evaluate(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -5,7 +5,9 @@ Public names are imported on first use, so that importing the package does not i
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
@@ -34,3 +36,15 @@ def __getattr__(name: str) -> Any:
     except KeyError:
         raise AttributeError(f"module 'clue.unlearn' has no attribute {name!r}") from None
     return getattr(import_module(module, __name__), name)
+
+
+class _Package(ModuleType):
+    """Lets ``clue.unlearn(...)`` be called although ``clue.unlearn`` is this package."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        from .loop import unlearn
+
+        return unlearn(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _Package
