@@ -217,8 +217,8 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
     home = folder.resolve()
     data = {name: str(home / "world" / f"{name}.jsonl") for name in ("forget", "forget_paraphrase", "retain",
                                                                      "retain_unseen", "retain_paraphrase", "holdout")}
-    train_skills, test_skills = ({name: str(home / "world" / f"{kind}.{name}.jsonl") for name in world.skills}
-                                 for kind in ("skills_train", "skills"))
+    train_skills, test_skills = ({name: str(home / "world" / f"{name}_{part}.jsonl") for name in world.skills}
+                                 for part in ("train", "eval"))
     inputs: dict[str, Any] = {"model": str(home / "before"), "forget": data["forget"],
               "retain": {"retain": data["retain"], **train_skills}}
     run = Run.create(folder, settings.to_dict(), kind="demo", inputs=inputs)
