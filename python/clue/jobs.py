@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: What the demo runs with: a model this small has 206 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
     localize=LocalizeSettings(edges=0.4, neurons=0.5, batch_size=32),
-    unlearn=UnlearnSettings(lr=3e-4, steps=400, batch_size=16, damping=0.05, stop_probability=0.1, check_every=2),
+    unlearn=UnlearnSettings(lr=3e-4, steps=400, batch_size=16, damping=0.05, stop_probability=0.08, check_every=2),
     evaluate=EvaluateSettings(rouge_limit=72, max_new_tokens=8),
 )
 
