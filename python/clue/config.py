@@ -71,10 +71,11 @@ class UnlearnSettings:
     weight_decay: float = _option(0.0, "decoupled weight decay, on planned weights only")
     clip: float = _option(1.0, "largest global gradient norm per optimizer step; 0 turns clipping off")
     warmup: int = _option(10, "linear warm-up steps of each stage; cosine decay to a tenth follows")
-    stop_probability: float = _option(0.15, "stop once the mean length-normalised answer probability of the forget"
-                                      " set is at or below this, about what a model gives to answers it never saw; 0"
-                                      " never stops early")
-    check_every: int = _option(5, "steps between checks of the stopping rule")
+    floor: float = _option(0.15, "how far to forget: a record counts as forgotten, and is left alone, once its"
+                           " length-normalised answer probability is at or below this, about what a model gives to"
+                           " answers it never saw, and greedy decoding does not give the answer; training stops when"
+                           " all are; 0 forgets without end")
+    check_every: int = _option(5, "steps between looks at the whole forget set, to stop once all of it is forgotten")
 
 
 @dataclass(frozen=True)

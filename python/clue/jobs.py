@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 #: What the demo runs with: a model this small has 206 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
-    localize=LocalizeSettings(edges=0.4, neurons=0.5, batch_size=32),
-    unlearn=UnlearnSettings(lr=3e-4, steps=400, batch_size=16, damping=0.05, stop_probability=0.08, check_every=2),
+    localize=LocalizeSettings(edges=0.1, neurons=0.1, batch_size=32),
+    unlearn=UnlearnSettings(lr=3e-4, steps=400, batch_size=16, damping=0.05, floor=0.12, check_every=5),
     evaluate=EvaluateSettings(rouge_limit=72, max_new_tokens=8),
 )
 
@@ -64,6 +64,7 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
 
 def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
     """Train the planned weights and save the model, whole, into the run's ``model`` stage."""
+    from .report.svg import percent
     from .unlearn.loop import unlearn as train
 
     run.require("plan", "localize")
@@ -79,7 +80,7 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
         if step["step"] % REPORT_EVERY == 0:
             progress(f"unlearn    step {step['step']} of at most {steps}: " + ", ".join(
                 f"{name.replace('_', ' ')} {step[name]:.3f}" for name in ("forget_loss", "retain_loss",
-                                                                         "forget_probability")
+                                                                         "forget_probability", "forgotten")
                 if step.get(name) is not None))
 
     log = train(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
@@ -89,7 +90,8 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
         tokenizer.save_pretrained(folder)
         log.save(folder / "training.json")
     run.update(settings=settings.to_dict())
-    progress(f"model      {log.steps} steps" + (", stopped early" if log.stopped_early else "") + f": {run.path('model')}")
+    progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps"
+             + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))
 
 
 def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> dict[str, Evaluation]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from clue.config import UnlearnSettings
+from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, ModelError, PlanError, RecordError
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
 
 PLAIN = UnlearnSettings(objective="graddiff", stages="joint", lr=1e-2, steps=4, batch_size=2, metric=False, warmup=0,
-                        stop_probability=0.0, weight_decay=0.1, forget_share=0.5, clip=1.0)
+                        floor=0.0, weight_decay=0.1, forget_share=0.5, clip=1.0)
 
 
 def single(name: str, prompt: str, answer: str) -> RecordSet:
@@ -135,7 +136,7 @@ def test_same_seed_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, s
         # Dropout would draw from the global generator: unlearning must not use it.
         model = make_model(attention_dropout=0.5).train()
         log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"], "skill": sets["skill"]},
-                      mixed_plan(model), UnlearnSettings(steps=6, batch_size=2, stop_probability=0.0), seed=seed)
+                      mixed_plan(model), UnlearnSettings(steps=6, batch_size=2, floor=0.0), seed=seed)
         assert model.training
         return bits(model), log
 
@@ -145,14 +146,65 @@ def test_same_seed_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, s
     assert any(not np.array_equal(first[name], other[name]) for name in first)
 
 
-def test_stops_once_forgotten(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any) -> None:
+def everything(model: torch.nn.Module, make_plan: Any) -> Any:
+    return make_plan(model, {n: (0, {Role.CONFLICT: None}) for n, _ in model.named_parameters() if "proj" in n})
+
+
+def answers(model: torch.nn.Module, tokenizer: Any, records: RecordSet) -> list[tuple[float, bool]]:
+    """Per record, one forward pass each: the length-normalised answer probability, and whether greedy decoding gives it."""
+    found = []
+    for e in encode(records, tokenizer, append_eos=False):
+        with torch.no_grad():
+            log_p = model(input_ids=torch.from_numpy(e.input_ids)[None]).logits[0].log_softmax(-1)
+        at = range(e.answer_start, len(e.input_ids))
+        mean = sum(float(log_p[i - 1, e.input_ids[i]]) for i in at) / len(at)
+        found.append((math.exp(mean), all(int(log_p[i - 1].argmax()) == e.input_ids[i] for i in at)))
+    return found
+
+
+def test_stops_once_every_record_is_forgotten(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any) -> None:
     model = make_model()
-    plan = make_plan(model, {n: (0, {Role.CONFLICT: None}) for n, _ in model.named_parameters() if "proj" in n})
-    settings = replace(PLAIN, steps=100, batch_size=8, check_every=3, stop_probability=1e-3, objective="ga")
-    log = unlearn(model, tokenizer, sets["forget"], {}, plan, settings)
+    settings = replace(PLAIN, steps=100, batch_size=8, check_every=3, floor=1e-3, objective="ga")
+    log = unlearn(model, tokenizer, sets["forget"], {}, everything(model, make_plan), settings)
     assert log.stopped_early and log.steps < 100 and log.steps % 3 == 0
     assert log.final_probability <= 1e-3 < log.forget_probability[0]
+    assert log.final_forgotten == 1.0
+    assert all(p <= 1e-3 and not greedy for p, greedy in answers(model, tokenizer, sets["forget"]))
     assert np.all(np.isnan(log.retain_loss))  # gradient ascent alone runs no retain batch
+
+
+def test_a_forgotten_record_pulls_at_no_weight(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any,
+                                               bits: Any) -> None:
+    # One record is below the floor already: a step on all three is a step on the other two, apart from rounding.
+    now = answers(make_model(), tokenizer, sets["forget"])
+    least = min(range(3), key=lambda i: now[i][0])
+    floor = (now[least][0] + sorted(p for p, _ in now)[1]) / 2
+    assert not now[least][1]
+    rest = RecordSet("forget", tuple(r for i, r in enumerate(sets["forget"]) if i != least))
+    settings = replace(PLAIN, objective="npo", steps=1, batch_size=8, floor=floor)
+    whole, part = make_model(), make_model()
+    log = unlearn(whole, tokenizer, sets["forget"], {"r": sets["retain"]}, everything(whole, make_plan), settings)
+    unlearn(part, tokenizer, rest, {"r": sets["retain"]}, everything(part, make_plan), settings)
+    assert log.forgotten[0] == pytest.approx(1 / 3)
+    for (name, a), b in zip(whole.named_parameters(), part.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+    # Without a floor it pulls like the others.
+    free = make_model()
+    unlearn(free, tokenizer, sets["forget"], {"r": sets["retain"]}, everything(free, make_plan), replace(settings, floor=0.0))
+    assert any(not np.array_equal(bits(free)[name], now) for name, now in bits(whole).items())
+
+
+def test_an_answer_that_greedy_decoding_gives_is_not_forgotten(make_model: Any, tokenizer: Any, sets: Any) -> None:
+    from clue.unlearn.loop import _forgotten
+
+    labels = torch.tensor([[-100, 3, 5], [-100, 3, 5], [-100, 3, -100]])
+    logits = torch.zeros(3, 3, 8)
+    logits[0, 0, 3] = logits[0, 1, 5] = logits[1, 0, 3] = logits[1, 1, 6] = logits[2, 0, 4] = 1e-3
+    probability, forgotten = _forgotten(logits, labels, 0.5)
+    assert torch.allclose(probability, torch.full((3,), 1 / 8), rtol=1e-3)  # all alike, and all below the floor
+    assert forgotten.tolist() == [False, True, True]
+    assert not _forgotten(logits, labels, 0.0)[1].any()
+    assert not _forgotten(logits, labels, 0.1)[1].any()
 
 
 def test_roles_without_weights(make_model: Any, make_plan: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
@@ -196,14 +248,15 @@ def test_divergence_is_an_error_and_leaves_the_flags(make_model: Any, make_plan:
 
 def test_log_survives_saving(tmp_path: Path) -> None:
     log = UnlearnLog(np.array([1, 2], dtype=np.uint8), np.array([0.5, 0.25]), np.array([math.nan, 0.1]),
-                     np.array([0.9, 0.8]), np.array([2.0, 1.0]), np.array([1e-3, 1e-4]), True, 0.125)
+                     np.array([0.9, 0.8]), np.array([0.0, 0.5]), np.array([2.0, 1.0]), np.array([1e-3, 1e-4]), True,
+                     0.125, 0.75)
     log.save(tmp_path / "log.json")
     back = UnlearnLog.load(tmp_path / "log.json")
     assert [p.name for p in tmp_path.iterdir()] == ["log.json"]
-    for name in ("stage", "forget_loss", "retain_loss", "forget_probability", "grad_norm", "lr"):
+    for name in ("stage", "forget_loss", "retain_loss", "forget_probability", "forgotten", "grad_norm", "lr"):
         assert np.array_equal(getattr(log, name), getattr(back, name), equal_nan=name == "retain_loss")
         assert getattr(log, name).dtype == getattr(back, name).dtype
-    assert (back.steps, back.stopped_early, back.final_probability) == (2, True, 0.125)
+    assert (back.steps, back.stopped_early, back.final_probability, back.final_forgotten) == (2, True, 0.125, 0.75)
     (tmp_path / "log.json").write_text("{}")
     with pytest.raises(ClueError, match="not a readable unlearning log"):
         UnlearnLog.load(tmp_path / "log.json")

@@ -288,8 +288,8 @@ def _curves(log: UnlearnLog) -> list[dict[str, Any]]:
 
     curves = [curve("Loss", "nats per token", ("forget_loss", "forget objective", "forget"),
                     ("retain_loss", "retain", "retain")),
-              curve("Probability of forget answers", "mean probability",
-                    ("forget_probability", "forget batch", "forget")),
+              curve("Forgetting", "of the forget batch", ("forget_probability", "mean answer probability", "forget"),
+                    ("forgotten", "share forgotten", "after")),
               curve("Gradient norm", "2-norm before clipping", ("grad_norm", "planned weights", "after")),
               curve("Learning rate", "learning rate", ("lr", "learning rate", "after"))]
     return [c for c in curves if c["series"]]

@@ -2,6 +2,10 @@
 
 A step runs the forget batch, keeps its gradient on the planned slices (measured in the retain metric on conflict
 slices), runs a retain batch, adds its gradient on conflict slices, clips once, and updates the slices.
+
+A record that is forgotten already gets no more gradient (:func:`_forgotten`). Pushed further, its answer would become
+more unlikely than one the model never saw, which gives it away as surely as being remembered does, and all that extra
+pushing is paid for by what must stay.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DataSettings, UnlearnSettings, check
-from ..data.encoding import Batch, Example, batches, collate, encode, pad_id
+from ..data.encoding import IGNORED, Batch, Example, batches, collate, encode, pad_id
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..plan import Plan
 from ..types import Role
@@ -43,24 +47,29 @@ class UnlearnLog:
 
     Attributes:
         stage: uint8 [steps]: 0 joint, 1 forget weights, 2 conflict weights.
-        forget_loss: float64 [steps], the forget objective on the step's batch, before the update.
+        forget_loss: float64 [steps], the forget objective on the step's batch, before the update; its gradient is taken
+            over the records not forgotten yet.
         retain_loss: float64 [steps], mean NLL of the retain batch's answer tokens; NaN where no retain batch was run.
         forget_probability: float64 [steps], mean length-normalised probability of the forget batch's answers, before the
             update.
+        forgotten: float64 [steps], share of the forget batch that was forgotten already (:attr:`UnlearnSettings.floor`).
         grad_norm: float64 [steps], 2-norm of the combined gradient on the planned slices, before clipping.
         lr: float64 [steps].
-        stopped_early: the stopping rule ended the (last) stage.
+        stopped_early: every forget record was forgotten before the steps of the (last) stage ran out.
         final_probability: mean length-normalised answer probability over the whole forget set, after the last update.
+        final_forgotten: share of the forget set that was forgotten by then.
     """
 
     stage: npt.NDArray[np.uint8]
     forget_loss: npt.NDArray[np.float64]
     retain_loss: npt.NDArray[np.float64]
     forget_probability: npt.NDArray[np.float64]
+    forgotten: npt.NDArray[np.float64]
     grad_norm: npt.NDArray[np.float64]
     lr: npt.NDArray[np.float64]
     stopped_early: bool
     final_probability: float
+    final_forgotten: float
 
     @property
     def steps(self) -> int:
@@ -70,7 +79,8 @@ class UnlearnLog:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON (NaN as null), whole or not at all."""
         document: dict[str, Any] = {"steps": self.steps, "stopped_early": self.stopped_early,
-                                    "final_probability": self.final_probability, "stage": self.stage.tolist()}
+                                    "final_probability": self.final_probability,
+                                    "final_forgotten": self.final_forgotten, "stage": self.stage.tolist()}
         for name in _SERIES:
             document[name] = [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
         path = Path(path)
@@ -98,12 +108,13 @@ class UnlearnLog:
                       for name in _SERIES}
             return cls(np.array(document["stage"], dtype=np.uint8), **series,
                        stopped_early=bool(document["stopped_early"]),
-                       final_probability=float(document["final_probability"]))
+                       final_probability=float(document["final_probability"]),
+                       final_forgotten=float(document["final_forgotten"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ClueError(f"{path} is not a readable unlearning log ({error}): unlearn again") from None
 
 
-_SERIES = ("forget_loss", "retain_loss", "forget_probability", "grad_norm", "lr")
+_SERIES = ("forget_loss", "retain_loss", "forget_probability", "forgotten", "grad_norm", "lr")
 
 
 def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[str, RecordSet], plan: Plan,
@@ -148,7 +159,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     if needs_retain and not retain:
         raise RecordError("the plan has conflict weights, which are trained to keep a retain set: give at least one")
     # That an answer ends is not what is to be forgotten, and the end token's probability stays near 1 on an answer that
-    # is gone: it would cost every other answer its end, and keep the stopping rule from ever seeing the rest.
+    # is gone: it would cost every other answer its end, and keep the record from ever counting as forgotten.
     forget_examples = encoded(forget, append_eos=False)
     retain_examples = [encoded(records, data.append_eos) for records in retain.values()] if needs_retain else []
     forget_order = _Shuffled(len(forget_examples), seed, purpose=1)
@@ -189,7 +200,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
                 step = len(log["stage"]) + 1
                 if not all(math.isfinite(value) for value in (losses["forget_loss"], norm)):
                     raise ModelError(f"unlearning diverged at step {step} (loss {losses['forget_loss']}, gradient norm"
-                                     f" {norm}): lower lr, or raise stop_probability")
+                                     f" {norm}): lower lr, or raise floor")
                 # Clipped once per optimizer step, over the planned weights.
                 optimizer.step(grad_scale=settings.clip / norm if 0 < settings.clip < norm else 1.0)
                 optimizer.zero_grad(set_to_none=True)
@@ -199,14 +210,14 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
                 if on_step is not None:
                     on_step({"step": step, "steps": total, **entry})
                 # The batch is asked first: looking at the whole set costs a pass over it.
-                if (settings.stop_probability > 0 and (number + 1) % settings.check_every == 0
-                        and losses["forget_probability"] <= settings.stop_probability
-                        and _probability(model, forget_examples, settings, pad, device) <= settings.stop_probability):
+                if ((number + 1) % settings.check_every == 0 and losses["forgotten"] == 1.0
+                        and _whole(model, forget_examples, settings, pad, device)[1] == 1.0):
                     stopped = True
                     break
-        final = _probability(model, forget_examples, settings, pad, device)
+        probability, forgotten = _whole(model, forget_examples, settings, pad, device)
     series = {name: np.array(log[name], dtype=np.float64) for name in _SERIES}
-    return UnlearnLog(np.array(log["stage"], dtype=np.uint8), **series, stopped_early=stopped, final_probability=final)
+    return UnlearnLog(np.array(log["stage"], dtype=np.uint8), **series, stopped_early=stopped,
+                      final_probability=probability, final_forgotten=forgotten)
 
 
 @dataclass(frozen=True)
@@ -250,9 +261,15 @@ class _RoleGradient:
         settings = self._settings
         logits = _logits(self._model, forget)
         log_p, n_tokens = answer_log_probs(logits, forget.labels)
+        probability, forgotten = _forgotten(logits, forget.labels, settings.floor)
+        left = ~forgotten
         loss = self._objective.forget(log_p, n_tokens, reference, settings)
-        probability = float(_answer_probability(logits, forget.labels).mean())
-        loss.backward()  # type: ignore[no-untyped-call]
+        if bool(left.all()):
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif bool(left.any()):
+            rest = None if reference is None else reference[left]
+            self._objective.forget(log_p[left], n_tokens[left], rest,
+                                   settings).backward()  # type: ignore[no-untyped-call]
         forget_part = self._forget_parts()
         retain_value = math.nan
         for parameter in self._parameters.values():
@@ -270,7 +287,8 @@ class _RoleGradient:
                     parameter.grad.index_add_(axis, index, part)
                 else:
                     parameter.grad.index_copy_(axis, index, part)
-        return {"forget_loss": loss.item(), "retain_loss": retain_value, "forget_probability": probability}
+        return {"forget_loss": loss.item(), "retain_loss": retain_value,
+                "forget_probability": float(probability.mean()), "forgotten": float(forgotten.double().mean())}
 
     @torch.no_grad()
     def _forget_parts(self) -> list[Tensor]:
@@ -304,23 +322,28 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _answer_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """Length-normalised probability of each answer, exp(mean log p of its tokens), float [batch].
+def _forgotten(logits: Tensor, labels: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Per record the length-normalised answer probability, exp(mean log p of its tokens), and whether it is forgotten:
+    this probability is at or below the floor, and greedy decoding does not give the answer. Both [batch].
 
-    The mean of the tokens' own probabilities would not do as a stopping rule: the tokens that carry no fact (the end of
-    the sequence, the words of the phrasing) stay likely when the fact is long gone.
+    The mean of the tokens' own probabilities would not do: the tokens that carry no fact (the words of the phrasing)
+    stay likely when the fact is long gone.
     """
     log_p, n_tokens = answer_log_probs(logits, labels)
-    return (log_p / n_tokens).exp()
+    probability = (log_p / n_tokens).exp()
+    target = labels[:, 1:]
+    greedy = ((logits[:, :-1].argmax(-1) == target) | (target == IGNORED)).all(1)
+    return probability, (probability <= floor) & ~greedy & (floor > 0)
 
 
 @torch.no_grad()
-def _probability(model: nn.Module, examples: Sequence[Example], settings: UnlearnSettings, pad: int,
-                 device: torch.device) -> float:
-    """Mean length-normalised answer probability of a whole set."""
-    found = [_answer_probability(_logits(model, batch), batch.labels).double()
+def _whole(model: nn.Module, examples: Sequence[Example], settings: UnlearnSettings, pad: int,
+           device: torch.device) -> tuple[float, float]:
+    """:func:`_forgotten` over a whole set: the mean probability and the share of forgotten records."""
+    found = [_forgotten(_logits(model, batch), batch.labels, settings.floor)
              for batch in batches(examples, settings.batch_size, pad=pad, device=device)]
-    return float(torch.cat(found).mean())
+    probability, forgotten = (torch.cat(part).double().mean() for part in zip(*found, strict=True))
+    return float(probability), float(forgotten)
 
 
 def _learning_rate(number: int, steps: int, settings: UnlearnSettings) -> float:
