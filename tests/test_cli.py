@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -348,6 +349,23 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert snapshot(run) == before
 
 
+def test_evaluating_on_what_was_used_is_refused_or_told(world: Path, localized: Path, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(localized, tmp_path / "run")
+    assert main(["unlearn", str(run)]) == 0
+    capsys.readouterr()
+    before = snapshot(run)
+    for flag in ("--test", "--skill", "--holdout", "--paraphrase"):
+        for used in ("forget", "retain"):
+            message = failure(capsys, "evaluate", run, flag, world / f"{used}.jsonl")
+            assert re.search(r"the test set \w+ shares \d+ of its \d+ records with the set \w+ used to localize", message)
+    assert snapshot(run) == before
+    # Without an independent test set the retain set itself is read, which is said and written down.
+    assert main(["evaluate", str(run)]) == 0
+    assert "people: 90 evaluated records were also used to localize and retain" in capsys.readouterr().err
+    assert json.loads((run / "evaluation" / "overlaps.json").read_text()) == {"people": 90}
+
+
 def test_run_is_the_same_job_in_one_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", *inputs(world), "-o", str(tmp_path / "run"), *QUICK]
     assert main(arguments) == 0
@@ -394,7 +412,7 @@ def test_bad_records_are_named_and_leave_nothing(
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "no tokenizer", "nan", "truncated"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "no tokenizer", "nan", "truncated", "family", "no pad token"])
 def test_bad_models_are_named_and_leave_nothing(
         world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     model = tmp_path / "model"
@@ -412,9 +430,22 @@ def test_bad_models_are_named_and_leave_nothing(
     elif damage == "truncated":
         content = (model / "model.safetensors").read_bytes()
         (model / "model.safetensors").write_bytes(content[:len(content) // 2])
+    elif damage == "family":
+        from transformers import CTRLConfig, CTRLLMHeadModel
+
+        CTRLLMHeadModel(CTRLConfig(vocab_size=300, n_positions=64, n_embd=16, dff=16, n_layer=1, n_head=2)
+                        ).save_pretrained(model)
+    elif damage == "no pad token":
+        # A tokenizer that at least knows an end of sequence is used with that as padding, which is masked anyway.
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        for name in ("pad_token", "eos_token"):
+            config.pop(name)
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
     before = snapshot(tmp_path)
     message = failure(capsys, "localize", *inputs(world, model=model), "-o", tmp_path / "run")
-    assert ("nan" in message.lower() and "up_proj" in message) if damage == "nan" else str(model) in message
+    expected = {"nan": "up_proj", "family": "no anatomy entry for model family 'ctrl'",
+                "no pad token": "neither a pad nor an end-of-sequence token"}.get(damage, str(model))
+    assert expected in message
     assert snapshot(tmp_path) == before
 
 

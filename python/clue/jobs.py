@@ -258,6 +258,8 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .data.encoding import end_id, pad_id
+
     place = Path(source)
     if place.exists() and not (place / "config.json").is_file():
         raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
@@ -271,6 +273,10 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"
                          " model with its tokenizer, or the hub id of one this machine can reach") from None
+    # Not every stage needs these tokens; the first command should be the one to say that they are missing.
+    pad_id(tokenizer)
+    if settings.data.append_eos:
+        end_id(tokenizer)
     return network.to(device).eval(), tokenizer
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .data.atomic import write_atomically
 from .errors import PlanError
 from .types import Role
 
@@ -146,8 +147,8 @@ class Plan:
             "provenance": dict(self.provenance),
             "nodes": list(self.nodes),
         }
-        _write(folder / "plan.safetensors", save(arrays))
-        _write(folder / "plan.json", (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(folder / "plan.safetensors", save(arrays))
+        write_atomically(folder / "plan.json", (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Plan:
@@ -268,14 +269,3 @@ class _Weights:
         bits: npt.NDArray[Any] = tensor.view(width).numpy()
         return bits
 
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .data.atomic import flush, write_atomically
 from .doctor import hardware, versions
 from .errors import RunError
 
@@ -148,7 +149,7 @@ class Run:
             yield temporary
             _flush_tree(temporary)
             temporary.rename(self.path(name))
-            _flush(self.folder)
+            flush(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -235,19 +236,8 @@ def demo_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON document, whole or not at all: temporary name, fsync, rename."""
-    path = Path(path)
-    content = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a JSON document, whole or not at all."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -260,13 +250,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _flush_tree(folder: Path) -> None:
     for base, _, names in os.walk(folder):
         for name in names:
-            _flush(Path(base) / name)
-        _flush(Path(base))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            flush(Path(base) / name)
+        flush(Path(base))

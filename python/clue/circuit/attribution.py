@@ -18,7 +18,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 
 from .. import _core
 from ..config import LocalizeSettings
+from ..data.atomic import write_atomically
 from ..errors import AttributionError
 from ..model import capture
 from ..model.anatomy import Anatomy
@@ -97,8 +97,8 @@ class Scores:
 
         metadata = {"name": self.name, "graph": json.dumps(self.graph.to_json(), sort_keys=True),
                     "numbers": json.dumps({name: getattr(self, name) for name in self._NUMBERS}, sort_keys=True)}
-        Path(path).write_bytes(save({name: np.ascontiguousarray(getattr(self, name)) for name in self._ARRAYS},
-                                    metadata))
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in self._ARRAYS}
+        write_atomically(path, save(arrays, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

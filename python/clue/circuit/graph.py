@@ -12,12 +12,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..data.atomic import write_atomically
 from ..errors import CircuitError
 from ..types import Gate, NodeKind, Provenance
 
@@ -215,7 +215,7 @@ class Circuit:
         arrays: dict[str, npt.NDArray[Any]] = {"src": self.src, "dst": self.dst, "gate": self.gate,
                                                "provenance": self.provenance, "ns": self.ns, "dn": self.dn}
         metadata = {"name": self.name, "graph": json.dumps(self.graph.to_json(), sort_keys=True)}
-        Path(path).write_bytes(save(arrays, metadata))
+        write_atomically(path, save(arrays, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:

@@ -64,14 +64,12 @@ def encode(records: RecordSet | Sequence[Record], tokenizer: Any, *, chat: str =
     if not items:
         return []
     templated = use_chat(tokenizer, chat)
-    if append_eos and tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or append_eos = false")
+    end = [end_id(tokenizer)] if append_eos else []
     prompts = [render(r.prompt, tokenizer) if templated and r.prompt else r.prompt for r in items]
     heads = _tokenise_prompts(items, prompts, tokenizer, templated)
     # A text keeps the special tokens that open a sequence; an answer follows a prompt that already has them.
     glues = [None if not p else "" if p[-1].isspace() else " " for p in prompts]
     tails = tokenise_answers([r.answer for r in items], glues, tokenizer)
-    end = [tokenizer.eos_token_id] if append_eos else []
     examples = []
     for record, (head, question), tail in zip(items, heads, tails, strict=True):
         where = record.source or repr(record.prompt[:60] or record.answer[:60])
@@ -121,6 +119,13 @@ def tokenise_answers(answers: Sequence[str], glues: Sequence[str | None], tokeni
     newline = _ids(["\n"], tokenizer)[0]
     return [p if glue != "" or b[:len(newline)] != newline else b[len(newline):]
             for glue, p, b in zip(glues, plain, behind, strict=True)]
+
+
+def end_id(tokenizer: Any) -> int:
+    """The token that ends an answer; :class:`ModelError` when the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or append_eos = false")
+    return int(tokenizer.eos_token_id)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
+from ..data.atomic import write_atomically
 from ..errors import CircuitError
 from ..types import Gate, Role
 
@@ -64,7 +65,7 @@ class Assignment:
         """Write the assignment as one JSON file."""
         data: dict[str, Any] = {name: getattr(self, name).astype(int).tolist() for name in _ARRAYS}
         data |= {name: getattr(self, name) for name in _NUMBERS}
-        Path(path).write_text(json.dumps(data), encoding="utf-8")
+        write_atomically(path, json.dumps(data).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Assignment:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DataSettings, UnlearnSettings, check
+from ..data.atomic import write_atomically
 from ..data.encoding import IGNORED, Batch, Example, batches, collate, encode, pad_id
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..plan import Plan
@@ -83,17 +84,7 @@ class UnlearnLog:
                                     "final_forgotten": self.final_forgotten, "stage": self.stage.tolist()}
         for name in _SERIES:
             document[name] = [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(document, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> UnlearnLog:
