@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 import clue
 from clue.data.encoding import batches, encode, pad_id
 from clue.evaluate import Evaluation, EvaluationSets, evaluate
+from clue.model.answers import answer_logits
 from clue.plan import Plan, Slice
 from clue.types import Role
 from clue.unlearn import answer_log_probs
@@ -101,8 +102,8 @@ def teach(source: Path, records: Sequence[clue.RecordSet], device: str, seed: in
     for _ in range(epochs):
         for batch in batches(examples, 8, generator=generator, pad=pad_id(tokenizer), device=device):
             with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
-                logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            log_p, count = answer_log_probs(logits.float(), batch.labels)
+                logits, labels = answer_logits(model, batch)
+            log_p, count = answer_log_probs(logits.float(), labels)
             loss = -log_p.sum() / count.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -219,7 +220,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with TOFU's JSON files")
     parser.add_argument("--split", default="forget01", choices=("forget01", "forget05", "forget10"))
-    parser.add_argument("--authors", type=int, default=4, help="retain authors shown; as many unseen, as many held out")
+    parser.add_argument("--authors", type=int, default=2, help="retain authors shown; as many unseen, as many held out")
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--epochs", type=int, default=6)

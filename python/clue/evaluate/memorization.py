@@ -6,7 +6,6 @@ measure here, and both attacks in :mod:`clue.evaluate.privacy`, is a reduction o
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,9 @@ import numpy.typing as npt
 
 from ..data.encoding import batches
 from ..errors import ModelError, RecordError
+from ..model.answers import answer_logits
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from ..data.encoding import Batch, Example
@@ -69,7 +68,6 @@ def score(model: PreTrainedModel, examples: Sequence[Example], *, pad: int, batc
     import torch
 
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    partial = "logits_to_keep" in inspect.signature(model.forward).parameters
     found: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]] = [(np.empty(0), np.empty(0, bool))] * len(order)
     done = 0
     training = model.training
@@ -77,7 +75,7 @@ def score(model: PreTrainedModel, examples: Sequence[Example], *, pad: int, batc
     try:
         with torch.no_grad():
             for batch in batches([examples[i] for i in order], batch_size, pad=pad, device=model.device):
-                log_prob, correct, counts = _score_batch(model, batch, partial)
+                log_prob, correct, counts = _score_batch(model, batch)
                 ends = np.cumsum(counts)
                 for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
                     own = slice(end - count, end)
@@ -99,21 +97,15 @@ def score(model: PreTrainedModel, examples: Sequence[Example], *, pad: int, batc
                        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-def _score_batch(model: PreTrainedModel, batch: Batch, partial: bool) -> tuple[Any, Any, npt.NDArray[np.int64]]:
+def _score_batch(model: PreTrainedModel, batch: Batch) -> tuple[Any, Any, npt.NDArray[np.int64]]:
     """Log-probability and correctness of the answer tokens of a batch, row after row, and how many each row has."""
     import torch
 
-    target = batch.labels[:, 1:]
-    counts = (target != -100).sum(1).cpu().numpy()
+    counts = (batch.labels[:, 1:] != -100).sum(1).cpu().numpy()
     if not counts.any():
         return np.empty(0), np.empty(0, bool), counts
-    first = int((target != -100).any(0).nonzero()[0])  # first position whose successor is an answer token
-    keep = {"logits_to_keep": batch.labels.shape[1] - first} if partial else {}
-    logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-                                 **keep).logits
-    if not partial:
-        logits = logits[:, first:]
-    target = target[:, first:].to(logits.device)
+    logits, labels = answer_logits(model, batch)
+    target = labels[:, 1:].to(logits.device)
     answer = target != -100
     logits, target = logits[:, :-1][answer], target[answer]
     log_prob, correct = [], []

@@ -28,6 +28,7 @@ from ..config import DataSettings, UnlearnSettings, check
 from ..data.atomic import write_atomically
 from ..data.encoding import IGNORED, Batch, Example, batches, collate, encode, pad_id
 from ..errors import ClueError, ModelError, PlanError, RecordError
+from ..model.answers import answer_logits
 from ..plan import Plan
 from ..types import Role
 from .metric import RetainMetric
@@ -170,7 +171,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         reference = None
         if objective.reference:
             with torch.no_grad():
-                reference = torch.cat([answer_log_probs(_logits(model, batch), batch.labels)[0] for batch in
+                reference = torch.cat([answer_log_probs(*answer_logits(model, batch))[0] for batch in
                                        batches(forget_examples, settings.batch_size, pad=pad, device=device)])
         for stage in stages:
             # A fresh optimizer: the moments of one stage say nothing about the next.
@@ -250,9 +251,9 @@ class _RoleGradient:
 
     def __call__(self, forget: Batch, reference: Tensor | None, retain: Batch | None) -> dict[str, float]:
         settings = self._settings
-        logits = _logits(self._model, forget)
-        log_p, n_tokens = answer_log_probs(logits, forget.labels)
-        probability, forgotten = _forgotten(logits, forget.labels, settings.floor)
+        logits, labels = answer_logits(self._model, forget)
+        log_p, n_tokens = answer_log_probs(logits, labels)
+        probability, forgotten = _forgotten(logits, labels, settings.floor)
         left = ~forgotten
         loss = self._objective.forget(log_p, n_tokens, reference, settings)
         if bool(left.all()):
@@ -266,7 +267,7 @@ class _RoleGradient:
         for parameter in self._parameters.values():
             parameter.grad = None
         if retain is not None:
-            retain_loss = nll(*answer_log_probs(_logits(self._model, retain), retain.labels))
+            retain_loss = nll(*answer_log_probs(*answer_logits(self._model, retain)))
             (settings.retain_weight * retain_loss).backward()  # type: ignore[no-untyped-call]
             retain_value = retain_loss.item()
         with torch.no_grad():
@@ -307,11 +308,6 @@ class _RoleGradient:
                 for (_, _, role, _), part in zip(self._slices, parts, strict=True)]
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return logits
-
-
 @torch.no_grad()
 def _forgotten(logits: Tensor, labels: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """Per record the length-normalised answer probability, exp(mean log p of its tokens), and whether it is forgotten:
@@ -331,7 +327,7 @@ def _forgotten(logits: Tensor, labels: Tensor, floor: float) -> tuple[Tensor, Te
 def _whole(model: nn.Module, examples: Sequence[Example], settings: UnlearnSettings, pad: int,
            device: torch.device) -> tuple[float, float]:
     """:func:`_forgotten` over a whole set: the mean probability and the share of forgotten records."""
-    found = [_forgotten(_logits(model, batch), batch.labels, settings.floor)
+    found = [_forgotten(*answer_logits(model, batch), settings.floor)
              for batch in batches(examples, settings.batch_size, pad=pad, device=device)]
     probability, forgotten = (torch.cat(part).double().mean() for part in zip(*found, strict=True))
     return float(probability), float(forgotten)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..model.answers import answer_logits
 from ..model.capture import frozen
 from ..types import Role
 from .objectives import answer_log_probs
@@ -85,8 +86,7 @@ class RetainMetric:
                 for batch in batches:
                     tokens[:] = [batch.attention_mask.bool()]
                     previous.clear()
-                    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-                    log_p, _ = answer_log_probs(output.logits, batch.labels)
+                    log_p, _ = answer_log_probs(*answer_logits(model, batch))
                     (-log_p.sum()).backward()  # type: ignore[no-untyped-call]
             finally:
                 for handle in handles:

@@ -1,0 +1,28 @@
+"""Answers: a forward pass that computes logits only where an answer is predicted."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from ..data.encoding import IGNORED
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..data.encoding import Batch
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run a model on a batch, and return the logits [batch, n, vocabulary] and labels [batch, n] of its last n positions.
+
+    n reaches back to the position before the batch's first answer token: no measure and no loss needs the others, and
+    with a large vocabulary their logits cost as much as several layers. A model that cannot leave logits out
+    (``logits_to_keep``) computes all of them. Labels are not shifted.
+    """
+    scored = (batch.labels[:, 1:] != IGNORED).any(0).nonzero()
+    n = batch.labels.shape[1] - (int(scored[0]) if len(scored) else 0)
+    partial = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                           **partial).logits
+    return logits[:, -n:], batch.labels[:, -n:]
