@@ -6,6 +6,7 @@
 3. Inside a head q, k and v feed o; inside an MLP its reader feeds the kept neurons. These edges are structural.
 4. Only edges on a path from embed to logits remain. Nothing is relabelled and no edge is invented: a gate left with a
    single input is a one-input gate, and a dead end is dropped.
+5. Where the strongest edges do not make a single path, as many more are taken as the first path needs.
 """
 
 from __future__ import annotations
@@ -33,11 +34,32 @@ def build_circuit(scores: Scores, settings: LocalizeSettings = LocalizeSettings(
         settings: ``edges``, ``neurons`` and ``granularity`` are used.
 
     Raises:
-        CircuitError: no kept edge lies on a path from embed to logits.
+        CircuitError: no edge with a score lies on a path from embed to logits.
     """
     graph = replace(scores.graph, neurons=settings.granularity == "neuron")
+    available = int(graph.residual_edges.sum())
+    wanted = max(1, round(settings.edges * available))
+    columns = _cut(scores, graph, wanted, settings.neurons)
+    if not len(columns[0]):
+        # Bisection: there is no path at `low`, and one at `high` unless there is none at all.
+        low, high = wanted, available
+        while high - low > 1:
+            middle = (low + high) // 2
+            if len(_cut(scores, graph, middle, settings.neurons)[0]):
+                high = middle
+            else:
+                low = middle
+        columns = _cut(scores, graph, high, settings.neurons)
+    if not len(columns[0]):
+        raise CircuitError(f"circuit {scores.name}: no edges with a score lie on a path from embed to logits, so the"
+                           " pairs say nothing of how the model answers: give more pairs, or other corrupted prompts")
+    return Circuit(scores.name, graph, *columns)
+
+
+def _cut(scores: Scores, graph: Graph, count: int, neurons: float) -> _Columns:
+    """The ``count`` strongest edges and the strongest share of neurons of each direction, as far as they lie on paths;
+    sorted, and empty when there is no path."""
     allowed = graph.residual_edges
-    count = max(1, round(settings.edges * int(allowed.sum())))
     parts = [
         _gated(scores.ns, scores.dn, allowed, count, graph.writers[:, None], graph.readers[None, :]),
         _inside_heads(graph),
@@ -49,17 +71,14 @@ def build_circuit(scores: Scores, settings: LocalizeSettings = LocalizeSettings(
         writers = np.array([[graph.node(NodeKind.MLP, layer)] for layer in layers])
         # Neurons compete within the MLPs whose reader and writer are both wired: elsewhere they would be dead ends.
         wired = np.isin(readers, parts[0][1]) & np.isin(writers, parts[0][0]) & np.ones_like(units, dtype=bool)
-        kept = _gated(scores.neuron_ns, scores.neuron_dn, wired, max(1, round(settings.neurons * units.size)),
-                      units, writers)
+        kept = _gated(scores.neuron_ns, scores.neuron_dn, wired, max(1, round(neurons * units.size)), units, writers)
         reader_of = np.broadcast_to(readers, units.shape)[np.isin(units, kept[0])]  # in the order of kept[0]
         parts += [kept, _structural(reader_of, kept[0])]
     src, dst, gate, provenance, ns, dn = (np.concatenate(column) for column in zip(*parts, strict=True))
     keep = on_path(graph.n_nodes, src, dst, graph.embed, graph.logits)
-    if not keep.any():
-        raise CircuitError(f"circuit {scores.name}: none of the {count} strongest edges lies on a path from embed to"
-                           " logits: raise --edges")
-    columns = sort_edges(src[keep], dst[keep], gate[keep], provenance[keep], ns[keep], dn[keep])
-    return Circuit(scores.name, graph, *columns)
+    src, dst, gate, provenance, ns, dn = sort_edges(src[keep], dst[keep], gate[keep], provenance[keep], ns[keep],
+                                                    dn[keep])
+    return src, dst, gate, provenance, ns, dn
 
 
 def top(scores: Floats, allowed: Bools, count: int) -> Bools:
