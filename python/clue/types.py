@@ -28,8 +28,10 @@ class Gate(IntEnum):
 
 class Provenance(IntEnum):
     """Why an edge is in a circuit. Bits of the first two are combined; ``STRUCTURAL`` is q, k, v -> o inside a head
-    and reader -> neuron inside an MLP, which exist because of the architecture and carry no score of their own."""
+    and reader -> neuron inside an MLP, which exist because of the architecture and carry no score of their own.
+    ``UNKNOWN``, no bit at all, is an edge from another tool's file that does not say which direction found it."""
 
+    UNKNOWN = 0
     NOISING = 1
     DENOISING = 2
     BOTH = 3

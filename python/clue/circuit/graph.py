@@ -153,6 +153,15 @@ class Graph:
         edges: Bools = self.writers[:, None] < self.readers[None, :]
         return edges
 
+    @cached_property
+    def inside_heads(self) -> tuple[Ints, Ints]:
+        """Sources and targets of the edges inside heads: each head's q, then its group's k, then its v, all into o."""
+        heads = np.flatnonzero(self.kind == NodeKind.HEAD)
+        first, head = 1 + self.layer[heads] * self.layer_size, self.index[heads]
+        k = first + self.n_heads + head // (self.n_heads // self.n_kv_heads)
+        sources = np.concatenate([first + head, k, k + self.n_kv_heads])
+        return sources.astype(np.int32), np.tile(heads, 3).astype(np.int32)
+
     def to_json(self) -> dict[str, Any]:
         """The dimensions, from which everything else follows."""
         return {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads,
@@ -169,7 +178,8 @@ class Circuit:
         src, dst: int32 [edges], sorted by (dst, src).
         gate: uint8 [edges], values of :class:`Gate`: how the edge enters its receiver.
         provenance: uint8 [edges], values of :class:`Provenance`; never rewritten.
-        ns, dn: float64 [edges]; NaN on structural edges, which carry no score.
+        ns, dn: float64 [edges]; NaN where there is no score: on structural edges, and in the direction another tool
+            did not measure (the one score of an edge of ``UNKNOWN`` provenance stands in ``ns``).
     """
 
     name: str

@@ -20,7 +20,7 @@ from ..config import LocalizeSettings
 from ..errors import CircuitError
 from ..types import Gate, NodeKind, Provenance
 from .attribution import Scores
-from .graph import Bools, Circuit, Floats, Graph, Ints, on_path, sort_edges
+from .graph import Bools, Circuit, Floats, Ints, on_path, sort_edges
 
 _Bytes = npt.NDArray[np.uint8]
 _Columns = tuple[Ints, Ints, _Bytes, _Bytes, Floats, Floats]
@@ -62,7 +62,7 @@ def _cut(scores: Scores, graph: Graph, count: int, neurons: float) -> _Columns:
     allowed = graph.residual_edges
     parts = [
         _gated(scores.ns, scores.dn, allowed, count, graph.writers[:, None], graph.readers[None, :]),
-        _inside_heads(graph),
+        _structural(*graph.inside_heads),
     ]
     if graph.neurons:
         layers = range(graph.n_layers)
@@ -112,12 +112,3 @@ def _structural(src: npt.NDArray[np.integer], dst: npt.NDArray[np.integer]) -> _
     size = len(src)
     return (src.astype(np.int32), dst.astype(np.int32), np.full(size, Gate.AND, dtype=np.uint8),
             np.full(size, Provenance.STRUCTURAL, dtype=np.uint8), np.full(size, np.nan), np.full(size, np.nan))
-
-
-def _inside_heads(graph: Graph) -> _Columns:
-    heads = np.flatnonzero(graph.kind == NodeKind.HEAD)
-    layer, head = graph.layer[heads], graph.index[heads]
-    group = head // (graph.n_heads // graph.n_kv_heads)
-    first = 1 + layer * graph.layer_size
-    q, k, v = first + head, first + graph.n_heads + group, first + graph.n_heads + graph.n_kv_heads + group
-    return _structural(np.concatenate([q, k, v]), np.concatenate([heads, heads, heads]))

@@ -1,0 +1,653 @@
+"""Interchange: circuits to and from other tools.
+
+- EAP-IG (``Graph.to_json`` and ``Graph.from_json`` of hannamw/EAP-IG), both ways and without loss for CLUE.
+- ``edges.json`` of princeton-nlp/Edge-Pruning and the gated edges of the CLUE authors' release (Zodiark-ch/CLUE), read.
+- GraphML and DOT, written for drawing programs.
+
+Another tool's file says less than a circuit does. What it leaves out is not made up:
+
+1. Gate. A gate is known only from two directions (arXiv 2505.10039). An edge of which one is known is an ADDER: retain
+   circuits then need all inputs, forget circuits stop all inputs, which is enough whatever the true gate is.
+2. Provenance. ``UNKNOWN``, unless the caller says which direction the tool was run in.
+3. Edges. A head's q, k and v feed its o by construction, so these structural edges (AND, as everywhere in CLUE) are
+   added where both their ends are in the circuit. Nothing else is added, and no dead end is removed.
+
+Every file is read into the block-level :class:`Graph` of its model (``neurons=False``), since none of these formats has
+hidden neurons as nodes; only a circuit that CLUE wrote brings its own, and is read into the graph it was written from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from xml.sax.saxutils import escape, quoteattr
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data.atomic import write_atomically
+from ..errors import CircuitError
+from ..types import Direction, Gate, NodeKind, Provenance, Role
+from .graph import Bools, Circuit, Floats, Graph, Ints, sort_edges
+
+PathLike = str | os.PathLike[str]
+_Where = Callable[[int], str]
+_Row = tuple[str, dict[str, object]]
+
+#: Version of what CLUE writes under the key ``clue`` of an EAP-IG file.
+FORMAT = 1
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_GATES = {gate.name: gate.value for gate in Gate}
+_PROVENANCES = {provenance.name: provenance.value for provenance in Provenance}
+_MADE_FOR = "read it into the graph of the model it was made for"
+_AGAIN = "write the file again, or remove the key 'clue' to read the flags alone"
+
+
+def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0, parallel: bool = False) -> None:
+    """Write a circuit as the JSON file that EAP-IG's ``Graph.from_json`` reads.
+
+    The file is ``{"cfg", "nodes", "edges", "clue"}``. ``nodes`` has every node of EAP-IG, ``in_graph`` if an edge of
+    the circuit leaves it; ``edges`` has the circuit's edges between writers and readers,
+    ``"a5.h3->m7": {"score": ..., "in_graph": true}``, and those it does not name are outside. The embedding is
+    ``input``.
+
+    - Score: (Ns - Dn) / 2, EAP-IG's integral taken at the two ends of its path; the one score if there is only one;
+      NaN, EAP-IG's sign for "not scored", if there is none. It is CLUE's target that is attributed, where EAP-IG's
+      users often take a loss, whose scores have the opposite sign.
+    - Key/value groups: EAP-IG has k and v inputs per query head. An edge into ``a5.g1<k>`` becomes one edge into
+      ``a5.h{i}<k>`` for each query head i of the group, with an equal part of the score, so that the sum is the
+      group's.
+    - The key ``clue``, which EAP-IG ignores, has the whole circuit under CLUE's names: gates, provenance, both scores,
+      structural edges and neurons. :func:`read_eap_ig` gives back the same circuit from it.
+
+    Args:
+        path: written atomically.
+        circuit: at block or neuron level.
+        d_model: width of the residual stream, which a :class:`Graph` does not know; EAP-IG needs it only to go on
+            scoring residual dimensions.
+        parallel: attention and MLP of a layer read the same stream (GPT-NeoX, GPT-J, Phi).
+
+    Raises:
+        CircuitError: the model is ``parallel`` and an edge runs from a head to the MLP of its layer.
+    """
+    graph = circuit.graph
+    between = np.isin(circuit.src, graph.writers) & np.isin(circuit.dst, graph.readers)
+    src, dst, ns, dn = (array[between] for array in (circuit.src, circuit.dst, circuit.ns, circuit.dn))
+    wrong = parallel & (graph.layer[src] == graph.layer[dst])
+    if wrong.any():
+        edge = int(np.argmax(wrong))
+        raise CircuitError(f"{path}: edge {graph.name(src[edge])} -> {graph.name(dst[edge])} does not exist in a"
+                           " parallel model: write it with parallel=False")
+    score = np.where(np.isnan(dn), ns, np.where(np.isnan(ns), -dn, (ns - dn) / 2))
+    sources, targets = _inverse(_eap_ig_sources(graph)), _inverse(_eap_ig_targets(graph))
+    edges = {f"{sources[u][0]}->{target}": {"score": s / len(targets[v]), "in_graph": True}
+             for u, v, s in zip(src.tolist(), dst.tolist(), score.tolist(), strict=True) for target in targets[v]}
+    writing = set(src.tolist())
+    nodes = {name: {"in_graph": node in writing} for name, node in _eap_ig_sources(graph).items()}
+    document = {
+        "cfg": {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": parallel,
+                "d_model": d_model},
+        "nodes": nodes | {"logits": {"in_graph": True}},
+        "edges": edges,
+        "clue": {"format": FORMAT, "name": circuit.name, "graph": graph.to_json(), "edges": _own_rows(circuit)},
+    }
+    write_atomically(path, json.dumps(document).encode())
+
+
+def read_eap_ig(path: PathLike, graph: Graph, *, name: str | None = None,
+                direction: Direction | None = None) -> Circuit:
+    """Read a circuit from the JSON file that EAP-IG's ``Graph.to_json`` writes.
+
+    The edges with ``in_graph`` set are the circuit; the flags of nodes say nothing more, except those of residual
+    dimensions (``neurons``), which CLUE has no nodes for: such a node counts whole. The file may name any part of the
+    edges, and nodes may be plain flags, as older versions write them.
+
+    - Gate: ADDER. Provenance: that of ``direction``, otherwise ``UNKNOWN``.
+    - Score: an edge has one, the estimated effect of patching corrupted into clean. It is Ns or Dn if ``direction``
+      says so, and stands in ``ns`` if nothing is said; the other direction is NaN.
+    - Key/value groups: EAP-IG has k and v inputs per query head, with the weights of a group repeated. An edge into a
+      group is in the circuit if an edge into any of its heads is, and its score is the sum over all of them: that is
+      what attribution to the group's shared input is.
+
+    A file that CLUE wrote has the whole circuit under the key ``clue``, and this circuit is returned.
+
+    Args:
+        path: the file.
+        graph: the model's, at block level; for a file that CLUE wrote, the graph it was written from.
+        name: of the circuit; the file's own, or its stem, if not given.
+        direction: how the scores were made, which the file does not say: ``NOISING`` for EAP (method ``EAP`` or
+            ``exact``), ``DENOISING`` for the same with clean and corrupted prompts swapped. Integrated gradients over
+            the full path are neither.
+
+    Raises:
+        CircuitError: the file is missing, is no such JSON or names an edge twice; the model has other dimensions; a
+            node is unknown, an edge runs backwards, no edge is in the circuit, or CLUE's part and the flags disagree.
+    """
+    data = _object(path, _load(path), "", ("cfg", "nodes", "edges"))
+    cfg = _object(path, data["cfg"], "cfg", ("n_layers", "n_heads"))
+    for key, expected in (("n_layers", graph.n_layers), ("n_heads", graph.n_heads)):
+        if type(cfg[key]) is not int or cfg[key] != expected:
+            raise CircuitError(f"{path}: cfg: {key} is {_short(cfg[key])}, the graph has {expected}: {_MADE_FOR}")
+    _object(path, data["nodes"], "nodes")
+    edges = _object(path, data["edges"], "edges")
+    names = list(edges)
+    flags, scores = _flags_and_scores(path, edges)
+    if "clue" in data:
+        circuit = _own_circuit(path, graph, data["clue"], name)
+        _check_agreement(path, circuit, {edge for edge, flag in zip(names, flags.tolist(), strict=True) if flag})
+        return circuit
+    _check_block_level(path, graph)
+    if not flags.any():
+        raise CircuitError(f"{path}: no edge has in_graph set: choose edges (apply_topn) before to_json")
+
+    def where(edge: int) -> str:
+        return f"{path}: edge {names[edge]!r}"
+
+    ends = [edge.split("->") for edge in names]
+    odd = next((i for i, pair in enumerate(ends) if len(pair) != 2), None)
+    if odd is not None:
+        raise CircuitError(f"{where(odd)} is not of the form source->target: rename or remove it")
+    src = _nodes([pair[0] for pair in ends], _eap_ig_sources(graph), _eap_ig_targets(graph), graph, where, "start")
+    dst = _nodes([pair[1] for pair in ends], _eap_ig_targets(graph), _eap_ig_sources(graph), graph, where, "end")
+    _check_forward(graph, src, dst, where)
+    order, first = _equal(src, dst)
+    keep = np.logical_or.reduceat(flags[order], first)
+    score = np.add.reduceat(scores[order], first)[keep]
+    src, dst = src[order][first][keep], dst[order][first][keep]
+    none = np.full(len(src), np.nan)
+    ns, dn = (none, score) if direction is Direction.DENOISING else (score, none)
+    return _foreign(path, name, graph, src, dst, np.full(len(src), Gate.ADDER), _found_by(direction, len(src)), ns, dn)
+
+
+def read_edge_pruning(path: PathLike, graph: Graph, *, name: str | None = None,
+                      direction: Direction | None = None) -> Circuit:
+    """Read the ``edges.json`` that Edge-Pruning's ``vis_fpt2.py`` and ``vis_fllama.py`` write.
+
+    The file is a list of [source, target]. Sources: ``embeds`` (Llama), ``tok_embeds`` and ``pos_embeds`` (GPT-2;
+    ``token_embeds`` in Tracr models), ``a0.h3``, ``m0``. Targets: ``a1.h2.q``, ``a1.h2.k``, ``a1.h2.v``, ``m1``,
+    ``resid_post``, which is the output. Token and position embeddings are one node here, so their two edges into a
+    target become one. The number in ``a1.h2.k`` and ``a1.h2.v`` counts key/value groups already, and is read so.
+
+    Gate: ADDER. Provenance: that of ``direction``, otherwise ``UNKNOWN``. Scores: NaN, since the file has none. A file
+    made without embedding nodes has no edge from the embedding, which then feeds every reader; none is added here.
+
+    Args:
+        path: the file.
+        graph: the model's, at block level.
+        name: of the circuit; the file's stem if not given.
+        direction: how the masks were trained, which the file does not say: ``NOISING`` if corrupted activations flow
+            where an edge is cut (Edge-Pruning itself), ``DENOISING`` for the other way round.
+
+    Raises:
+        CircuitError: the file is missing or is no such list; a node is unknown or outside the model, an edge runs
+            backwards or is there twice, or there is no edge.
+    """
+    rows = _list(path, graph, 2)
+    where = _records(path)
+    sources = {"embeds": graph.embed, "tok_embeds": graph.embed, "token_embeds": graph.embed, "pos_embeds": graph.embed,
+               **_heads(graph, "a{}.h{}"), **_mlps(graph)}
+    targets = {**_head_inputs(graph, "h"), **_mlps(graph), "resid_post": graph.logits}
+    src = _nodes([row[0] for row in rows], sources, targets, graph, where, "start")
+    dst = _nodes([row[1] for row in rows], targets, sources, graph, where, "end")
+    _check_once(rows, where)
+    _check_forward(graph, src, dst, where)
+    order, first = _equal(src, dst)
+    src, dst = src[order][first], dst[order][first]
+    none = np.full(len(src), np.nan)
+    gate, provenance = np.full(len(src), Gate.ADDER), _found_by(direction, len(src))
+    return _foreign(path, name, graph, src, dst, gate, provenance, none, none)
+
+
+def read_logical_edges(path: PathLike, graph: Graph, *, name: str | None = None) -> Circuit:
+    """Read the gated edges that ``get_logical_edge.py`` of the CLUE authors' release writes (``edges_bool.json``).
+
+    The file is a list of [source, target, gate], the gate being ``AND``, ``OR`` or ``ADDER``. Sources: ``embeds``,
+    ``tok_embeds``, ``pos_embeds``, ``a0.h3.o``, ``m0``. Targets: ``a1.h2.q``, ``a1.H2.k``, ``a1.H2.v``, ``m1``,
+    ``resid_post``. Source: github.com/Zodiark-ch/CLUE at 96f78b9, Edge-Pruning/src/solver.
+
+    - Provenance: AND is found by Ns alone and OR by Dn alone. ADDER is ``UNKNOWN``: the release also gives it to a lone
+      edge of either direction. An edge listed with two gates was found by both, and is an ADDER. Scores: NaN.
+    - Key/value groups: the number in ``a1.H2.k`` is read as the group whose rows the release masks (``a1.h2.k``
+      likewise). The release divides by 4 numbers that count groups already, so for some models such an edge names
+      another group than the one that was found; nothing in the file can tell.
+    - Edges that leave a q, k or v are not read. Those into the o of a head are its wiring, which the architecture
+      gives; those into ``resid_post`` are how the release ties up dead ends, and exist in no model.
+
+    Args:
+        path: the file.
+        graph: the model's, at block level.
+        name: of the circuit; the file's stem if not given.
+
+    Raises:
+        CircuitError: the file is missing or is no such list; a node is unknown or outside the model, a gate is none of
+            the three, an edge runs backwards or is there twice with one gate, or there is no edge.
+    """
+    rows = _list(path, graph, 3)
+    where = _records(path)
+    groups, inputs, heads = _head_inputs(graph, "H"), _head_inputs(graph, "h"), _heads(graph, "a{}.h{}.o")
+    embeds = dict.fromkeys(("embeds", "tok_embeds", "pos_embeds"), graph.embed)
+    sources = {**embeds, **heads, **_mlps(graph), **groups, **inputs}
+    targets = {**groups, **inputs, **_mlps(graph), "resid_post": graph.logits, **heads}
+    src = _nodes([row[0] for row in rows], sources, targets, graph, where, "start")
+    dst = _nodes([row[1] for row in rows], targets, sources, graph, where, "end")
+    gate = _labels([row[2] for row in rows], _GATES, where, "gate")
+    _check_once(rows, where)
+    inside = np.isin(graph.kind[src], (NodeKind.Q, NodeKind.K, NodeKind.V))
+    into_head = graph.kind[dst] == NodeKind.HEAD
+    wiring = inside & ((into_head & (graph.layer[src] == graph.layer[dst])) | (dst == graph.logits))
+    wrong = ~wiring & (inside | into_head)
+    if wrong.any():
+        raise CircuitError(f"{where(int(np.argmax(wrong)))}: a q, k or v feeds a head of its layer only, and nothing"
+                           " else feeds a head's o: remove the record")
+    read = np.flatnonzero(~wiring)
+    if len(read) == 0:
+        raise CircuitError(f"{path}: no record is an edge between a writer and a later reader: take the file that"
+                           " get_logical_edge.py wrote")
+    src, dst, gate = src[read], dst[read], gate[read]
+    _check_forward(graph, src, dst, lambda edge: where(int(read[edge])))
+    evidence = np.array([Provenance.NOISING, Provenance.DENOISING, Provenance.UNKNOWN])[gate]  # by AND, OR, ADDER
+    order, first = _equal(src, dst)
+    src, dst, gate = src[order][first], dst[order][first], gate[order]
+    same = np.minimum.reduceat(gate, first) == np.maximum.reduceat(gate, first)
+    none = np.full(len(src), np.nan)
+    return _foreign(path, name, graph, src, dst, np.where(same, gate[first], Gate.ADDER),
+                    np.bitwise_or.reduceat(evidence[order], first), none, none)
+
+
+def write_graphml(path: PathLike, circuit: Circuit, *, roles: npt.ArrayLike | None = None,
+                  neurons: bool = True) -> None:
+    """Write a circuit as GraphML, for Gephi, yEd, Cytoscape, igraph or networkx.
+
+    The graph has the circuit's ``name``. Nodes have ``name`` (their id is the same with ``.q`` for ``<q>``, which XML
+    allows), ``kind`` (as in :class:`NodeKind`, lower case) and ``layer`` (-1 for ``embed``, ``n_layers`` for
+    ``logits``); edges have ``gate``, ``provenance``, and ``ns`` and ``dn`` where they have scores. Characters that no
+    XML document may have become U+FFFD.
+
+    Args:
+        path: written atomically.
+        circuit: at block or neuron level.
+        roles: uint8 [nodes], values of :class:`Role` (``Assignment.role``); nodes then have ``role``.
+        neurons: draw hidden neurons. If not, an MLP is one node with the number of its ``neurons`` in the circuit and
+            the role they share, ``mixed`` if they differ.
+
+    Raises:
+        CircuitError: ``roles`` does not hold one role per node of the graph.
+    """
+    nodes, edges = _drawn(circuit, roles, neurons)
+    types = {"layer": "int", "neurons": "int", "ns": "double", "dn": "double"}
+    keys = [("graph", "name"), *[("node", key) for key in ("name", "kind", "layer", "role", "neurons")],
+            *[("edge", key) for key in ("gate", "provenance", "ns", "dn")]]
+    names = dict(nodes)
+
+    def data(of: str, values: Mapping[str, object]) -> str:
+        texts = {key: escape(_clean(str(value)), {"\r": "&#13;"}) for key, value in values.items()}
+        return "".join(f'<data key="{of}.{key}">{text}</data>' for key, text in texts.items())
+
+    def identity(name: str) -> str:
+        return quoteattr(name.replace("<", ".").replace(">", ""))
+
+    lines = ['<?xml version="1.0" encoding="UTF-8"?>', '<graphml xmlns="http://graphml.graphdrawing.org/xmlns">']
+    lines += [f'<key id="{of}.{key}" for="{of}" attr.name="{key}" attr.type="{types.get(key, "string")}"/>'
+              for of, key in keys]
+    lines.append(f'<graph edgedefault="directed">{data("graph", {"name": circuit.name})}')
+    lines += [f"<node id={identity(name)}>{data('node', {'name': name, **values})}</node>"
+              for name, values in names.items()]
+    lines += [f"<edge source={identity(src)} target={identity(dst)}>{data('edge', values)}</edge>"
+              for src, dst, values in edges]
+    write_atomically(path, "\n".join([*lines, "</graph>", "</graphml>", ""]).encode())
+
+
+def write_dot(path: PathLike, circuit: Circuit, *, roles: npt.ArrayLike | None = None,
+              neurons: bool = True) -> None:
+    """Write a circuit in Graphviz's DOT language, drawn from ``embed`` at the bottom to ``logits`` at the top.
+
+    Node ids are CLUE's names. Attributes, arguments and errors are those of :func:`write_graphml`; Graphviz shows none
+    of them by itself but keeps all.
+    """
+    nodes, edges = _drawn(circuit, roles, neurons)
+
+    def quoted(value: object) -> str:
+        text = _clean(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{text}"'
+
+    def attributes(values: Mapping[str, object]) -> str:
+        return f"[{', '.join(f'{key}={quoted(value)}' for key, value in values.items())}]"
+
+    lines = [f"digraph {quoted(circuit.name)} {{", "  rankdir=BT;"]
+    lines += [f"  {quoted(name)} {attributes(values)};" for name, values in nodes]
+    lines += [f"  {quoted(src)} -> {quoted(dst)} {attributes(values)};" for src, dst, values in edges]
+    write_atomically(path, "\n".join([*lines, "}", ""]).encode())
+
+
+# Names: what each format calls the nodes of a graph.
+
+
+def _heads(graph: Graph, pattern: str) -> dict[str, int]:
+    return {pattern.format(layer, h): graph.node(NodeKind.HEAD, layer, h)
+            for layer in range(graph.n_layers) for h in range(graph.n_heads)}
+
+
+def _mlps(graph: Graph) -> dict[str, int]:
+    return {f"m{layer}": graph.node(NodeKind.MLP, layer) for layer in range(graph.n_layers)}
+
+
+def _head_inputs(graph: Graph, group: str) -> dict[str, int]:
+    """Names of q, k and v in the style of Edge-Pruning: q by head, k and v by key/value group."""
+    return {f"a{layer}.{letter}{i}.{kind.name.lower()}": graph.node(kind, layer, i)
+            for layer in range(graph.n_layers)
+            for kind, letter, size in ((NodeKind.Q, "h", graph.n_heads), (NodeKind.K, group, graph.n_kv_heads),
+                                       (NodeKind.V, group, graph.n_kv_heads))
+            for i in range(size)}
+
+
+def _eap_ig_sources(graph: Graph) -> dict[str, int]:
+    return {"input": graph.embed, **_heads(graph, "a{}.h{}"), **_mlps(graph)}
+
+
+def _eap_ig_targets(graph: Graph) -> dict[str, int]:
+    """Names of the readers; the query heads of a group all name its one k and its one v."""
+    size = graph.n_heads // graph.n_kv_heads
+    inputs = {f"a{layer}.h{h}<{kind.name.lower()}>": graph.node(kind, layer, h // share)
+              for layer in range(graph.n_layers)
+              for kind, share in ((NodeKind.Q, 1), (NodeKind.K, size), (NodeKind.V, size))
+              for h in range(graph.n_heads)}
+    mlps = {f"m{layer}": graph.mlp_reader(layer) for layer in range(graph.n_layers)}
+    return {**inputs, **mlps, "logits": graph.logits}
+
+
+def _inverse(names: Mapping[str, int]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name, node in names.items():
+        found.setdefault(node, []).append(name)
+    return found
+
+
+# Reading: JSON to arrays of ids, refusing what is malformed.
+
+
+def _load(path: PathLike) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            again = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CircuitError(f"{path}: {_short(again)} is there twice: keep one of them")
+        return found
+
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise CircuitError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise CircuitError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise CircuitError(f"{path} is not JSON, or is cut short ({error}): write it again") from None
+
+
+def _object(path: PathLike, value: Any, key: str, needed: Iterable[str] = ()) -> dict[str, Any]:
+    what = f"{path}: {key}" if key else f"{path}"
+    remedy = _AGAIN if key.startswith("clue") else "take a file that Graph.to_json wrote"
+    if not isinstance(value, dict):
+        raise CircuitError(f"{what} must be a JSON object, not {_short(value)}: {remedy}")
+    for name in needed:
+        if name not in value:
+            raise CircuitError(f"{what} has no {name!r}: {remedy}")
+    return value
+
+
+def _list(path: PathLike, graph: Graph, width: int) -> list[list[Any]]:
+    """The records of a list file, each a list of ``width``; at least one."""
+    _check_block_level(path, graph)
+    rows = _load(path)
+    form = "[source, target]" if width == 2 else "[source, target, gate]"
+    if not isinstance(rows, list):
+        raise CircuitError(f"{path} must be a JSON list of {form}, not {_short(rows)}: check that it is the right file")
+    if not rows:
+        raise CircuitError(f"{path} has no edges: raise the share of edges that is kept, and write it again")
+    odd = next((i for i, row in enumerate(rows) if not isinstance(row, list) or len(row) != width), None)
+    if odd is not None:
+        raise CircuitError(f"{path}: record {odd + 1} is {_short(rows[odd])}, not {form}: check that it is the"
+                           " right file")
+    return rows
+
+
+def _records(path: PathLike) -> _Where:
+    return lambda row: f"{path}: record {row + 1}"
+
+
+def _nodes(values: Sequence[object], known: Mapping[str, int], others: Mapping[str, int], graph: Graph, where: _Where,
+           role: str) -> Ints:
+    """Ids of nodes by name; ``others`` are the names at the other end of an edge, and ``role`` is start or end."""
+    found = np.array([known.get(value, -1) if isinstance(value, str) else -1 for value in values], dtype=np.int32)
+    if len(found) == 0 or found.min() >= 0:
+        return found
+    row = int(np.argmax(found < 0))
+    value = values[row]
+    what = f"{where(row)}: {_short(value)}"
+    if not isinstance(value, str):
+        raise CircuitError(f"{what} is not the name of a node, which is a string: correct or remove it")
+    forms = {_form(name): name for name in reversed(list(known))}  # one example of each
+    if _form(value) in forms:
+        raise CircuitError(f"{what} is not in a model of {graph.n_layers} layers, {graph.n_heads} heads and"
+                           f" {graph.n_kv_heads} key/value groups: {_MADE_FOR}")
+    why = f"cannot {role} an edge" if _form(value) in map(_form, others) else "is not the name of a node"
+    raise CircuitError(f"{what} {why}: name one like {', '.join(sorted(forms.values()))}, or remove the edge")
+
+
+def _form(name: str) -> str:
+    return re.sub("[0-9]+", "0", name)
+
+
+def _labels(values: Sequence[object], known: Mapping[str, int], where: _Where, what: str) -> npt.NDArray[np.uint8]:
+    found = np.array([known.get(value, -1) if isinstance(value, str) else -1 for value in values], dtype=np.int16)
+    if len(found) and found.min() < 0:
+        row = int(np.argmax(found < 0))
+        raise CircuitError(f"{where(row)}: {what} {_short(values[row])} is none of {', '.join(known)}: correct it")
+    return found.astype(np.uint8)
+
+
+def _number(value: object) -> float | None:
+    """A JSON number, NaN for null; None for anything else."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return None
+
+
+def _flags_and_scores(path: PathLike, edges: Mapping[str, Any]) -> tuple[Bools, Floats]:
+    flags, scores = np.zeros(len(edges), dtype=bool), np.zeros(len(edges))
+    for i, (name, info) in enumerate(edges.items()):
+        flag = info.get("in_graph") if isinstance(info, dict) else None
+        score = _number(info.get("score", "missing")) if isinstance(info, dict) else None
+        if type(flag) is not bool or score is None:
+            raise CircuitError(f"{path}: edge {name!r} must have a number 'score' and a true or false 'in_graph', not"
+                               f" {_short(info)}: take a file that Graph.to_json wrote")
+        flags[i], scores[i] = flag, score
+    return flags, scores
+
+
+def _check_block_level(path: PathLike, graph: Graph) -> None:
+    if graph.neurons:
+        raise CircuitError(f"{path} has no hidden neurons as nodes: read it into a graph with neurons=False")
+
+
+def _check_once(rows: Sequence[list[Any]], where: _Where) -> None:
+    records = [tuple(row) for row in rows]  # names and gates, by now known to be strings
+    if len(set(records)) == len(records):
+        return
+    first: dict[tuple[str, ...], int] = {}
+    for i, record in enumerate(records):
+        if record in first:
+            raise CircuitError(f"{where(i)}: {record[0]} -> {record[1]} repeats number {first[record] + 1}: remove one")
+        first[record] = i
+
+
+def _check_forward(graph: Graph, src: Ints, dst: Ints, where: _Where) -> None:
+    backwards = src >= dst
+    if backwards.any():
+        row = int(np.argmax(backwards))
+        raise CircuitError(f"{where(row)}: {graph.name(src[row])} -> {graph.name(dst[row])} runs backwards: an edge"
+                           " goes from a writer to a later reader, so swap the two or remove it")
+
+
+def _equal(src: Ints, dst: Ints) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """An order in which equal edges are neighbours, and where each edge begins in it."""
+    order = np.lexsort((src, dst))
+    u, v = src[order], dst[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (u[1:] != u[:-1]) | (v[1:] != v[:-1])
+    return order, np.flatnonzero(new)
+
+
+def _found_by(direction: Direction | None, size: int) -> npt.NDArray[np.uint8]:
+    value = {None: Provenance.UNKNOWN, Direction.NOISING: Provenance.NOISING,
+             Direction.DENOISING: Provenance.DENOISING}[direction]
+    return np.full(size, value, dtype=np.uint8)
+
+
+def _foreign(path: PathLike, name: str | None, graph: Graph, src: Ints, dst: Ints, gate: npt.NDArray[Any],
+             provenance: npt.NDArray[Any], ns: Floats, dn: Floats) -> Circuit:
+    """A circuit of another tool's edges, with the insides of the heads whose inputs and output are in it."""
+    read, written = np.zeros(graph.n_nodes, dtype=bool), np.zeros(graph.n_nodes, dtype=bool)
+    read[dst], written[src] = True, True
+    inputs, heads = graph.inside_heads
+    both = read[inputs] & written[heads]
+    inputs, heads = inputs[both], heads[both]
+    n, none = len(inputs), np.full(len(inputs), np.nan)
+    columns = sort_edges(
+        np.concatenate([src, inputs]), np.concatenate([dst, heads]),
+        np.concatenate([gate, np.full(n, Gate.AND)]).astype(np.uint8),
+        np.concatenate([provenance, np.full(n, Provenance.STRUCTURAL)]).astype(np.uint8),
+        np.concatenate([ns, none]), np.concatenate([dn, none]))
+    return Circuit(Path(path).stem if name is None else name, graph, *columns)
+
+
+def _short(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# CLUE's own part of an EAP-IG file: the whole circuit, one [source, target, gate, provenance, ns, dn] per edge.
+
+
+def _own_rows(circuit: Circuit) -> list[list[Any]]:
+    names = circuit.graph.names
+    gates, provenances = ({value: name for name, value in known.items()} for known in (_GATES, _PROVENANCES))
+
+    def scores(array: Floats) -> list[float | None]:
+        return [None if math.isnan(score) else score for score in array.tolist()]
+
+    return [[names[u], names[v], gates[g], provenances[p], ns, dn] for u, v, g, p, ns, dn in
+            zip(circuit.src.tolist(), circuit.dst.tolist(), circuit.gate.tolist(), circuit.provenance.tolist(),
+                scores(circuit.ns), scores(circuit.dn), strict=True)]
+
+
+def _own_circuit(path: PathLike, graph: Graph, own: Any, name: str | None) -> Circuit:
+    own = _object(path, own, "clue", ("format", "name", "graph", "edges"))
+    if own["format"] != FORMAT:
+        raise CircuitError(f"{path}: clue: format {_short(own['format'])} is not {FORMAT}: read it with the CLUE that"
+                           " wrote it, or remove the key 'clue'")
+    dimensions = _object(path, own["graph"], "clue: graph")
+    for key, value in graph.to_json().items():
+        if dimensions.get(key) != value:
+            raise CircuitError(f"{path}: clue: {key} is {_short(dimensions.get(key))}, the graph has {_short(value)}:"
+                               " read it into the graph it was written from")
+    rows = own["edges"]
+    if not isinstance(own["name"], str) or not isinstance(rows, list):
+        raise CircuitError(f"{path}: clue: 'name' must be a string and 'edges' a list: {_AGAIN}")
+
+    def where(row: int) -> str:
+        return f"{path}: clue: edge {row + 1}"
+
+    def refuse(row: int, what: str) -> NoReturn:
+        raise CircuitError(f"{where(row)} {what}: {_AGAIN}")
+
+    for i, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != 6:
+            refuse(i, f"is {_short(row)}, not [source, target, gate, provenance, ns, dn]")
+    u, v, g, p, ns, dn = ([row[i] for row in rows] for i in range(6))
+    known = {node: i for i, node in enumerate(graph.names)}
+    src, dst = _nodes(u, known, {}, graph, where, "start"), _nodes(v, known, {}, graph, where, "end")
+    _check_forward(graph, src, dst, where)
+    _check_once([row[:2] for row in rows], where)
+    scores = [[_number(value) for value in column] for column in (ns, dn)]
+    for column, values in zip(scores, (ns, dn), strict=True):
+        odd = next((i for i, score in enumerate(column) if score is None), None)
+        if odd is not None:
+            refuse(odd, f"has a score {_short(values[odd])} that is no number")
+    gate, provenance = _labels(g, _GATES, where, "gate"), _labels(p, _PROVENANCES, where, "provenance")
+    columns = [np.array(column, dtype=np.float64) for column in scores]
+    return Circuit(own["name"] if name is None else name, graph, src, dst, gate, provenance, *columns)
+
+
+def _check_agreement(path: PathLike, circuit: Circuit, flagged: set[str]) -> None:
+    """Refuse a file whose flags were changed after CLUE wrote it: which of the two is meant, only the user knows."""
+    graph = circuit.graph
+    sources, targets = _inverse(_eap_ig_sources(graph)), _inverse(_eap_ig_targets(graph))
+    own = {f"{sources[u][0]}->{target}" for u, v in zip(circuit.src.tolist(), circuit.dst.tolist(), strict=True)
+           if u in sources and v in targets for target in targets[v]}
+    if own != flagged:
+        edge = min(own ^ flagged)
+        has, lacks = ("the key 'clue'", "in_graph") if edge in own else ("in_graph", "the key 'clue'")
+        raise CircuitError(f"{path}: edge {edge!r} is in the circuit by {has} and not by {lacks}: {_AGAIN}")
+
+
+# Drawing: names and attributes of what is shown.
+
+
+def _drawn(circuit: Circuit, roles: npt.ArrayLike | None,
+           neurons: bool) -> tuple[list[_Row], list[tuple[str, str, dict[str, object]]]]:
+    """Nodes with their attributes and edges with theirs, hidden neurons inside their MLP unless they are asked for."""
+    graph, names = circuit.graph, circuit.graph.names
+    role = None if roles is None else _roles(roles, graph)
+    shown = np.arange(graph.n_nodes, dtype=np.int32)
+    collapsed = graph.neurons and not neurons
+    if collapsed:
+        parts = np.flatnonzero(np.isin(graph.kind, (NodeKind.MLP_IN, NodeKind.NEURON)))
+        shown[parts] = graph.node(NodeKind.MLP) + graph.layer[parts] * graph.layer_size
+    units = (graph.kind == NodeKind.NEURON) & circuit.nodes
+    counts = np.bincount(shown[units], minlength=graph.n_nodes)
+    shared: dict[int, set[int]] = {}
+    if role is not None and collapsed:
+        for node, value in zip(shown[units].tolist(), role[units].tolist(), strict=True):
+            shared.setdefault(node, set()).add(value)
+    nodes = []
+    for node in np.unique(shown[circuit.nodes]).tolist():
+        values: dict[str, object] = {"kind": NodeKind(graph.kind[node]).name.lower(), "layer": int(graph.layer[node])}
+        if role is not None:
+            own = shared.get(node, {int(role[node])})
+            values["role"] = Role(min(own)).name.lower() if len(own) == 1 else "mixed"
+        if collapsed and graph.kind[node] == NodeKind.MLP:
+            values["neurons"] = int(counts[node])
+        nodes.append((names[node], values))
+    edges = []
+    for u, v, gate, provenance, ns, dn in zip(
+            shown[circuit.src].tolist(), shown[circuit.dst].tolist(), circuit.gate.tolist(),
+            circuit.provenance.tolist(), circuit.ns.tolist(), circuit.dn.tolist(), strict=True):
+        if u != v:
+            values = {"gate": Gate(gate).name, "provenance": Provenance(provenance).name.lower()}
+            values |= {key: score for key, score in (("ns", ns), ("dn", dn)) if not math.isnan(score)}
+            edges.append((names[u], names[v], values))
+    return nodes, edges
+
+
+def _roles(roles: npt.ArrayLike, graph: Graph) -> npt.NDArray[Any]:
+    array = np.asarray(roles)
+    if array.shape != (graph.n_nodes,) or not np.isin(array, [role.value for role in Role]).all():
+        raise CircuitError(f"roles must hold one of 0..{len(Role) - 1} per node: expected shape ({graph.n_nodes},), got"
+                           f" {array.shape}: take them from the Assignment of this graph")
+    return array
+
+
+def _clean(text: str) -> str:
+    return _NOT_XML.sub("\ufffd", text)
