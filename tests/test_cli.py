@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from clue.cli import _parser, _settings, main
 from clue.config import Settings
+from clue.jobs import load_model
 from clue.plan import Plan, Slice
 from clue.run_directory import Run
 from clue.types import Role
@@ -326,6 +328,8 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "model")
     assert Run.open(run).manifest["settings"]["unlearn"]["lr"] == 0.01
+    assert re.fullmatch(r"exact: \d+ of \d+ planned weights changed, and not a bit of any other",
+                        Run.open(run).manifest["verification"])
     assert main(["plan", "verify", str(world / "model"), str(run / "model"), str(run)]) == 0
     assert "exact: " in capsys.readouterr().out
 
@@ -339,7 +343,8 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert capsys.readouterr().out == table
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
-    assert "<html" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "<html" in page and Run.open(run).manifest["verification"] in page
 
     before = snapshot(run)
     assert "made with other unlearn settings: remove" in failure(capsys, "unlearn", run, "--lr", "0.02")
@@ -347,6 +352,33 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert "other tests (gold)" in failure(capsys, "evaluate", run, "--gold", world / "model")
     assert "made with edges = 0.05" in failure(capsys, "evaluate", run, "--edges", "0.5")
     assert snapshot(run) == before
+
+
+def test_a_model_that_changed_meanwhile_is_refused(world: Path, localized: Path, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    moved, run = shutil.copytree(world / "model", tmp_path / "model"), shutil.copytree(localized, tmp_path / "run")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["inputs"]["model"] = str(moved)
+    (run / "run.json").write_text(json.dumps(manifest))
+
+    def spoil() -> None:
+        weights = load_file(moved / "model.safetensors")
+        weights["model.norm.weight"][0] += 1
+        save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+
+    def load_then_spoil(source: str, settings: Settings) -> Any:
+        loaded = load_model(source, settings)
+        spoil()
+        return loaded
+
+    # While it is being trained: what is saved differs from what is on disk outside the plan, and is not kept.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clue.jobs.load_model", load_then_spoil)
+        assert "thrown away: NOT exact: 1 weights outside the plan changed, in model.norm.weight (1)" in failure(
+            capsys, "unlearn", run)
+    # Before: the plan is of other weights.
+    assert "not the model this run was localized on" in failure(capsys, "unlearn", run)
+    assert not (run / "model").exists()
 
 
 def test_evaluating_on_what_was_used_is_refused_or_told(world: Path, localized: Path, tmp_path: Path,

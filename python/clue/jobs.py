@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import EvaluateSettings, LocalizeSettings, Settings, UnlearnSettings
-from .errors import ModelError, OverlapError, RunError
-from .pipeline import Progress, locate, read_sets
+from .errors import ModelError, OverlapError, PlanError, RunError
+from .pipeline import Progress, fingerprint, locate, read_sets
 from .plan import Plan
 from .run_directory import Run, write_json
 
@@ -83,15 +83,40 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
                                                                          "forget_probability", "forgotten")
                 if step.get(name) is not None))
 
+    plan = Plan.load(run.folder)
+    if plan.provenance["model"]["fingerprint"] != fingerprint(network):
+        raise RunError(f"{inputs['model']} is not the model this run was localized on: its weights, or their dtype, have"
+                       " changed since; localize again into another folder with -o")
     log = train(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
-                Plan.load(run.folder), settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step)
+                plan, settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step)
     with run.stage("model") as folder:
         network.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
         log.save(folder / "training.json")
-    run.update(settings=settings.to_dict())
+        verification = _verified(inputs["model"], folder, plan)
+    run.update(settings=settings.to_dict(), verification=verification)
     progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps"
              + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))
+    progress(f"verify     {verification}")
+
+
+def _verified(before: str, after: Path, plan: Plan) -> str:
+    """What the bit-by-bit comparison says of a model that has just been saved.
+
+    Raises:
+        RunError: a weight outside the plan changed.
+    """
+    from .plan import verify
+
+    if not Path(before).is_dir():
+        return f"not compared: {before} is no local folder (compare its files with `clue plan verify`)"
+    try:
+        verification = verify(before, after, plan)
+    except PlanError as error:  # stored in another format or dtype: nothing is wrong with the new model
+        return f"not compared: {error}"
+    if not verification.ok:
+        raise RunError(f"the unlearned model is thrown away: {verification}")
+    return str(verification)
 
 
 def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> dict[str, Evaluation]:
@@ -240,7 +265,6 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
         raise
     plan = Plan.load(folder)
     verification = verify(run.path("before"), run.path("model"), plan)
-    progress(f"verify     {verification}")
     print(table(found))
     document = {name: evaluation.to_json() for name, evaluation in found.items()}
     return {**document, "plan": {**plan.counts(), "weights_changed": plan.weights_changed},

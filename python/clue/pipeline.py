@@ -110,7 +110,8 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
         f" {assignment.n_forced} forced, {assignment.n_chosen} chosen")
 
     plan: Plan = keep("plan", lambda: make_plan(body, circuits["forget"].graph, assignment, {
-        "model": {"family": body.family, "fingerprint": fingerprint(model)},
+        "model": {"family": body.family, "fingerprint": fingerprint(model),
+                  "parameters": sum(p.numel() for p in model.parameters())},
         "data": {name: {"records": len(records), "sha256": records.sha256, "pairs_sha256": pairs[name].sha256}
                  for name, records in sets.items()},
         "settings": {"data": asdict(data), "localize": asdict(settings)},

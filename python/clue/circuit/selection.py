@@ -20,7 +20,7 @@ from ..config import LocalizeSettings
 from ..errors import CircuitError
 from ..types import Gate, NodeKind, Provenance
 from .attribution import Scores
-from .graph import Bools, Circuit, Floats, Ints, on_path, sort_edges
+from .graph import Bools, Circuit, Floats, Graph, Ints, on_path, sort_edges
 
 _Bytes = npt.NDArray[np.uint8]
 _Columns = tuple[Ints, Ints, _Bytes, _Bytes, Floats, Floats]
