@@ -31,7 +31,8 @@ class Graph:
     """All nodes of a model; defined by its dimensions alone.
 
     With ``neurons``, an MLP is three kinds of node: its reader ``m3.in``, its hidden units ``m3.n0`` ... and its writer
-    ``m3``; otherwise it is the single node ``m3``.
+    ``m3``; otherwise it is the single node ``m3``. With ``parallel``, attention and MLP of a layer read the same residual
+    stream, so no edge runs from a layer's heads to its own MLP.
     """
 
     n_layers: int
@@ -39,6 +40,7 @@ class Graph:
     n_kv_heads: int
     d_mlp: int
     neurons: bool
+    parallel: bool = False
 
     @cached_property
     def layer_size(self) -> int:
@@ -151,12 +153,14 @@ class Graph:
     def residual_edges(self) -> Bools:
         """bool [writers, readers]: true where an edge exists, that is where the writer comes before the reader."""
         edges: Bools = self.writers[:, None] < self.readers[None, :]
+        if self.parallel:
+            edges &= self.layer[self.writers][:, None] < self.layer[self.readers][None, :]
         return edges
 
     def to_json(self) -> dict[str, Any]:
         """The dimensions, from which everything else follows."""
         return {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads,
-                "d_mlp": self.d_mlp, "neurons": self.neurons}
+                "d_mlp": self.d_mlp, "neurons": self.neurons, "parallel": self.parallel}
 
 
 @dataclass(frozen=True)
