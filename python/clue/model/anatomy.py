@@ -203,8 +203,8 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "glm4": (replace(_GATE_UP, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"),),
 }
 
-#: Linear layers whose forward is y = x W^T + b: class -> whether the weight is kept transposed, [d_in, d_out].
-LINEAR = {
+#: Plain linear layers, y = x W^T + b: class -> whether the weight is kept transposed, [d_in, d_out].
+_LINEAR = {
     "torch.nn.modules.linear.Linear": False,
     "transformers.models.falcon.modeling_falcon.FalconLinear": False,
     "transformers.pytorch_utils.Conv1D": True,
@@ -449,6 +449,14 @@ def check_weights(model: nn.Module) -> None:
             raise ModelError(f"{name} holds {count} NaN or infinite weights: load an intact copy of the model")
 
 
+def is_transposed(module: nn.Module) -> bool | None:
+    """Whether a plain linear layer keeps its weight as [d_in, d_out]; ``None`` for anything but a plain linear layer.
+
+    Subclasses are not plain: adapters and quantised layers compute something else than their weight says.
+    """
+    return _LINEAR.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
 def _module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
@@ -459,7 +467,7 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 def _projection(model: nn.Module, path: str, outputs: Ints, expected: Sequence[int], kind: str) -> Projection:
     module = _module(model, path)
-    transposed = LINEAR.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    transposed = is_transposed(module)
     if transposed is None:
         raise ModelError(f"{path} is a {type(module).__name__}, not a plain linear layer: merge adapters and load the"
                          " weights unquantised before localizing")
