@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -253,6 +254,24 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(name):
     model = tiny(name)
     model.config.hidden_size = 24
     with pytest.raises(ModelError, match="weight has shape .* the configuration says"):
+        anatomy(model)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "rms+1"), ("llama", "layer"), ("gemma", "rms"), ("phi", "rms")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_of_another_kind_than_the_entry_says_is_refused(name, kind, dtype, monkeypatch):
+    """Conservation compares two sums over the same pulled gradient, so it cannot notice this."""
+    model = tiny(name, dtype)
+    anatomy(model)
+    monkeypatch.setitem(FAMILIES, name, (replace(FAMILIES[name][0], norm=kind),))
+    with pytest.raises(ModelError, match=r"layers\.0\.input_layernorm does not compute what its entry says"):
+        anatomy(model)
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused():
+    model = tiny("falcon/grouped")
+    model.config.num_kv_heads = 3
+    with pytest.raises(ModelError, match="4 heads share 3 key/value groups"):
         anatomy(model)
 
 

@@ -371,13 +371,16 @@ def anatomy(model: nn.Module) -> Anatomy:
             " out"
         )
     family = _variant(kind, config)
-    if cast(Any, model).get_output_embeddings() is None:
+    if getattr(cast(Any, model), "get_output_embeddings", lambda: None)() is None:
         raise ModelError(f"this {type(model).__name__} has no language modelling head: load it as a causal language model")
     d_model, n_heads = int(config.hidden_size), int(config.num_attention_heads)
     groups = getattr(config, family.kv_heads, None) if isinstance(family.kv_heads, str) else family.kv_heads
     n_kv_heads = int(groups or n_heads)
     d_head = int(getattr(config, "head_dim", None) or d_model // n_heads)
     d_mlp = int(getattr(config, family.d_mlp, None) or 4 * d_model)
+    if n_heads % n_kv_heads:
+        raise ModelError(f"the configuration says {n_heads} heads share {n_kv_heads} key/value groups, which do not divide"
+                         " them")
     multiplier = float(getattr(config, family.multiplier)) if family.multiplier else 1.0
     parts = _head_layout(family, n_heads, n_kv_heads, d_head)
     gate_up = family.gate == family.up
@@ -390,7 +393,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         prefix = f"{family.layers}.{number}"
 
         def norm(path: str | None, prefix: str = prefix) -> Norm | None:
-            return None if path is None else Norm(_module(model, f"{prefix}.{path}"), family.norm)
+            return None if path is None else _norm(model, f"{prefix}.{path}", family.norm, d_model)
 
         def projection(part: str, prefix: str = prefix) -> Projection:
             path = getattr(family, part)
@@ -407,7 +410,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         ))
     return Anatomy(
         family=kind, model=model, embed=_module(model, family.embed), layers=tuple(layers),
-        final_norm=Norm(_module(model, family.final_norm), family.norm),
+        final_norm=_norm(model, family.final_norm, family.norm, d_model),
         parallel=family.parallel, d_model=d_model, d_head=d_head, n_heads=n_heads, n_kv_heads=n_kv_heads, d_mlp=d_mlp,
         context=int(getattr(config, family.context) if isinstance(family.context, str) else family.context),
     )
@@ -463,6 +466,33 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         raise ModelError(f"this {type(model).__name__} has no module {path}: load it as a causal language model, and"
                          " merge adapters first (for example with merge_and_unload)") from None
+
+
+def _norm(model: nn.Module, path: str, kind: NormKind, d_model: int) -> Norm:
+    """Bind a norm and try it on one vector: the conservation law would not notice a norm of another kind."""
+    import torch
+
+    norm = Norm(_module(model, path), kind)
+    if norm.gain is not None and tuple(norm.gain.shape) != (d_model,):
+        raise ModelError(f"{path}.weight has shape {tuple(norm.gain.shape)}, the configuration says {(d_model,)}: the entry"
+                         " does not fit this model")
+    like = next(norm.module.parameters(), next(model.parameters()))
+    x = torch.linspace(-1e-3, 2e-3, d_model, dtype=like.dtype, device=like.device)  # small: epsilon shows
+    with torch.no_grad():
+        found = norm.module(x[None])[0].double()
+    y = x.double()
+    if kind == "layer":
+        y = y - y.mean()
+    y = y * torch.rsqrt(y.square().mean() + norm.epsilon)
+    bias = getattr(norm.module, "bias", None)
+    if norm.gain is not None:
+        y = y * norm.gain.detach().double()
+    if bias is not None:
+        y = y + bias.detach().double()
+    tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 5e-2
+    if not torch.allclose(found, y, rtol=tolerance, atol=tolerance, equal_nan=True):  # check_weights names NaNs
+        raise ModelError(f"{path} does not compute what its entry says ({kind!r}): the entry does not fit this model")
+    return norm
 
 
 def _projection(model: nn.Module, path: str, outputs: Ints, expected: Sequence[int], kind: str) -> Projection:
