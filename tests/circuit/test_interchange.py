@@ -156,18 +156,26 @@ def test_a_group_is_spread_over_its_query_heads(tmp_path):
 
 
 def test_a_parallel_model_has_no_edge_from_a_head_to_the_mlp_beside_it(tmp_path):
-    def one(src: int, dst: int) -> Circuit:
-        return Circuit("x", PLAIN, np.array([src], np.int32), np.array([dst], np.int32), np.zeros(1, np.uint8),
+    parallel = replace(PLAIN, parallel=True)
+
+    def one(graph: Graph, src: int, dst: int) -> Circuit:
+        return Circuit("x", graph, np.array([src], np.int32), np.array([dst], np.int32), np.zeros(1, np.uint8),
                        np.ones(1, np.uint8), np.zeros(1), np.zeros(1))
 
     head = PLAIN.node(NodeKind.HEAD, 0, 1)
-    with pytest.raises(CircuitError, match=r"a0\.h1 -> m0 does not exist in a parallel model: write"):
-        write_eap_ig(tmp_path / "c.json", one(head, PLAIN.mlp_reader(0)), parallel=True)
-    assert not list(tmp_path.iterdir())
-    write_eap_ig(tmp_path / "c.json", one(head, PLAIN.mlp_reader(1)), parallel=True)
+    with pytest.raises(CircuitError, match=r"circuit x: edge a0\.h1 -> m0 does not exist in a model whose attention"):
+        one(parallel, head, PLAIN.mlp_reader(0))
+    circuit = one(parallel, head, PLAIN.mlp_reader(1))
+    write_eap_ig(tmp_path / "c.json", circuit)
     data = json.loads((tmp_path / "c.json").read_text())
     assert data["cfg"]["parallel_attn_mlp"] is True
     assert set(data["edges"]) <= eap_ig_graph(data["cfg"])["edges"]
+    assert read_eap_ig(tmp_path / "c.json", parallel).src.tolist() == [head]
+    with pytest.raises(CircuitError, match="parallel_attn_mlp is true, the graph has false: read it into the graph"):
+        read_eap_ig(tmp_path / "c.json", PLAIN)
+    assert len(read_edge_pruning(put(tmp_path, '[["a0.h1", "m0"]]'), PLAIN)) == 1
+    with pytest.raises(CircuitError, match=r"record 1: a0\.h1 -> m0 does not exist in a model whose attention and MLP"):
+        read_edge_pruning(put(tmp_path, '[["a0.h1", "m0"]]'), parallel)
 
 
 # EAP-IG, read

@@ -17,7 +17,9 @@ from clue.circuit.selection import build_circuit
 from clue.config import LocalizeSettings
 from clue.model.anatomy import anatomy
 from clue.types import Gate, NodeKind
-from tests.circuit.test_attribution import in_double, make_pairs
+from tests.circuit.test_attribution import make_pairs
+
+pytestmark = pytest.mark.usefixtures("in_double")
 
 D, BIG = 8, 1e4
 CONST, SUM, OUT, BIT_A, BIT_B = 0, 1, 2, 3, 4
@@ -62,7 +64,6 @@ def gate_model(name: str) -> LlamaForCausalLM:
         model.lm_head.weight[YES, OUT] = 1.0
         model.lm_head.weight[YES, CONST] = (offset - 0.5) / BIG
         model.lm_head.weight[[ONES, ZEROS], CONST] = -9 / BIG
-    in_double(model)
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -142,6 +144,13 @@ def test_circuits_round_trip(tmp_path):
     (tmp_path / "c.safetensors").write_bytes(b"junk")
     with pytest.raises(CircuitError, match="not a circuit file"):
         Circuit.load(tmp_path / "c.safetensors")
+
+
+def test_graphs_saved_before_parallel_models_still_load():
+    old = {key: value for key, value in SMALL.to_json().items() if key != "parallel"}
+    assert Graph(**old) == SMALL
+    parallel = replace(SMALL, parallel=True)
+    assert Graph(**parallel.to_json()) == parallel != SMALL
 
 
 def test_backward_edges_are_refused():

@@ -2,90 +2,192 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
 
+from clue.circuit.attribution import graph_of
 from clue.errors import ModelError
-from clue.model.anatomy import anatomy, check_weights
-from clue.types import NodeKind
-from tests.circuit.test_attribution import CONFIGS, tiny
+from clue.model.anatomy import FAMILIES, anatomy, check_weights
+from clue.pipeline import make_plan
+from clue.types import NodeKind, Role
+from tests.families import VARIANTS, tiny
 
 IDS = torch.tensor([[1, 5, 7, 9, 4, 3, 11]])
 
 
-def zero(model, slices) -> None:
+@contextmanager
+def zeroed(model, slices) -> Iterator[None]:
+    """The model with these slices at zero, restored afterwards."""
     parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name, _, _ in slices}
     with torch.no_grad():
         for name, axis, index in slices:
             parameters[name][(slice(None),) * axis + (torch.from_numpy(index),)] = 0
+        yield
+        for name, value in before.items():
+            parameters[name].copy_(value)
 
 
-def record(module) -> list[torch.Tensor]:
-    seen: list[torch.Tensor] = []
-    module.register_forward_hook(lambda m, args, out: seen.extend([args[0].detach(), out.detach()]))
+def watch(body, layer: int) -> dict[str, torch.Tensor]:
+    """One run's inputs and outputs of a layer's projections: [batch * seq, channels], and q, k, v apart when fused."""
+    part = body.layers[layer]
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name, projection):
+        def hook(module, args, output):
+            seen[f"{name} in"] = args[0].detach().flatten(0, -2)
+            seen[name] = projection.of(output.detach().flatten(0, -2)).clone()  # Falcon writes into down's in place
+        return projection.module.register_forward_hook(hook)
+
+    handles = [keep(name, getattr(part, name)) for name in ("q", "k", "v", "o", "down")]
+    with torch.no_grad():
+        body.model(IDS)
+    for handle in handles:
+        handle.remove()
     return seen
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_head_owns_columns_of_o(family):
-    """Golden: the o slice of a head is a block of columns; zeroing it removes just that head's write."""
-    model = tiny(family)
-    body = anatomy(model)
-    seen = record(body.layers[1].o.module)
-    model(IDS)
-    inputs, weight = seen[0], body.layers[1].o.weight.detach().clone()
-    for head in range(body.n_heads):
-        (name, axis, index), = body.slices(NodeKind.HEAD, 1, head)
-        assert (name, axis) == ("model.layers.1.self_attn.o_proj.weight", 1)
-        block = slice(head * body.d_head, (head + 1) * body.d_head)
-        np.testing.assert_array_equal(index, np.arange(block.start, block.stop))
-        other = inputs.clone()
-        other[..., block] = 0
-        model.load_state_dict(tiny(family).state_dict())
-        zero(model, [(name, axis, index)])
-        seen.clear()
-        model(IDS)
-        torch.testing.assert_close(seen[1], other @ weight.T)
+def blocks(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, tokens, channels / count]"""
+    return tensor.view(len(tensor), count, -1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize(("kind", "count"), [(NodeKind.Q, 4), (NodeKind.K, 2), (NodeKind.V, 2)])
-def test_query_heads_and_key_value_groups_own_rows(family, kind, count):
-    """Golden: key/value groups are counted by the model's configuration (2 here, for 4 heads), each one slice."""
-    model = tiny(family)
-    body = anatomy(model)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("kind", [NodeKind.Q, NodeKind.K, NodeKind.V])
+def test_queries_keys_and_values_own_what_makes_them(name, kind):
+    """Golden: zeroing a slice silences that head or group of q, k or v, and not a bit of the other outputs changes."""
+    body = anatomy(tiny(name))
     letter = kind.name.lower()
+    count = body.n_heads if kind is NodeKind.Q else body.n_kv_heads
+    before = watch(body, 1)
     for index in range(count):
-        model.load_state_dict(tiny(family).state_dict())
-        slices = body.slices(kind, 0, index)
-        has_bias = family == "qwen2"
-        assert [s[0].rsplit(".", 1)[1] for s in slices] == ["weight", "bias"][:1 + has_bias]
-        assert all(axis == 0 and f"{letter}_proj" in name for name, axis, _ in slices)
-        seen = record(getattr(body.layers[0], letter).module)
-        zero(model, slices)
-        model(IDS)
-        heads = seen[1].view(*IDS.shape, count, body.d_head)
-        assert (heads[:, :, index] == 0).all()
-        assert all((heads[:, :, other] != 0).any() for other in range(count) if other != index)
-    rows = np.concatenate([body.slices(kind, 0, index)[0][2] for index in range(count)])
-    np.testing.assert_array_equal(rows, np.arange(count * body.d_head))
+        with zeroed(body.model, body.slices(kind, 1, index)):
+            after = watch(body, 1)
+        others = [i for i in range(count) if i != index]
+        was, now = (blocks(seen[letter], count) for seen in (before, after))
+        assert (was[index] != 0).all()
+        assert (now[index] == 0).all()
+        torch.testing.assert_close(now[others], was[others])
+        for other in {"q", "k", "v"} - {letter}:
+            torch.testing.assert_close(after[other], before[other])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_neuron_owns_its_rows_and_its_column(family):
-    model = tiny(family)
-    body = anatomy(model)
-    slices = body.slices(NodeKind.NEURON, 1, 5)
-    assert {(name.split(".")[-2], axis) for name, axis, _ in slices} == {("gate_proj", 0), ("up_proj", 0),
-                                                                        ("down_proj", 1)}
-    assert all(index.tolist() == [5] for _, _, index in slices)
-    seen = record(body.layers[1].down.module)
-    zero(model, slices)
-    model(IDS)
-    assert (seen[0][..., 5] == 0).all()
-    assert (seen[0][..., 4] != 0).any()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_layout_of_heads_is_the_models_own(name):
+    """What attention does, seen from outside: a head without query attends as one without key does, and a head without
+    value is silent. That holds only if each slice is the model's own query, key or value of that head."""
+    body = anatomy(tiny(name))
+    mixed = name.startswith("olmo2")  # its q and k norms run over all heads
+    before = blocks(watch(body, 1)["o in"], body.n_heads)
+    size = body.n_heads // body.n_kv_heads
+    for group in range(body.n_kv_heads):
+        mine = list(range(group * size, (group + 1) * size))
+        others = [h for h in range(body.n_heads) if h not in mine]
+        with zeroed(body.model, body.slices(NodeKind.V, 1, group)):
+            silent = blocks(watch(body, 1)["o in"], body.n_heads)
+        assert (silent[mine] == 0).all()
+        torch.testing.assert_close(silent[others], before[others])
+        with zeroed(body.model, body.slices(NodeKind.K, 1, group)):
+            keyless = blocks(watch(body, 1)["o in"], body.n_heads)
+        if not mixed:
+            torch.testing.assert_close(keyless[others], before[others])
+        for head in mine:
+            with zeroed(body.model, body.slices(NodeKind.Q, 1, head)):
+                queryless = blocks(watch(body, 1)["o in"], body.n_heads)
+            torch.testing.assert_close(queryless[head], keyless[head])
+            assert (queryless[head] - before[head]).abs().max() > 1e-4
+            if not mixed:
+                rest = [h for h in range(body.n_heads) if h != head]
+                torch.testing.assert_close(queryless[rest], before[rest])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_head_owns_its_columns_of_o(name):
+    """Golden: zeroing the o slice of a head removes just that head's write."""
+    body = anatomy(tiny(name))
+    before = watch(body, 1)
+    for head in range(body.n_heads):
+        block = slice(head * body.d_head, (head + 1) * body.d_head)
+        (_, axis, index), = slices = body.slices(NodeKind.HEAD, 1, head)
+        assert axis == (0 if body.layers[1].o.transposed else 1)
+        np.testing.assert_array_equal(index, np.arange(block.start, block.stop))
+        other = before["o in"].clone()
+        other[:, block] = 0
+        want = body.layers[1].o.module(other).detach()
+        with zeroed(body.model, slices):
+            after = watch(body, 1)
+        torch.testing.assert_close(after["o"], want)
+        assert (after["o"] - before["o"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_neuron_owns_its_rows_and_its_column(name):
+    """Golden: zeroing a neuron silences that hidden unit and no other."""
+    body = anatomy(tiny(name))
+    before = watch(body, 1)
+    assert (before["down in"] != 0).any(0).sum() > body.d_mlp / 2  # a ReLU leaves some silent
+    for unit in range(body.d_mlp):
+        slices = body.slices(NodeKind.NEURON, 1, unit)
+        column = slices[-1]
+        assert column[1] == (0 if body.layers[1].down.transposed else 1)
+        others = [i for i in range(body.d_mlp) if i != unit]
+        with zeroed(body.model, slices):
+            after = watch(body, 1)
+        assert (after["down in"][:, unit] == 0).all()
+        torch.testing.assert_close(after["down in"][:, others], before["down in"][:, others])
+        other = before["down in"].clone()
+        other[:, unit] = 0
+        want = body.layers[1].down.module(other).detach()
+        with zeroed(body.model, [column]):
+            torch.testing.assert_close(watch(body, 1)["down"], want)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nodes_share_out_the_weights_once(name):
+    """Heads, groups and neurons together own every entry along one axis of each of their weights, each exactly once."""
+    body = anatomy(tiny(name))
+    counts = {NodeKind.Q: body.n_heads, NodeKind.K: body.n_kv_heads, NodeKind.V: body.n_kv_heads,
+              NodeKind.HEAD: body.n_heads, NodeKind.NEURON: body.d_mlp}
+    owned: dict[str, list[np.ndarray]] = {}
+    axes: dict[str, set[int]] = {}
+    for kind, count in counts.items():
+        for number in range(count):
+            for parameter, axis, index in body.slices(kind, 1, number):
+                owned.setdefault(parameter, []).append(index)
+                axes.setdefault(parameter, set()).add(axis)
+    parameters = dict(body.model.named_parameters())
+    for parameter, parts in owned.items():
+        axis, = axes[parameter]
+        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(parameters[parameter].shape[axis]))
+    layer = body.layers[1]
+    projections = [p for p in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down) if p is not None]
+    assert {p.name for p in projections} <= set(owned)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_plans_name_the_weights_of_their_nodes(name):
+    """Roles drawn at random: a weight may change exactly when a node that owns it is forget or conflict."""
+    body = anatomy(tiny(name))
+    graph = graph_of(body)
+    role = np.random.default_rng(0).choice([Role.FORGET, Role.CONFLICT, Role.RETAIN, Role.FREE], graph.n_nodes)
+    plan = make_plan(body, graph, SimpleNamespace(role=role), {})
+    plan.check(body.model)
+    want = {parameter: {r: np.zeros(plan.shapes[parameter], dtype=bool) for r in (Role.FORGET, Role.CONFLICT)}
+            for parameter in plan.parameters()}
+    for node in np.flatnonzero(graph.editable & np.isin(role, [Role.FORGET, Role.CONFLICT])):
+        kind, layer, number = NodeKind(graph.kind[node]), int(graph.layer[node]), int(graph.index[node])
+        for parameter, axis, index in body.slices(kind, layer, number):
+            want[parameter][role[node]][(slice(None),) * axis + (index,)] = True
+    for parameter, masks in want.items():
+        for r, mask in masks.items():
+            np.testing.assert_array_equal(plan.mask(parameter, (r,)), mask)
 
 
 def test_an_mlp_block_owns_all_its_neurons():
@@ -100,10 +202,31 @@ def test_nodes_without_weights_own_nothing(kind):
     assert anatomy(tiny("llama")).slices(kind, 0, 0) == []
 
 
+def test_every_family_is_tested():
+    assert {family for family, _ in VARIANTS.values()} == set(FAMILIES)
+
+
 def test_an_unknown_family_says_what_its_entry_needs():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=13, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2))
-    with pytest.raises(ModelError, match=r"gpt2.*known: llama, mistral.*q, k, v, o, gate, up and down"):
+    model = MambaForCausalLM(MambaConfig(vocab_size=13, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ModelError, match=r"mamba.*known: llama, mistral.*q, k, v, o, gate, up and down"):
         anatomy(model)
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
+    ("falcon", {"multi_query": False}, "multi_query = False"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm = True"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
+])
+def test_a_variant_without_an_entry_is_refused(name, changes, message):
+    with pytest.raises(ModelError, match=rf"this {name} model has .*{message}.*covered: "):
+        anatomy(tiny(name, **changes))
+
+
+def test_a_model_without_a_language_modelling_head_is_refused():
+    config = LlamaConfig(**{**VARIANTS["llama"][1], "num_labels": 2})
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification has no language modelling head"):
+        anatomy(LlamaForSequenceClassification(config))
 
 
 def test_nan_weights_are_named():
@@ -118,16 +241,43 @@ def test_nan_weights_are_named():
 def test_a_wrapped_projection_is_refused():
     model = tiny("llama")
 
-    class Wrapped(torch.nn.Linear):
+    class Linear(torch.nn.Linear):  # the name alone does not make it plain
         pass
 
-    model.model.layers[0].self_attn.q_proj = Wrapped(16, 16)
-    with pytest.raises(ModelError, match="q_proj is a Wrapped"):
+    model.model.layers[0].self_attn.q_proj = Linear(16, 16)
+    with pytest.raises(ModelError, match=r"q_proj is a Linear, not a plain linear layer"):
         anatomy(model)
 
 
-def test_a_configuration_that_contradicts_the_weights_is_refused():
-    model = tiny("llama")
-    model.config.num_key_value_heads = 1  # as if groups were merged once more
-    with pytest.raises(ModelError, match="k_proj.weight has shape"):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_configuration_that_contradicts_the_weights_is_refused(name):
+    model = tiny(name)
+    model.config.hidden_size = 24
+    with pytest.raises(ModelError, match="weight has shape .* the configuration says"):
+        anatomy(model)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "rms+1"), ("llama", "layer"), ("gemma", "rms"), ("phi", "rms")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_of_another_kind_than_the_entry_says_is_refused(name, kind, dtype, monkeypatch):
+    """Conservation compares two sums over the same pulled gradient, so it cannot notice this."""
+    model = tiny(name, dtype)
+    anatomy(model)
+    monkeypatch.setitem(FAMILIES, name, (replace(FAMILIES[name][0], norm=kind),))
+    with pytest.raises(ModelError, match=r"layers\.0\.input_layernorm does not compute what its entry says"):
+        anatomy(model)
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused():
+    model = tiny("falcon/grouped")
+    model.config.num_kv_heads = 3
+    with pytest.raises(ModelError, match="4 heads share 3 key/value groups"):
+        anatomy(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "falcon/grouped"])
+def test_groups_that_contradict_the_weights_are_refused(name):
+    model = tiny(name)
+    setattr(model.config, "num_kv_heads" if name.startswith("falcon") else "num_key_value_heads", 1)  # as if merged
+    with pytest.raises(ModelError, match=r"(k_proj|qkv_proj|query_key_value)\.weight has shape"):
         anatomy(model)

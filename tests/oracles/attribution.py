@@ -1,72 +1,155 @@
-"""The slow, obviously right score of an edge: inject eps times one writer's difference into one reader's input and see
+"""The slow, obviously right score of an edge: inject eps times a writer's difference into one reader's input and see
 what the target does (central finite difference), on the unmodified model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from clue.circuit.graph import Graph
 from clue.model.anatomy import Anatomy
 from clue.types import NodeKind
 
 
-def writer_outputs(body: Anatomy, ids: Tensor) -> dict[str, Tensor]:
-    """What each writer adds to the residual stream, [batch, seq, d_model], by name."""
-    found: dict[str, Tensor] = {}
-    handles = [body.embed.register_forward_hook(lambda m, a, out: found.__setitem__("embed", out))]
-    for number, layer in enumerate(body.layers):
-        def heads(m: Any, args: Any, number: int = number, layer: Any = layer) -> None:
-            for h in range(body.n_heads):
-                part = torch.zeros_like(args[0])
-                part[..., h * body.d_head:(h + 1) * body.d_head] = args[0][..., h * body.d_head:(h + 1) * body.d_head]
-                found[f"a{number}.h{h}"] = part @ layer.o.weight.T
-        handles.append(layer.o.module.register_forward_pre_hook(heads))
-        handles.append(layer.down.module.register_forward_hook(
-            lambda m, a, out, number=number: found.__setitem__(f"m{number}", out)))
-    with torch.no_grad():
-        body.model(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
+class InDouble(TorchFunctionMode):
+    """Whatever a float64 model does in float32 (norms, rotations, softmax) happens in float64 instead.
+
+    A finite difference needs all of float64, and the model stays unmodified.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.float:
+            return args[0].double()
+        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return function(*args, **kwargs)
 
 
-def with_injection(body: Anatomy, graph: Graph, ids: Tensor, reader: int, extra: Tensor) -> Tensor:
-    """Logits when ``extra`` [batch, seq, d_model] is added to the residual stream as this reader alone sees it."""
-    kind, number = NodeKind(graph.kind[reader]), int(graph.layer[reader])
-    handles = []
-    if kind is NodeKind.LOGITS:
-        handles.append(body.final_norm.register_forward_pre_hook(lambda m, args: (args[0] + extra,)))
-    elif kind in (NodeKind.MLP, NodeKind.MLP_IN):
-        handles.append(body.layers[number].mlp_norm.register_forward_pre_hook(lambda m, args: (args[0] + extra,)))
-    else:
-        layer = body.layers[number]
-        projection = {NodeKind.Q: layer.q, NodeKind.K: layer.k, NodeKind.V: layer.v}[kind]
-        rows = slice(int(graph.index[reader]) * body.d_head, (int(graph.index[reader]) + 1) * body.d_head)
-        seen: dict[str, Tensor] = {}
-        handles.append(layer.attention_norm.register_forward_pre_hook(lambda m, args: seen.__setitem__("x", args[0])))
-
-        def replace(module: Any, args: Any, output: Tensor) -> Tensor:
-            normal = layer.attention_norm.forward(seen["x"] + extra)
-            output = output.clone()
-            output[..., rows] = torch.nn.functional.linear(normal, module.weight, module.bias)[..., rows]
-            return output
-
-        handles.append(projection.module.register_forward_hook(replace))
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
     try:
         with torch.no_grad():
-            return body.model(ids, use_cache=False).logits
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def finite_difference(body: Anatomy, graph: Graph, ids: Tensor, reader: int, difference: Tensor,
-                      target: Callable[[Tensor], Tensor], eps: float = 1e-5) -> float:
-    """d target / d eps for eps * difference injected into one reader."""
-    up = target(with_injection(body, graph, ids, reader, eps * difference))
-    down = target(with_injection(body, graph, ids, reader, -eps * difference))
-    return float((up - down) / (2 * eps))
+def first(args: Any, kwargs: Any) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def writer_outputs(body: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+    """What each writer adds to the residual stream, [batch, seq, d_model], by name, hidden units included.
+
+    Behind an output norm each part is scaled, channel by channel, as the norm scaled the whole; a head there also carries
+    an equal share of the bias, which is constant, and left out, elsewhere.
+    """
+    found: dict[str, Tensor] = {}
+    handles = [body.layers[0].block.register_forward_pre_hook(
+        lambda m, a, k: found.__setitem__("embed", first(a, k)), with_kwargs=True)]
+
+    def parts(projection: Any, norm: Any, multiplier: float, names: list[str], with_bias: bool) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            x = args[0].reshape(*ids.shape, len(names), -1)
+            size = x.shape[-1]
+            whole = output.reshape(*ids.shape, body.d_model)
+            ratio = 1.0 if norm is None else norm.module.forward(whole) / whole
+            for number, name in enumerate(names):
+                part = x[..., number, :] @ projection.weight[:, number * size:(number + 1) * size].T
+                if with_bias and norm is not None and projection.bias is not None:
+                    part = part + projection.bias / len(names)
+                found[name] = multiplier * ratio * part
+        return hook
+
+    for number, layer in enumerate(body.layers):
+        units = [f"m{number}.n{i}" for i in range(body.d_mlp)]
+        heads = [f"a{number}.h{h}" for h in range(body.n_heads)]
+        handles.append(layer.o.module.register_forward_hook(
+            parts(layer.o, layer.attention_output_norm, layer.multiplier, heads, True)))
+        handles.append(layer.down.module.register_forward_hook(
+            parts(layer.down, layer.mlp_output_norm, layer.multiplier, units, False)))
+        output = (layer.mlp_output_norm or layer.down).module
+        handles.append(output.register_forward_hook(lambda m, a, out, number=number, layer=layer: found.__setitem__(
+            f"m{number}", layer.multiplier * out.reshape(*ids.shape, -1).clone())))
+    with hooks(*handles):
+        body.model(ids, use_cache=False)
+    return found
+
+
+def final_residual(body: Anatomy, ids: Tensor) -> Tensor:
+    """The residual stream that the final norm reads, [batch, seq, d_model]."""
+    seen: list[Tensor] = []
+    with hooks(body.final_norm.module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))):
+        body.model(ids, use_cache=False)
+    return seen[0]
+
+
+def with_injection(body: Anatomy, graph: Graph, reader: int, ids: Tensor, extra: Tensor) -> Tensor:
+    """Logits when ``extra`` [batch, seq, d_model] is added to the residual stream as this reader alone sees it."""
+    kind, number = NodeKind(graph.kind[reader]), int(graph.layer[reader])
+    if kind is NodeKind.LOGITS:
+        with hooks(body.final_norm.module.register_forward_pre_hook(lambda m, args: (args[0] + extra,))):
+            return body.model(ids, use_cache=False).logits
+    layer = body.layers[number]
+    seen: dict[str, Tensor] = {}
+    handles = [layer.block.register_forward_pre_hook(
+        lambda m, a, k: seen.__setitem__("residual", first(a, k)), with_kwargs=True)]
+    if kind in (NodeKind.MLP, NodeKind.MLP_IN):
+        if layer.mlp_norm is None:
+            handles.append(layer.mlp.register_forward_pre_hook(lambda m, args: (args[0] + extra, *args[1:])))
+        else:
+            if not body.parallel:
+                handles.append(layer.mlp_norm.module.register_forward_pre_hook(
+                    lambda m, args: seen.__setitem__("residual", args[0])))
+
+            def reread(module: Any, args: Any) -> Any:
+                normal = layer.mlp_norm.module.forward(seen["residual"] + extra.reshape(seen["residual"].shape))
+                return (normal, *args[1:])
+
+            handles.append(layer.mlp.register_forward_pre_hook(reread))
+    else:
+        projection = {NodeKind.Q: layer.q, NodeKind.K: layer.k, NodeKind.V: layer.v}[kind]
+        index = int(graph.index[reader])
+        rows = torch.from_numpy(projection.outputs)[index * body.d_head:(index + 1) * body.d_head]
+
+        def replace(module: Any, args: Any, output: Tensor) -> Tensor:
+            normal = seen["residual"] + extra
+            if layer.attention_norm is not None:
+                normal = layer.attention_norm.module.forward(normal)
+            output = output.clone()
+            output[..., rows] = module.forward(normal)[..., rows]
+            return output
+
+        handles.append(projection.module.register_forward_hook(replace))
+    with hooks(*handles):
+        return body.model(ids, use_cache=False).logits
+
+
+def with_output(body: Anatomy, number: int, ids: Tensor, extra: Tensor) -> Tensor:
+    """Logits when the MLP of a layer adds ``extra`` [batch, seq, d_model] more to the residual stream."""
+    layer = body.layers[number]
+    output = (layer.mlp_output_norm or layer.down).module
+    with hooks(output.register_forward_hook(lambda m, a, out: out + extra.reshape(out.shape) / layer.multiplier)):
+        return body.model(ids, use_cache=False).logits
+
+
+def finite_differences(run: Callable[[Tensor, Tensor], Tensor], ids: Tensor, differences: Tensor,
+                       target: Callable[[Tensor], Tensor], eps: float = 1e-5) -> Tensor:
+    """d target / d eps for eps times each of many differences, all in one batch.
+
+    Args:
+        run: logits of a batch of token ids with a batch of injections.
+        ids: [1, seq]. differences: [many, seq, d_model].
+        target: one value per sequence from logits [batch, seq, vocabulary].
+    """
+    both = torch.cat([eps * differences, -eps * differences])
+    logits = run(ids.expand(len(both), -1), both)
+    values = target(logits).view(2, -1)
+    return (values[0] - values[1]) / (2 * eps)

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from clue.config import UnlearnSettings
+from clue import localize
+from clue.config import LocalizeSettings, UnlearnSettings
 from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, ModelError, PlanError, RecordError
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
+from tests.families import tiny
 
 PLAIN = UnlearnSettings(objective="graddiff", stages="joint", lr=1e-2, steps=4, batch_size=2, metric=False, warmup=0,
                         floor=0.0, weight_decay=0.1, forget_share=0.5, clip=1.0)
@@ -38,6 +40,17 @@ def test_only_planned_weights_change(objective: str, stages: str, metric: bool, 
     log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"], "skill": sets["skill"]}, plan,
                   replace(PLAIN, objective=objective, stages=stages, metric=metric))
     assert log.steps == 4 and not log.stopped_early
+    moved(before, bits(model), plan)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon/grouped", "gemma2"])
+def test_other_families_go_the_whole_way(name: str, tokenizer: Any, sets: Any, bits: Any, moved: Any) -> None:
+    """Localize and unlearn where weights are transposed, fused, or behind an output norm."""
+    model = tiny(name, torch.float32, vocab_size=40)
+    retain = {"retain": sets["retain"], "skill": sets["skill"]}
+    plan = localize(model, tokenizer, sets["forget"], retain, LocalizeSettings(edges=0.3, neurons=0.3))
+    before = bits(model)
+    unlearn(model, tokenizer, sets["forget"], retain, plan, replace(PLAIN, metric=True))
     moved(before, bits(model), plan)
 
 

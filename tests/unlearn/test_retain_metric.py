@@ -9,24 +9,35 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from clue.circuit.attribution import graph_of
 from clue.data.encoding import Batch
 from clue.errors import PlanError
+from clue.model.anatomy import anatomy
+from clue.pipeline import make_plan as plan_of
 from clue.types import Role
-from clue.unlearn import RetainMetric
+from clue.unlearn import MaskedAdamW, RetainMetric
+from tests.families import VARIANTS, tiny
 
 DAMPING = 0.3
 
 
 class TwoLayers(nn.Module):
-    """logits = W2 tanh(W1 e + b): small enough to differentiate by hand."""
+    """logits = W2 tanh(W1 e + b): small enough to differentiate by hand. With ``transposed``, both weights are kept so."""
 
-    def __init__(self) -> None:
+    def __init__(self, transposed: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(9, 4)
-        self.first = nn.Linear(4, 5)
-        self.second = nn.Linear(5, 9, bias=False)
+        self.first: Any = nn.Linear(4, 5)
+        self.second: Any = nn.Linear(5, 9, bias=False)
+        if transposed:
+            for name, linear in (("first", self.first), ("second", self.second)):
+                same = Conv1D(linear.out_features, linear.in_features)
+                same.weight.data.copy_(linear.weight.data.T)
+                same.bias.data.copy_(0 * same.bias if linear.bias is None else linear.bias.data)
+                setattr(self, name, same)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -48,6 +59,8 @@ def tokens_by_hand(model: TwoLayers) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {"x": [], "dy": [], "h": [], "dz": []}
     e, w1, b, w2 = (p.detach().double().numpy() for p in
                     (model.embed.weight, model.first.weight, model.first.bias, model.second.weight))
+    if isinstance(model.first, Conv1D):
+        w1, w2 = w1.T, w2.T
     for batch in two_batches():
         for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
             for t in range(int(mask.sum())):
@@ -89,6 +102,56 @@ def test_rows_columns_and_bias_match_the_dense_solve(make_plan: Any) -> None:
         assert step.shape == shape and step.dtype == torch.float32
         np.testing.assert_allclose(step.numpy().reshape(g.shape), dense(x, dy, g), rtol=2e-5, atol=1e-6)
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_transposed_weights_match_the_dense_solve(make_plan: Any) -> None:
+    """Conv1D keeps W as [d_in, d_out]: planned outputs are columns of it, planned inputs are rows."""
+    model = TwoLayers(transposed=True)
+    outputs, inputs = [0, 2, 3], [1, 4]
+    plan = make_plan(model, {"first.weight": (1, {Role.CONFLICT: outputs}), "first.bias": (0, {Role.CONFLICT: outputs}),
+                             "second.weight": (0, {Role.CONFLICT: inputs})})
+    metric = RetainMetric.measure(model, plan, two_batches(), damping=DAMPING)
+    hand = tokens_by_hand(model)
+    generator = np.random.default_rng(0)
+    ones = np.ones((len(hand["x"]), 1))
+    for name, x, dy in (("first.weight", hand["x"], hand["dy"][:, outputs]), ("first.bias", ones, hand["dy"][:, outputs]),
+                        ("second.weight", hand["h"][:, inputs], hand["dz"])):
+        g = generator.normal(size=(dy.shape[1], x.shape[1]))
+        stored = g.ravel() if name == "first.bias" else g.T.copy()
+        step = metric.precondition(name, torch.from_numpy(stored).float()).numpy()
+        assert step.shape == stored.shape
+        np.testing.assert_allclose(step.reshape(g.shape) if step.ndim == 1 else step.T, dense(x, dy, g), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_family_can_be_measured_and_trained(name: str) -> None:
+    """Fused, transposed and flattened layers included: the metric covers every planned weight, and a step moves them all
+    and nothing else."""
+    body = anatomy(tiny(name, torch.float32))
+    graph = graph_of(body)
+    role = np.random.default_rng(0).choice([Role.CONFLICT, Role.FORGET, Role.FREE], graph.n_nodes)
+    plan = plan_of(body, graph, SimpleNamespace(role=role), {})
+    ids = torch.tensor([[1, 5, 7, 9, 4, 3], [1, 8, 6, 12, 3, 0]])
+    mask = (ids != 0).long()
+    batch = Batch(input_ids=ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100))
+    metric = RetainMetric.measure(body.model, plan, [batch], damping=DAMPING)
+    before = {parameter: value.detach().clone() for parameter, value in body.model.named_parameters()}
+    optimizer = MaskedAdamW(body.model, plan, lr=1e-2)
+    body.model(input_ids=ids, attention_mask=mask, labels=batch.labels).loss.backward()
+    for s in plan.of_role(Role.CONFLICT):
+        gradient = dict(body.model.named_parameters())[s.parameter].grad.index_select(s.axis, torch.from_numpy(s.index))
+        step = metric.precondition(s.parameter, gradient)
+        assert step.shape == gradient.shape
+        assert torch.isfinite(step).all()
+        if gradient.abs().max() > 1e-6:  # OPT's silent ReLU units have none
+            assert (step - gradient).abs().max() > 1e-3 * gradient.abs().max()
+    optimizer.step()
+    for parameter, value in body.model.named_parameters():
+        changed = (value.detach() != before[parameter]).numpy()
+        if parameter in plan.shapes:
+            assert changed[plan.mask(parameter)].any()
+            changed &= ~plan.mask(parameter)
+        assert not changed.any()
 
 
 def test_shared_inputs_give_what_each_layer_alone_would(make_model: Any, make_plan: Any) -> None:

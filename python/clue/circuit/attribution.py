@@ -29,7 +29,7 @@ from ..config import LocalizeSettings
 from ..data.atomic import write_atomically
 from ..errors import AttributionError
 from ..model import capture
-from ..model.anatomy import Anatomy
+from ..model.anatomy import Anatomy, Norm
 from .graph import Graph
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _neuron_ids(graph: Graph) -> npt.NDArray[np.int64]:
 
 def graph_of(body: Anatomy, *, neurons: bool = True) -> Graph:
     """The graph of a model, with or without hidden neurons as nodes."""
-    return Graph(body.n_layers, body.n_heads, body.n_kv_heads, body.d_mlp, neurons)
+    return Graph(body.n_layers, body.n_heads, body.n_kv_heads, body.d_mlp, neurons, body.parallel)
 
 
 def attribute(
@@ -263,7 +263,7 @@ class _Sums:
         filled, reader = 1, 0
         ends = (clean, corrupted)
 
-        def contract(residual: tuple[Tensor, Tensor], norm: Any, grads: list[Tensor]) -> None:
+        def contract(residual: tuple[Tensor, Tensor], norm: Norm | None, grads: list[Tensor]) -> None:
             nonlocal reader
             count = grads[0].shape[0]
             difference = moved(*residual)
@@ -280,18 +280,20 @@ class _Sums:
                 parts = []
                 for grad, projection in ((end.grad_q, layer.q), (end.grad_k, layer.k), (end.grad_v, layer.v)):
                     gradient = take(grad[number]).view(n, -1, dh).transpose(0, 1)  # [heads or groups, tokens, d_head]
-                    parts.append(gradient @ projection.weight.to(dtype).view(-1, dh, d))
+                    parts.append(gradient @ projection.weight.to(dtype).reshape(-1, dh, d))
                 heads.append(torch.cat(parts))
             contract((clean.attention_residual[number], corrupted.attention_residual[number]),
                      layer.attention_norm, heads)
-            outputs = moved(clean.heads[number], corrupted.heads[number]).view(n, h, dh).transpose(0, 1)
-            torch.matmul(outputs, layer.o.weight.to(dtype).view(d, h, dh).permute(1, 2, 0),
-                         out=writers[filled:filled + h])
-            filled += h
+            written = filled + h
+            scale_change = moved(*(end.head_scale[number] for end in ends)) if layer.attention_output_norm else None
+            capture.head_outputs(layer, take(clean.heads[number]), take(corrupted.heads[number]), scale_change,
+                                 out=writers[filled:written])
+            if not body.parallel:
+                filled = written  # the MLP sees what this layer's heads wrote
             contract((clean.mlp_residual[number], corrupted.mlp_residual[number]), layer.mlp_norm,
                      [take(end.grad_mlp[number])[None] for end in ends])
-            writers[filled] = moved(clean.mlps[number], corrupted.mlps[number])
-            filled += 1
+            writers[written] = moved(clean.mlps[number], corrupted.mlps[number])
+            filled = written + 1
         contract((clean.final_residual, corrupted.final_residual), body.final_norm,
                  [take(end.grad_final)[None] for end in ends])
 

@@ -31,7 +31,8 @@ class Graph:
     """All nodes of a model; defined by its dimensions alone.
 
     With ``neurons``, an MLP is three kinds of node: its reader ``m3.in``, its hidden units ``m3.n0`` ... and its writer
-    ``m3``; otherwise it is the single node ``m3``.
+    ``m3``; otherwise it is the single node ``m3``. With ``parallel``, attention and MLP of a layer read the same residual
+    stream, so no edge runs from a layer's heads to its own MLP.
     """
 
     n_layers: int
@@ -39,6 +40,7 @@ class Graph:
     n_kv_heads: int
     d_mlp: int
     neurons: bool
+    parallel: bool = False
 
     @cached_property
     def layer_size(self) -> int:
@@ -151,6 +153,8 @@ class Graph:
     def residual_edges(self) -> Bools:
         """bool [writers, readers]: true where an edge exists, that is where the writer comes before the reader."""
         edges: Bools = self.writers[:, None] < self.readers[None, :]
+        if self.parallel:
+            edges &= self.layer[self.writers][:, None] < self.layer[self.readers][None, :]
         return edges
 
     @cached_property
@@ -165,7 +169,7 @@ class Graph:
     def to_json(self) -> dict[str, Any]:
         """The dimensions, from which everything else follows."""
         return {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads,
-                "d_mlp": self.d_mlp, "neurons": self.neurons}
+                "d_mlp": self.d_mlp, "neurons": self.neurons, "parallel": self.parallel}
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,12 @@ class Circuit:
             edge = int(np.flatnonzero(self.src >= self.dst)[0])
             raise CircuitError(f"circuit {self.name}: edge {self.graph.name(self.src[edge])} ->"
                                f" {self.graph.name(self.dst[edge])} runs backwards, which would close a cycle")
+        beside = (self.graph.kind[self.src] == NodeKind.HEAD) & (self.graph.layer[self.src] == self.graph.layer[self.dst])
+        if self.graph.parallel and np.any(beside):
+            edge = int(np.argmax(beside))
+            raise CircuitError(f"circuit {self.name}: edge {self.graph.name(self.src[edge])} ->"
+                               f" {self.graph.name(self.dst[edge])} does not exist in a model whose attention and MLP"
+                               " read the same stream")
 
     def __len__(self) -> int:
         return len(self.src)

@@ -49,7 +49,7 @@ _MADE_FOR = "read it into the graph of the model it was made for"
 _AGAIN = "write the file again, or remove the key 'clue' to read the flags alone"
 
 
-def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0, parallel: bool = False) -> None:
+def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0) -> None:
     """Write a circuit as the JSON file that EAP-IG's ``Graph.from_json`` reads.
 
     The file is ``{"cfg", "nodes", "edges", "clue"}``. ``nodes`` has every node of EAP-IG, ``in_graph`` if an edge of
@@ -71,19 +71,10 @@ def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0, parallel
         circuit: at block or neuron level.
         d_model: width of the residual stream, which a :class:`Graph` does not know; EAP-IG needs it only to go on
             scoring residual dimensions.
-        parallel: attention and MLP of a layer read the same stream (GPT-NeoX, GPT-J, Phi).
-
-    Raises:
-        CircuitError: the model is ``parallel`` and an edge runs from a head to the MLP of its layer.
     """
     graph = circuit.graph
     between = np.isin(circuit.src, graph.writers) & np.isin(circuit.dst, graph.readers)
     src, dst, ns, dn = (array[between] for array in (circuit.src, circuit.dst, circuit.ns, circuit.dn))
-    wrong = parallel & (graph.layer[src] == graph.layer[dst])
-    if wrong.any():
-        edge = int(np.argmax(wrong))
-        raise CircuitError(f"{path}: edge {graph.name(src[edge])} -> {graph.name(dst[edge])} does not exist in a"
-                           " parallel model: write it with parallel=False")
     score = np.where(np.isnan(dn), ns, np.where(np.isnan(ns), -dn, (ns - dn) / 2))
     sources, targets = _inverse(_eap_ig_sources(graph)), _inverse(_eap_ig_targets(graph))
     edges = {f"{sources[u][0]}->{target}": {"score": s / len(targets[v]), "in_graph": True}
@@ -91,7 +82,7 @@ def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0, parallel
     writing = set(src.tolist())
     nodes = {name: {"in_graph": node in writing} for name, node in _eap_ig_sources(graph).items()}
     document = {
-        "cfg": {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": parallel,
+        "cfg": {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel,
                 "d_model": d_model},
         "nodes": nodes | {"logits": {"in_graph": True}},
         "edges": edges,
@@ -134,6 +125,9 @@ def read_eap_ig(path: PathLike, graph: Graph, *, name: str | None = None,
     for key, expected in (("n_layers", graph.n_layers), ("n_heads", graph.n_heads)):
         if type(cfg[key]) is not int or cfg[key] != expected:
             raise CircuitError(f"{path}: cfg: {key} is {_short(cfg[key])}, the graph has {expected}: {_MADE_FOR}")
+    if bool(cfg.get("parallel_attn_mlp", graph.parallel)) != graph.parallel:
+        raise CircuitError(f"{path}: cfg: parallel_attn_mlp is {_short(cfg['parallel_attn_mlp'])}, the graph has"
+                           f" {_short(graph.parallel)}: {_MADE_FOR}")
     _object(path, data["nodes"], "nodes")
     edges = _object(path, data["edges"], "edges")
     names = list(edges)
@@ -498,6 +492,11 @@ def _check_forward(graph: Graph, src: Ints, dst: Ints, where: _Where) -> None:
         row = int(np.argmax(backwards))
         raise CircuitError(f"{where(row)}: {graph.name(src[row])} -> {graph.name(dst[row])} runs backwards: an edge"
                            " goes from a writer to a later reader, so swap the two or remove it")
+    beside = graph.parallel & (graph.layer[src] == graph.layer[dst])
+    if beside.any():
+        row = int(np.argmax(beside))
+        raise CircuitError(f"{where(row)}: {graph.name(src[row])} -> {graph.name(dst[row])} does not exist in a model"
+                           f" whose attention and MLP read the same stream: {_MADE_FOR}")
 
 
 def _equal(src: Ints, dst: Ints) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

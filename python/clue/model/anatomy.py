@@ -1,14 +1,18 @@
 """Anatomy: where each model family keeps its heads, projections, norms and weight slices.
 
-A family is one :class:`Family` entry: paths of modules, nothing executable. :func:`anatomy` binds an entry to a model
-and checks that the paths, shapes and head counts it finds there agree with the model's configuration.
+A family is one or more :class:`Family` entries: module paths and layouts, nothing executable. :func:`anatomy` binds the
+entry that fits a model's configuration to the model and checks that the paths and shapes it finds there agree with it.
+
+The residual stream is what every layer receives and passes on. What a family adds to it before the first layer
+(embedding, its scale and norm, positions) is one writer, so no entry describes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,82 +24,287 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    Ints = npt.NDArray[np.int64]
+    #: (parameter, axis, indices)
+    Owned = tuple[str, int, Ints]
+
+NormKind = Literal["rms", "rms+1", "layer"]
+
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one family: the first four from the model, the others from a layer."""
+    """One family: module paths (the first three from the model, the others from a layer), layouts and config names.
+
+    Projections kept in one module name the same path. Fused q, k and v are ``concatenated`` (all q, all k, all v) or
+    ``grouped`` (for each key/value group its query heads, its key, its value; with one group per head this is the
+    per-head interleaving of GPT-NeoX). A fused gate and up are gate first. Conv1D weights, which are transposed, are
+    recognised by their class.
+
+    Attributes:
+        norm: ``rms`` (times weight), ``rms+1`` (times 1 + weight) or ``layer`` (centred, times weight, plus bias).
+        attention_norm, mlp_norm: ``None`` where a reader takes the residual stream as it is; one path for both where
+            attention and MLP share a norm.
+        mlp: the module whose input is what the MLP reads, after its norm.
+        gate: ``None`` in a plain two-matrix MLP.
+        attention_output_norm, mlp_output_norm: norms between a block and the residual stream, parts of the writer.
+        parallel: attention and MLP of a layer read the same residual stream.
+        kv_heads: configuration name of the number of key/value groups, or the number itself; one per head when the
+            configuration has no such name or no value for it.
+        d_mlp: configuration name of the number of hidden units; 4 d_model when it has no such name or no value.
+        context: configuration name of the longest sequence, or the number itself.
+        multiplier: configuration name of the factor on everything a layer adds to the residual stream.
+        when: (configuration name, value) pairs that must hold for the entry to apply.
+    """
 
     embed: str
     layers: str
     final_norm: str
-    head: str
-    attention_norm: str
     q: str
     k: str
     v: str
     o: str
-    mlp_norm: str
-    gate: str | None
     up: str
     down: str
+    gate: str | None = None
+    fused: Literal["concatenated", "grouped"] | None = None
+    norm: NormKind = "rms"
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp: str = "mlp"
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
+    parallel: bool = False
+    kv_heads: str | int = "num_key_value_heads"
+    d_mlp: str = "intermediate_size"
+    context: str | int = "max_position_embeddings"
+    multiplier: str | None = None
+    when: tuple[tuple[str, object], ...] = ()
 
 
 _LLAMA = Family(
     embed="model.embed_tokens",
     layers="model.layers",
     final_norm="model.norm",
-    head="lm_head",
-    attention_norm="input_layernorm",
     q="self_attn.q_proj",
     k="self_attn.k_proj",
     v="self_attn.v_proj",
     o="self_attn.o_proj",
-    mlp_norm="post_attention_layernorm",
     gate="mlp.gate_proj",
     up="mlp.up_proj",
     down="mlp.down_proj",
 )
+_GATE_UP = replace(_LLAMA, gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
+_GEMMA = replace(_LLAMA, norm="rms+1")
+_GEMMA2 = replace(
+    _GEMMA,
+    mlp_norm="pre_feedforward_layernorm",
+    attention_output_norm="post_attention_layernorm",
+    mlp_output_norm="post_feedforward_layernorm",
+)
+_GPT2 = Family(
+    embed="transformer.wte",
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    norm="layer",
+    attention_norm="ln_1",
+    mlp_norm="ln_2",
+    q="attn.c_attn",
+    k="attn.c_attn",
+    v="attn.c_attn",
+    fused="concatenated",
+    o="attn.c_proj",
+    up="mlp.c_fc",
+    down="mlp.c_proj",
+    d_mlp="n_inner",
+    when=(("add_cross_attention", False),),
+)
+_GPTJ = replace(
+    _GPT2,
+    mlp_norm="ln_1",
+    parallel=True,
+    q="attn.q_proj",
+    k="attn.k_proj",
+    v="attn.v_proj",
+    fused=None,
+    o="attn.out_proj",
+    up="mlp.fc_in",
+    down="mlp.fc_out",
+    when=(),
+)
+_NEOX = Family(
+    embed="gpt_neox.embed_in",
+    layers="gpt_neox.layers",
+    final_norm="gpt_neox.final_layer_norm",
+    norm="layer",
+    q="attention.query_key_value",
+    k="attention.query_key_value",
+    v="attention.query_key_value",
+    fused="grouped",
+    o="attention.dense",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    when=(("use_parallel_residual", False),),
+)
+_BLOOM = Family(
+    embed="transformer.word_embeddings",
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    norm="layer",
+    q="self_attention.query_key_value",
+    k="self_attention.query_key_value",
+    v="self_attention.query_key_value",
+    fused="grouped",
+    o="self_attention.dense",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    context=2048,  # what it was trained on; ALiBi itself sets no limit, and the configuration names none
+    when=(("apply_residual_connection_post_layernorm", False), ("slow_but_exact", False)),
+)
+_FALCON = replace(_BLOOM, kv_heads="num_kv_heads", d_mlp="ffn_hidden_size", context="max_position_embeddings")
+_FALCONS = (
+    replace(_FALCON, parallel=True, mlp_norm="input_layernorm", kv_heads=1,  # 7B
+            when=(("new_decoder_architecture", False), ("multi_query", True), ("parallel_attn", True))),
+    replace(_FALCON, parallel=True, attention_norm="ln_attn", mlp_norm="ln_mlp",  # 40B, 180B
+            when=(("new_decoder_architecture", True), ("parallel_attn", True), ("num_ln_in_parallel_attn", 2))),
+    replace(_FALCON, parallel=True, mlp_norm="input_layernorm",  # 11B
+            when=(("new_decoder_architecture", True), ("parallel_attn", True), ("num_ln_in_parallel_attn", 1))),
+    replace(_FALCON,  # RefinedWeb 1B, 7B
+            when=(("new_decoder_architecture", False), ("multi_query", False), ("parallel_attn", False))),
+)
 
-#: ``config.model_type`` -> where things are. SmolLM and SmolLM2 are ``llama``.
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+#: ``config.model_type`` -> its entries; the first whose ``when`` holds applies. SmolLM and SmolLM2 are ``llama``,
+#: Pythia is ``gpt_neox``.
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "llama": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "qwen2": (_LLAMA,),
+    "qwen3": (_LLAMA,),
+    "smollm3": (_LLAMA,),
+    "granite": (replace(_LLAMA, multiplier="residual_multiplier"),),
+    "starcoder2": (replace(_LLAMA, norm="layer", gate=None, up="mlp.c_fc", down="mlp.c_proj"),),
+    "phi3": (replace(_GATE_UP, q="self_attn.qkv_proj", k="self_attn.qkv_proj", v="self_attn.qkv_proj",
+                     fused="concatenated"),),
+    "phi": (replace(_LLAMA, norm="layer", final_norm="model.final_layernorm", mlp_norm="input_layernorm", parallel=True,
+                    o="self_attn.dense", gate=None, up="mlp.fc1", down="mlp.fc2"),),
+    "gpt2": (_GPT2,),
+    "gptj": (_GPTJ,),
+    "gpt_neox": (replace(_NEOX, parallel=True, when=(("use_parallel_residual", True),)), _NEOX),
+    "opt": (replace(_LLAMA, norm="layer", embed="model.decoder.embed_tokens", layers="model.decoder.layers",
+                    final_norm="model.decoder.final_layer_norm", attention_norm="self_attn_layer_norm",
+                    mlp_norm="final_layer_norm", o="self_attn.out_proj", mlp="fc1", gate=None, up="fc1", down="fc2",
+                    d_mlp="ffn_dim", when=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False))),),
+    "falcon": _FALCONS,
+    "bloom": (_BLOOM,),
+    "gemma": (_GEMMA,),
+    "gemma2": (_GEMMA2,),
+    "gemma3_text": (_GEMMA2,),
+    "olmo2": (replace(_LLAMA, attention_norm=None, mlp_norm=None, attention_output_norm="post_attention_layernorm",
+                      mlp_output_norm="post_feedforward_layernorm"),),
+    "glm4": (replace(_GATE_UP, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"),),
+}
+
+#: Plain linear layers, y = x W^T + b: class -> whether the weight is kept transposed, [d_in, d_out].
+_LINEAR = {
+    "torch.nn.modules.linear.Linear": False,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+    "transformers.pytorch_utils.Conv1D": True,
 }
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear layer: the module, and the name of its weight in ``model.state_dict()``."""
+    """One linear map: a linear layer, or the part of its outputs that belongs to q, k, v, gate or up.
+
+    Attributes:
+        module: the linear layer.
+        name: name of its weight in ``model.state_dict()``.
+        transposed: the weight is kept as [d_in, d_out].
+        outputs: int64 [d_out], the outputs of the layer that are this projection's, in its own order.
+    """
 
     module: nn.Module
     name: str
+    transposed: bool
+    outputs: Ints
+
+    @cached_property
+    def _chosen(self) -> slice | torch.Tensor:
+        import torch
+
+        first, last = int(self.outputs[0]), int(self.outputs[-1])
+        if np.array_equal(self.outputs, np.arange(first, last + 1)):
+            return slice(first, last + 1)  # a view, not a copy
+        return torch.from_numpy(self.outputs)
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight, [d_out, d_in]."""
-        return cast("torch.Tensor", self.module.weight)
+        whole = cast("torch.Tensor", self.module.weight)
+        return (whole.T if self.transposed else whole)[self._chosen]
 
     @property
-    def biased(self) -> bool:
-        """Whether the projection has a bias."""
-        return getattr(self.module, "bias", None) is not None
+    def bias(self) -> torch.Tensor | None:
+        """The bias, [d_out]."""
+        whole = cast("torch.Tensor | None", getattr(self.module, "bias", None))
+        return None if whole is None else whole[self._chosen]
+
+    def of(self, output: torch.Tensor) -> torch.Tensor:
+        """This projection's part, [..., d_out], of the layer's output or of a gradient there."""
+        return output[..., self._chosen]
+
+    def rows(self, index: Ints) -> list[Owned]:
+        """What makes the outputs ``index`` of this projection: rows of W (columns where it is transposed), biases."""
+        found = [(self.name, 1 if self.transposed else 0, self.outputs[index])]
+        if getattr(self.module, "bias", None) is not None:
+            found.append((self.name.removesuffix("weight") + "bias", 0, self.outputs[index]))
+        return found
+
+    def columns(self, index: Ints) -> list[Owned]:
+        """What reads the inputs ``index``: columns of W (rows where it is transposed)."""
+        return [(self.name, 0 if self.transposed else 1, index)]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One normalisation layer."""
+
+    module: nn.Module
+    kind: NormKind
+
+    @property
+    def gain(self) -> torch.Tensor | None:
+        """What the normal vector is multiplied by, [d_model]; ``None`` for a norm without weights."""
+        weight = cast("torch.Tensor | None", getattr(self.module, "weight", None))
+        return 1 + weight if weight is not None and self.kind == "rms+1" else weight
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to the mean square or variance."""
+        return float(getattr(self.module, "variance_epsilon", getattr(self.module, "eps", 0.0)) or 0.0)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of one transformer layer. ``gate`` is ``None`` in a plain two-matrix MLP."""
+    """The parts of one transformer layer; see :class:`Family` for what may be ``None``.
 
-    attention_norm: nn.Module
+    ``block`` is the layer itself, whose input is the residual stream; the input of ``mlp`` is what the MLP reads.
+    ``multiplier`` is the factor on everything the layer adds to the residual stream.
+    """
+
+    block: nn.Module
+    attention_norm: Norm | None
     q: Projection
     k: Projection
     v: Projection
     o: Projection
-    mlp_norm: nn.Module
+    attention_output_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp: nn.Module
     gate: Projection | None
     up: Projection
     down: Projection
+    mlp_output_norm: Norm | None
+    multiplier: float
 
 
 @dataclass(frozen=True)
@@ -106,8 +315,8 @@ class Anatomy:
     model: nn.Module
     embed: nn.Module
     layers: tuple[Layer, ...]
-    final_norm: nn.Module
-    head: nn.Module
+    final_norm: Norm
+    parallel: bool
     d_model: int
     d_head: int
     n_heads: int
@@ -120,85 +329,117 @@ class Anatomy:
         """Number of transformer layers."""
         return len(self.layers)
 
-    def slices(self, kind: NodeKind, layer: int, index: int) -> list[tuple[str, int, npt.NDArray[np.int64]]]:
+    def slices(self, kind: NodeKind, layer: int, index: int) -> list[Owned]:
         """The (parameter, axis, indices) a node owns: rows of q, k, v, gate and up; columns of o and down.
 
         A head's output owns *columns* of W_o; key and value groups are those of the model's configuration; a neuron
-        owns its row of gate and up and its column of down. Nodes without weights own nothing.
+        owns its row of gate and up and its column of down. Nodes without weights own nothing. In transposed weights
+        rows and columns change places, and parts of a fused weight are offset within it, so that one parameter may
+        come twice (gate and up), always with the same axis.
         """
         part = self.layers[layer] if 0 <= layer < self.n_layers else None
         if part is None or kind in (NodeKind.EMBED, NodeKind.LOGITS, NodeKind.MLP_IN):
             return []
         head = np.arange(index * self.d_head, (index + 1) * self.d_head, dtype=np.int64)
-        inputs = [p for p in (part.gate, part.up) if p is not None]
         if kind is NodeKind.Q:
-            return _rows([part.q], head)
+            return part.q.rows(head)
         if kind is NodeKind.K:
-            return _rows([part.k], head)
+            return part.k.rows(head)
         if kind is NodeKind.V:
-            return _rows([part.v], head)
+            return part.v.rows(head)
         if kind is NodeKind.HEAD:
-            return [(part.o.name, 1, head)]
+            return part.o.columns(head)
         unit = np.array([index], dtype=np.int64) if kind is NodeKind.NEURON else np.arange(self.d_mlp, dtype=np.int64)
-        return [*_rows(inputs, unit), (part.down.name, 1, unit)]
-
-
-def _rows(projections: Sequence[Projection], index: npt.NDArray[np.int64]) -> list[tuple[str, int, npt.NDArray[np.int64]]]:
-    found = [(p.name, 0, index) for p in projections]
-    found += [(p.name.removesuffix("weight") + "bias", 0, index) for p in projections if p.biased]
-    return found
+        return [*(part.gate.rows(unit) if part.gate else []), *part.up.rows(unit), *part.down.columns(unit)]
 
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Bind the model's family to the model.
 
     Raises:
-        ModelError: no entry for this ``config.model_type`` (the message says what an entry needs), a path that leads
-            nowhere, weights that are quantised or wrapped, or shapes that contradict the configuration.
+        ModelError: no entry for this ``config.model_type`` or this variant of it (the message says what an entry
+            needs), a path that leads nowhere, weights that are quantised or wrapped, or shapes that contradict the
+            configuration.
     """
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise ModelError(
-            f"no anatomy entry for model family {kind!r} (known: {', '.join(sorted(FAMILIES))}): add one to"
-            " clue.model.anatomy.FAMILIES with the module paths of embedding, layers, final norm, head, and per layer"
-            " of both norms and the q, k, v, o, gate, up and down projections"
+            f"no anatomy entry for model family {kind!r} (known: {', '.join(FAMILIES)}): add one to"
+            " clue.model.anatomy.FAMILIES with the module paths of embedding, layers and final norm, and per layer"
+            " of the norms, the MLP and the q, k, v, o, gate, up and down projections, and how fused projections are laid"
+            " out"
         )
-    family = FAMILIES[kind]
+    family = _variant(kind, config)
+    if getattr(cast(Any, model), "get_output_embeddings", lambda: None)() is None:
+        raise ModelError(f"this {type(model).__name__} has no language modelling head: load it as a causal language model")
+    d_model, n_heads = int(config.hidden_size), int(config.num_attention_heads)
+    groups = getattr(config, family.kv_heads, None) if isinstance(family.kv_heads, str) else family.kv_heads
+    n_kv_heads = int(groups or n_heads)
+    d_head = int(getattr(config, "head_dim", None) or d_model // n_heads)
+    d_mlp = int(getattr(config, family.d_mlp, None) or 4 * d_model)
+    if n_heads % n_kv_heads:
+        raise ModelError(f"the configuration says {n_heads} heads share {n_kv_heads} key/value groups, which do not divide"
+                         " them")
+    multiplier = float(getattr(config, family.multiplier)) if family.multiplier else 1.0
+    parts = _head_layout(family, n_heads, n_kv_heads, d_head)
+    gate_up = family.gate == family.up
+    parts["gate"] = np.arange(d_mlp)
+    parts["up"] = np.arange(d_mlp) + (d_mlp if gate_up else 0)
+    parts["o"] = parts["down"] = np.arange(d_model)
+    inputs = {"o": n_heads * d_head, "down": d_mlp}
     layers = []
-    stack = _module(model, family.layers)
-    for number in range(len(cast(Any, stack))):
+    for number in range(len(cast(Any, _module(model, family.layers)))):
         prefix = f"{family.layers}.{number}"
+
+        def norm(path: str | None, prefix: str = prefix) -> Norm | None:
+            return None if path is None else _norm(model, f"{prefix}.{path}", family.norm, d_model)
+
+        def projection(part: str, prefix: str = prefix) -> Projection:
+            path = getattr(family, part)
+            outputs = sum(len(parts[other]) for other in parts if getattr(family, other) == path)
+            return _projection(model, f"{prefix}.{path}", parts[part], (outputs, inputs.get(part, d_model)), kind)
+
         layers.append(Layer(
-            attention_norm=_module(model, f"{prefix}.{family.attention_norm}"),
-            q=_projection(model, f"{prefix}.{family.q}"),
-            k=_projection(model, f"{prefix}.{family.k}"),
-            v=_projection(model, f"{prefix}.{family.v}"),
-            o=_projection(model, f"{prefix}.{family.o}"),
-            mlp_norm=_module(model, f"{prefix}.{family.mlp_norm}"),
-            gate=_projection(model, f"{prefix}.{family.gate}") if family.gate else None,
-            up=_projection(model, f"{prefix}.{family.up}"),
-            down=_projection(model, f"{prefix}.{family.down}"),
+            block=_module(model, prefix), attention_norm=norm(family.attention_norm), q=projection("q"),
+            k=projection("k"), v=projection("v"), o=projection("o"),
+            attention_output_norm=norm(family.attention_output_norm), mlp_norm=norm(family.mlp_norm),
+            mlp=_module(model, f"{prefix}.{family.mlp}"), gate=projection("gate") if family.gate else None,
+            up=projection("up"), down=projection("down"), mlp_output_norm=norm(family.mlp_output_norm),
+            multiplier=multiplier,
         ))
-    n_heads = int(config.num_attention_heads)
-    n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
-    d_head = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
-    found = Anatomy(
+    return Anatomy(
         family=kind, model=model, embed=_module(model, family.embed), layers=tuple(layers),
-        final_norm=_module(model, family.final_norm), head=_module(model, family.head),
-        d_model=int(config.hidden_size), d_head=d_head, n_heads=n_heads, n_kv_heads=n_kv_heads,
-        d_mlp=int(config.intermediate_size), context=int(config.max_position_embeddings),
+        final_norm=_norm(model, family.final_norm, family.norm, d_model),
+        parallel=family.parallel, d_model=d_model, d_head=d_head, n_heads=n_heads, n_kv_heads=n_kv_heads, d_mlp=d_mlp,
+        context=int(getattr(config, family.context) if isinstance(family.context, str) else family.context),
     )
-    for number, layer in enumerate(found.layers):
-        for part, expected in (("q", (n_heads * d_head, found.d_model)), ("k", (n_kv_heads * d_head, found.d_model)),
-                               ("v", (n_kv_heads * d_head, found.d_model)), ("o", (found.d_model, n_heads * d_head)),
-                               ("up", (found.d_mlp, found.d_model)), ("down", (found.d_model, found.d_mlp))):
-            projection = getattr(layer, part)
-            shape = tuple(projection.weight.shape)
-            if shape != expected:
-                raise ModelError(f"{projection.name} has shape {shape}, the configuration says {expected}:"
-                                 f" the {kind} entry does not fit layer {number} of this model")
-    return found
+
+
+def _variant(kind: str, config: Any) -> Family:
+    """The entry of the family whose conditions the configuration meets."""
+    for family in FAMILIES[kind]:
+        if all(getattr(config, name, None) == value for name, value in family.when):
+            return family
+    names = dict.fromkeys(name for family in FAMILIES[kind] for name, _ in family.when)
+    has = ", ".join(f"{name} = {getattr(config, name, None)}" for name in names)
+    covered = "; ".join(", ".join(f"{name} = {value}" for name, value in family.when) for family in FAMILIES[kind])
+    raise ModelError(f"this {kind} model has {has}, and no {kind} entry of clue.model.anatomy.FAMILIES covers that"
+                     f" (covered: {covered})")
+
+
+def _head_layout(family: Family, n_heads: int, n_kv_heads: int, d_head: int) -> dict[str, Ints]:
+    """q, k and v -> the outputs of their module that are theirs, int64 [heads or groups * d_head]."""
+    counts = {"q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
+    if family.fused == "grouped":
+        blocks = np.arange(n_heads + 2 * n_kv_heads).reshape(n_kv_heads, -1)  # [groups, query heads, key, value]
+        chosen = {"q": blocks[:, :-2].ravel(), "k": blocks[:, -2], "v": blocks[:, -1]}
+    elif family.fused == "concatenated":
+        every = np.split(np.arange(n_heads + 2 * n_kv_heads), [n_heads, n_heads + n_kv_heads])
+        chosen = dict(zip("qkv", every, strict=True))
+    else:
+        chosen = {part: np.arange(count) for part, count in counts.items()}
+    return {part: (heads[:, None] * d_head + np.arange(d_head)).ravel() for part, heads in chosen.items()}
 
 
 def check_weights(model: nn.Module) -> None:
@@ -211,6 +452,14 @@ def check_weights(model: nn.Module) -> None:
             raise ModelError(f"{name} holds {count} NaN or infinite weights: load an intact copy of the model")
 
 
+def is_transposed(module: nn.Module) -> bool | None:
+    """Whether a plain linear layer keeps its weight as [d_in, d_out]; ``None`` for anything but a plain linear layer.
+
+    Subclasses are not plain: adapters and quantised layers compute something else than their weight says.
+    """
+    return _LINEAR.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
 def _module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
@@ -219,11 +468,42 @@ def _module(model: nn.Module, path: str) -> nn.Module:
                          " merge adapters first (for example with merge_and_unload)") from None
 
 
-def _projection(model: nn.Module, path: str) -> Projection:
-    from torch import nn
+def _norm(model: nn.Module, path: str, kind: NormKind, d_model: int) -> Norm:
+    """Bind a norm and try it on one vector: the conservation law would not notice a norm of another kind."""
+    import torch
 
+    norm = Norm(_module(model, path), kind)
+    if norm.gain is not None and tuple(norm.gain.shape) != (d_model,):
+        raise ModelError(f"{path}.weight has shape {tuple(norm.gain.shape)}, the configuration says {(d_model,)}: the entry"
+                         " does not fit this model")
+    like = next(norm.module.parameters(), next(model.parameters()))
+    x = torch.linspace(-1e-3, 2e-3, d_model, dtype=like.dtype, device=like.device)  # small: epsilon shows
+    with torch.no_grad():
+        found = norm.module(x[None])[0].double()
+    y = x.double()
+    if kind == "layer":
+        y = y - y.mean()
+    y = y * torch.rsqrt(y.square().mean() + norm.epsilon)
+    bias = getattr(norm.module, "bias", None)
+    if norm.gain is not None:
+        y = y * norm.gain.detach().double()
+    if bias is not None:
+        y = y + bias.detach().double()
+    tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 5e-2
+    if not torch.allclose(found, y, rtol=tolerance, atol=tolerance, equal_nan=True):  # check_weights names NaNs
+        raise ModelError(f"{path} does not compute what its entry says ({kind!r}): the entry does not fit this model")
+    return norm
+
+
+def _projection(model: nn.Module, path: str, outputs: Ints, expected: Sequence[int], kind: str) -> Projection:
     module = _module(model, path)
-    if type(module) is not nn.Linear:
+    transposed = is_transposed(module)
+    if transposed is None:
         raise ModelError(f"{path} is a {type(module).__name__}, not a plain linear layer: merge adapters and load the"
                          " weights unquantised before localizing")
-    return Projection(module, f"{path}.weight")
+    shape = tuple(cast("torch.Tensor", module.weight).shape)
+    expected = tuple(reversed(expected)) if transposed else tuple(expected)
+    if shape != expected:
+        raise ModelError(f"{path}.weight has shape {shape}, the configuration says {expected}:"
+                         f" the {kind} entry does not fit this model")
+    return Projection(module, f"{path}.weight", transposed, outputs)

@@ -6,6 +6,7 @@ size [batch, seq, writers, d_model] ever exists. Weight gradients stay off; logi
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .anatomy import Anatomy
+from ..errors import ModelError
+from .anatomy import Anatomy, Layer, Norm
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,22 +27,31 @@ if TYPE_CHECKING:
 class Run:
     """What one run carried. Lists have one entry per layer; gradients are of the summed target.
 
+    A writer's output is what it *adds* to the residual stream. Where a norm stands in between, y = gain * (W z + b) / rms
+    is linear in z and b once the rms of this run is given, so ``heads`` and ``hidden`` are z / rms, their ``grad`` is that
+    of z / rms, and a head's addition is gain * W_h z_h / rms plus its equal share of gain * b / rms: the heads of a block
+    add up to exactly what the block adds, and so do the hidden units. Differences between two runs inherit that.
+
     Attributes:
-        embed: [batch, seq, d_model], what the embedding writes.
+        embed: [batch, seq, d_model], the residual stream before the first layer.
         heads: [batch, seq, n_heads * d_head], head outputs before W_o.
-        mlps: [batch, seq, d_model], MLP outputs.
+        head_scale: [batch, seq, 1], the 1 / rms that ``heads`` were multiplied by, where there is an output norm.
+        mlps: [batch, seq, d_model], what each MLP adds to the residual stream.
         hidden: [batch, seq, d_mlp], activations of the hidden units (input of the down projection).
-        attention_residual, mlp_residual: [batch, seq, d_model], the residual stream each norm reads; ``final_residual``
-            is the final norm's.
+        attention_residual, mlp_residual: [batch, seq, d_model], the residual stream that attention and MLP read, before
+            their norms; ``final_residual`` is the final norm's.
         grad_q, grad_k, grad_v: gradients at the projections' outputs, [batch, seq, heads or groups * d_head].
-        grad_mlp: [batch, seq, d_model], gradient at the output of the MLP's norm.
+        grad_mlp: [batch, seq, d_model], gradient at what the MLP reads, after its norm.
         grad_hidden: [batch, seq, d_mlp].
         grad_final: [batch, seq, d_model], gradient at the *output* of the final norm.
         logits: float32 or finer [batch, positions, vocabulary], at the kept positions only.
+
+    A model that flattens its tokens inside a layer (OPT) gives [batch * seq, ...] there.
     """
 
     embed: Tensor
     heads: list[Tensor]
+    head_scale: list[Tensor]
     mlps: list[Tensor]
     hidden: list[Tensor]
     attention_residual: list[Tensor]
@@ -79,41 +90,67 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
         positions: int64 [positions], the sequence positions whose logits the target needs.
         target: maps those logits [batch, positions, vocabulary] to the scalar whose gradient is taken.
     """
-    kept: dict[str, Any] = {name: [] for name in (
-        "heads", "mlps", "hidden", "attention_residual", "mlp_residual", "q", "k", "v", "mlp_norm")}
+    kept: defaultdict[str, list[Tensor]] = defaultdict(list)
+    projected: dict[nn.Module, Tensor] = {}  # q, k and v; one entry where they are fused
+
+    def input_of(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: kept[name].append(_first(args, kwargs))
 
     def output_of(name: str) -> Callable[..., None]:
         return lambda module, args, output: kept[name].append(output)
 
-    def input_of(name: str) -> Callable[..., None]:
-        return lambda module, args: kept[name].append(args[0])
+    def keep_projected(module: nn.Module, args: Any, output: Tensor) -> None:
+        projected[module] = output
 
-    def embed_hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        kept["embed"] = output.detach().requires_grad_()
-        return cast("Tensor", kept["embed"])
+    def keep_mlp(multiplier: float) -> Callable[..., None]:
+        # The product or clone is a copy: Falcon adds the attention output to the MLP's in place.
+        return lambda module, args, output: kept["mlps"].append(
+            output.detach().clone() if multiplier == 1 else output.detach() * multiplier)
 
-    def final_hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        kept["final_residual"], kept["final"] = args[0], output
+    def keep_scale(norm: Norm, name: str) -> Callable[..., None]:
+        return lambda module, args: kept[name].append(_scale(norm, args[0].detach()))
 
-    handles = [body.embed.register_forward_hook(embed_hook), body.final_norm.register_forward_hook(final_hook)]
+    def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The residual stream starts here: nothing before the first layer needs a gradient."""
+        return _with_first(args, kwargs, _first(args, kwargs).detach().requires_grad_())
+
+    def branch(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Give the MLP its own view of its input, so that the gradient there is the MLP's alone (shared norms)."""
+        x = _first(args, kwargs)
+        view = x.view_as(x)
+        kept["mlp_input"].append(view)
+        return _with_first(args, kwargs, view)
+
+    handles = [body.layers[0].block.register_forward_pre_hook(cut, with_kwargs=True),
+               body.final_norm.module.register_forward_pre_hook(input_of("final_residual"), with_kwargs=True),
+               body.final_norm.module.register_forward_hook(output_of("final"))]
     for layer in body.layers:
         handles += [
-            layer.attention_norm.register_forward_pre_hook(input_of("attention_residual")),
-            layer.q.module.register_forward_hook(output_of("q")),
-            layer.k.module.register_forward_hook(output_of("k")),
-            layer.v.module.register_forward_hook(output_of("v")),
-            layer.o.module.register_forward_pre_hook(input_of("heads")),
-            layer.mlp_norm.register_forward_pre_hook(input_of("mlp_residual")),
-            layer.mlp_norm.register_forward_hook(output_of("mlp_norm")),
-            layer.down.module.register_forward_pre_hook(input_of("hidden")),
-            layer.down.module.register_forward_hook(output_of("mlps")),
+            layer.block.register_forward_pre_hook(input_of("attention_residual"), with_kwargs=True),
+            *(module.register_forward_hook(keep_projected)
+              for module in dict.fromkeys((layer.q.module, layer.k.module, layer.v.module))),
+            layer.o.module.register_forward_pre_hook(input_of("heads"), with_kwargs=True),
+            layer.mlp.register_forward_pre_hook(branch, with_kwargs=True),
+            layer.down.module.register_forward_pre_hook(input_of("hidden"), with_kwargs=True),
         ]
+        if layer.mlp_norm is not None and not body.parallel:
+            handles.append(layer.mlp_norm.module.register_forward_pre_hook(input_of("mlp_residual"), with_kwargs=True))
+        if layer.attention_output_norm is not None:
+            norm = layer.attention_output_norm
+            handles.append(norm.module.register_forward_pre_hook(keep_scale(norm, "head_scale")))
+        if layer.mlp_output_norm is not None:
+            norm = layer.mlp_output_norm
+            handles += [norm.module.register_forward_pre_hook(keep_scale(norm, "hidden_scale")),
+                        norm.module.register_forward_hook(output_of("mlp_output"))]
+        output = layer.mlp_output_norm or layer.down
+        handles.append(output.module.register_forward_hook(keep_mlp(layer.multiplier)))
     try:
         with torch.enable_grad():
             logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
                                 logits_to_keep=positions).logits
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            at = [*kept["q"], *kept["k"], *kept["v"], *kept["mlp_norm"], *kept["hidden"], kept["final"]]
+            units = kept["mlp_output"] or kept["hidden"]
+            at = [*projected.values(), *kept["mlp_input"], *units, *kept["final"]]
             # A reader that cannot reach the target (the last layer's q at positions after the answer, say) has gradient
             # zero, not none.
             grads = torch.autograd.grad(target(logits), at, allow_unused=True, materialize_grads=True)
@@ -122,35 +159,100 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
             handle.remove()
 
     n = body.n_layers
-    parts = [list(grads[i * n:(i + 1) * n]) for i in range(5)]
-
-    def detached(name: str) -> list[Tensor]:
-        return [tensor.detach() for tensor in kept[name]]
-
+    for name in ("attention_residual", "heads", "mlp_input", "hidden", "mlps"):
+        if len(kept[name]) != n:
+            raise ModelError(f"{len(kept[name])} of {n} layers passed through the modules that the {body.family} entry"
+                             f" names ({name}): the entry does not fit this model")
+    found = {name: [tensor.detach() for tensor in tensors] for name, tensors in kept.items()}
+    grad_at = dict(zip(projected, grads, strict=False))
+    grad_mlp, grad_hidden = list(grads[-2 * n - 1:-n - 1]), list(grads[-n - 1:-1])
+    if body.parallel:
+        found["mlp_residual"] = found["attention_residual"]
+    elif "mlp_residual" not in found:  # no norm: the MLP reads the residual stream itself
+        found["mlp_residual"] = found["mlp_input"]
+    for number, layer in enumerate(body.layers):
+        if layer.attention_output_norm is not None:
+            heads = found["heads"]
+            heads[number] = (heads[number] * found["head_scale"][number]).to(heads[number].dtype)
+        if layer.mlp_output_norm is not None:
+            hidden = found["hidden"]
+            hidden[number] = (hidden[number] * found["hidden_scale"][number]).to(hidden[number].dtype)
+            gradient = grad_hidden[number]
+            gain = layer.mlp_output_norm.gain
+            scaled = gradient if gain is None else gradient * gain.to(gradient.dtype)
+            grad_hidden[number] = scaled @ layer.down.weight
     return Run(
-        embed=kept["embed"].detach(), heads=detached("heads"), mlps=detached("mlps"), hidden=detached("hidden"),
-        attention_residual=detached("attention_residual"), mlp_residual=detached("mlp_residual"),
-        final_residual=kept["final_residual"].detach(), grad_q=parts[0], grad_k=parts[1], grad_v=parts[2],
-        grad_mlp=parts[3], grad_hidden=parts[4], grad_final=grads[-1], logits=logits.detach(),
+        embed=found["attention_residual"][0], heads=found["heads"], head_scale=found.get("head_scale", []),
+        mlps=found["mlps"], hidden=found["hidden"], attention_residual=found["attention_residual"],
+        mlp_residual=found["mlp_residual"], final_residual=found["final_residual"][0],
+        grad_q=[layer.q.of(grad_at[layer.q.module]) for layer in body.layers],
+        grad_k=[layer.k.of(grad_at[layer.k.module]) for layer in body.layers],
+        grad_v=[layer.v.of(grad_at[layer.v.module]) for layer in body.layers],
+        grad_mlp=grad_mlp, grad_hidden=grad_hidden, grad_final=grads[-1], logits=logits.detach(),
     )
 
 
-def norm_backward(norm: nn.Module, residual: Tensor, grad: Tensor, mode: str) -> Tensor:
-    """Pull gradients back through an RMS norm.
+def norm_backward(norm: Norm | None, residual: Tensor, grad: Tensor, mode: str) -> Tensor:
+    """Pull gradients back through a norm.
 
     Args:
-        norm: a module with ``weight`` [d_model] and ``variance_epsilon`` (or ``eps``).
+        norm: RMS or layer norm; ``None``, which means the identity.
         residual: float [tokens, d_model], the norm's input.
         grad: float [readers, tokens, d_model], gradients at its output.
-        mode: ``exact`` for the full Jacobian, ``frozen`` to hold the scale 1/rms constant.
+        mode: ``exact`` for the full Jacobian, ``frozen`` to hold the scale (1/rms or 1/deviation) constant; the centring
+            of a layer norm is linear and stays.
 
     Returns:
         float [readers, tokens, d_model], gradients at its input.
     """
-    epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)) or 0.0)
-    scale = torch.rsqrt(residual.square().mean(-1, keepdim=True) + epsilon)
-    scaled = grad * cast("Tensor", norm.weight).to(grad.dtype)
+    if norm is None:
+        return grad
+    gain = norm.gain
+    scaled = grad if gain is None else grad * gain.to(grad.dtype)
+    if norm.kind == "layer":  # a layer norm is the RMS norm of the centred vector, and centring is its own transpose
+        residual = residual - residual.mean(-1, keepdim=True)
+    scale = _scale(norm, residual)
     if mode == "frozen":
-        return scaled * scale
-    normal = residual * scale
-    return scale * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
+        pulled = scaled * scale
+    else:
+        normal = residual * scale
+        pulled = scale * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
+    return pulled - pulled.mean(-1, keepdim=True) if norm.kind == "layer" else pulled
+
+
+def head_outputs(layer: Layer, clean: Tensor, corrupted: Tensor, scale_change: Tensor | None, out: Tensor) -> None:
+    """What each head would add to the residual stream if it were patched: W_o times the difference of its factors.
+
+    Args:
+        layer: the heads' layer.
+        clean, corrupted: [tokens, n_heads * d_head], ``heads`` of the two runs.
+        scale_change: [tokens, 1], corrupted minus clean ``head_scale``; ``None`` without an output norm.
+        out: float [n_heads, tokens, d_model], overwritten.
+    """
+    n_heads, tokens, d_model = out.shape
+    weight, bias = layer.o.weight.to(out.dtype), layer.o.bias
+    gain = None if layer.attention_output_norm is None else layer.attention_output_norm.gain
+    if gain is not None:
+        weight = gain.to(out.dtype)[:, None] * weight
+    if layer.multiplier != 1:
+        weight = layer.multiplier * weight
+    change = (corrupted - clean).view(tokens, n_heads, -1).transpose(0, 1)
+    torch.matmul(change, weight.view(d_model, n_heads, -1).permute(1, 2, 0), out=out)
+    if bias is not None and scale_change is not None:  # without a norm the bias is the same in both runs
+        share = bias.to(out.dtype) if gain is None else bias.to(out.dtype) * gain.to(out.dtype)
+        out += scale_change * share * (layer.multiplier / n_heads)
+
+
+def _scale(norm: Norm, x: Tensor) -> Tensor:
+    """1 / rms of the last dimension, [..., 1], in float32 or finer."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.epsilon)
+
+
+def _first(args: Any, kwargs: Any) -> Tensor:
+    """The hidden states a module was called with."""
+    return cast("Tensor", args[0] if args else kwargs["hidden_states"])
+
+
+def _with_first(args: Any, kwargs: Any, value: Tensor) -> tuple[Any, Any]:
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})

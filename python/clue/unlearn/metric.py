@@ -8,7 +8,7 @@ step
 
 keeps the part of a forget gradient g that retention does not use and shrinks the rest. Both factors are restricted to
 what the plan moves: planned rows need G over these rows only, planned columns A over these columns only. A bias is a
-layer whose only input is the constant 1.
+layer whose only input is the constant 1. Where a layer keeps W transposed (Conv1D), so are g, the step and its factors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..model.anatomy import is_transposed
 from ..model.answers import answer_logits
 from ..model.capture import frozen
 from ..types import Role
@@ -36,12 +37,15 @@ class RetainMetric:
     """Inverse curvature factors of planned slices. Make one with :meth:`measure`."""
 
     def __init__(self, factors: dict[str, tuple[Tensor, Tensor]], damping: float) -> None:
-        """``factors``: parameter -> (G over its planned rows, A over its planned columns), both symmetric."""
+        """``factors``: parameter -> (curvature over its planned rows, over its planned columns), both symmetric.
+
+        That is (G, A), or (A, G) for a weight kept transposed.
+        """
         done: dict[int, Tensor | None] = {}  # q, k, v share one A, and so do gate and up
         for factor in (f for pair in factors.values() for f in pair):
             if id(factor) not in done:
                 done[id(factor)] = _inverse(factor, damping)
-        self._inverses = {name: (done[id(g)], done[id(a)]) for name, (g, a) in factors.items()}
+        self._inverses = {name: (done[id(rows)], done[id(columns)]) for name, (rows, columns) in factors.items()}
 
     @classmethod
     def measure(cls, model: nn.Module, plan: Plan, batches: Iterable[Batch], *, damping: float) -> RetainMetric:
@@ -59,7 +63,7 @@ class RetainMetric:
         layers = _layers(model, plan)
         if not layers:
             return cls({}, damping)
-        tokens: list[Tensor] = []  # the mask of the batch that is running
+        tokens: list[Tensor] = []  # the mask of the batch that is running, [batch * seq]
         previous: list[tuple[Tensor, _Factor]] = []  # the latest full input, and the factor it went into
 
         def attach(layer: _Layer) -> Any:
@@ -70,9 +74,9 @@ class RetainMetric:
                     else:
                         if layer.input.index is None:
                             previous[:] = [(args[0], layer.input)]
-                        layer.input.add(args[0].detach()[tokens[0]])
+                        layer.input.add(args[0].detach().flatten(0, -2)[tokens[0]])
                 output.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient: _add_all(layer.outputs, gradient[tokens[0]]))
+                    lambda gradient: _add_all(layer.outputs, gradient.flatten(0, -2)[tokens[0]]))
 
             return layer.module.register_forward_hook(forward)
 
@@ -84,7 +88,7 @@ class RetainMetric:
             handles.append(model.get_input_embeddings().register_forward_hook(differentiable))  # type: ignore[operator]
             try:
                 for batch in batches:
-                    tokens[:] = [batch.attention_mask.bool()]
+                    tokens[:] = [batch.attention_mask.bool().ravel()]
                     previous.clear()
                     log_p, _ = answer_log_probs(*answer_logits(model, batch))
                     (-log_p.sum()).backward()  # type: ignore[no-untyped-call]
@@ -97,7 +101,8 @@ class RetainMetric:
             for name, factor in layer.outputs.items():
                 a = layer.input.total if layer.input is not None and name == layer.weight else one
                 if factor.total is not None and a is not None:
-                    found[name] = (factor.total, a)
+                    transposed = layer.transposed and name == layer.weight
+                    found[name] = (a, factor.total) if transposed else (factor.total, a)
         return cls(found, damping)
 
     @torch.no_grad()
@@ -106,14 +111,14 @@ class RetainMetric:
 
         Args:
             parameter: name in ``model.state_dict()``.
-            gradient: [k, d_in] for k planned rows, [d_out, k] for k planned columns, [k] for entries of a bias.
+            gradient: [k, columns] for k planned rows, [rows, k] for k planned columns, [k] for entries of a bias.
 
         Returns:
             a tensor of the same shape and dtype; computed in float32 (float64 for float64).
         """
-        g_inverse, a_inverse = self._inverses[parameter]
+        rows, columns = self._inverses[parameter]
         step = gradient.unsqueeze(1) if gradient.ndim == 1 else gradient
-        for inverse, left in ((g_inverse, True), (a_inverse, False)):
+        for inverse, left in ((rows, True), (columns, False)):
             if inverse is not None:
                 inverse = inverse.to(step.device)
                 step = step.to(inverse.dtype)
@@ -141,8 +146,9 @@ class _Factor:
 class _Layer:
     """One linear layer: a factor over its inputs (for its weight) and one over its outputs per planned parameter."""
 
-    module: nn.Linear
+    module: nn.Module
     weight: str
+    transposed: bool
     input: _Factor | None
     outputs: dict[str, _Factor]
 
@@ -153,14 +159,16 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
     for s in plan.of_role(Role.CONFLICT):
         path, _, kind = s.parameter.rpartition(".")
         module = model.get_submodule(path)
-        if not isinstance(module, nn.Linear) or kind not in ("weight", "bias"):
+        transposed = is_transposed(module)
+        if transposed is None or kind not in ("weight", "bias"):
             raise PlanError(f"{s.parameter} does not belong to a linear layer, so the retain metric cannot measure it:"
                             " unlearn with metric = false")
-        layer = layers.setdefault(path, _Layer(module, f"{path}.weight", None, {}))
+        layer = layers.setdefault(path, _Layer(module, f"{path}.weight", transposed, None, {}))
         index = torch.from_numpy(s.index).to(parameters[s.parameter].device)
-        layer.outputs[s.parameter] = _Factor(index if s.axis == 0 else None)
+        of_outputs = kind == "bias" or s.axis == (1 if transposed else 0)
+        layer.outputs[s.parameter] = _Factor(index if of_outputs else None)
         if kind == "weight":
-            layer.input = _Factor(index if s.axis == 1 else None)
+            layer.input = _Factor(None if of_outputs else index)
     return list(layers.values())
 
 
