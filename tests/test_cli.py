@@ -113,7 +113,7 @@ def values(default: object, choices: tuple[str, ...] | None) -> st.SearchStrateg
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, int):
-        return st.integers(1, 10**6)
+        return st.integers(1, 10**6).map(lambda n: 2 * n)  # path_steps must be even
     return st.floats(0.001, 1.0)
 
 
@@ -189,6 +189,7 @@ def test_a_wrong_settings_file_is_named(
     ([*LOCALIZE, "--edges", "many"], "argument --edges: invalid float value: 'many'"),
     ([*LOCALIZE, "--edges", "2"], "edges = 2.0 must lie in (0, 1]"),
     ([*LOCALIZE, "--steps", "0"], "steps = 0 must be at least 1"),
+    ([*LOCALIZE, "--path-steps", "3"], "path_steps = 3 must be an even number"),
     ([*LOCALIZE, "--lr", "inf"], "lr = inf must be finite"),
     ([*LOCALIZE, "--seed", "-1"], "seed = -1 must be finite and not negative"),
     ([*LOCALIZE, "--objective", "x"], "argument --objective: invalid choice: 'x'"),

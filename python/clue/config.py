@@ -38,6 +38,11 @@ class LocalizeSettings:
     neurons: float = _option(0.10, "share of all MLP neurons kept by each direction, in (0, 1]")
     target: str = _option("margin", "what is attributed: margin (answer token against the corrupted run's top token)"
                           " or logprob", choices=("margin", "logprob"))
+    path: str = _option("half", "where gradients are taken between the clean and the corrupted prompt: half (Ns next to the"
+                        " clean one, Dn next to the corrupted one) or full (both over the whole path, as EAP-IG does,"
+                        " which cannot tell AND from OR)", choices=("half", "full"))
+    path_steps: int = _option(2, "points on that path, an even number; 2 are the two prompts themselves, more also find"
+                              " gates behind gates")
     norm: str = _option("exact", "gradient through the norms: exact Jacobian, or frozen scale",
                         choices=("exact", "frozen"))
     corruption: str = _option("auto", "where corrupted prompts come from: auto, given, subject, question",
@@ -99,6 +104,8 @@ def check(settings: Any) -> None:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
         if f.name in {"edges", "neurons", "min_k"} and not 0.0 < value <= 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
+        if f.name == "path_steps" and (value < 2 or value % 2):
+            raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")
         if f.name in {"batch_size", "steps", "check_every", "max_new_tokens"} and value < 1:
             raise ClueError(f"{f.name} = {value} must be at least 1")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not (0 <= value < float("inf")):

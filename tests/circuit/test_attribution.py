@@ -179,3 +179,52 @@ def test_scores_round_trip(tmp_path):
     again = Scores.load(tmp_path / "scores.safetensors")
     assert (again.name, again.graph, again.gap_dn) == ("people", scores.graph, scores.gap_dn)
     np.testing.assert_array_equal(again.neuron_dn, scores.neuron_dn)
+
+
+# The path between the two prompts
+
+
+def along_the_path(body, i: int, alpha: float) -> tuple[float, float]:
+    """The target of pair i at one point of its path, and <corrupted - clean embedding, gradient there>, by autograd
+    through the whole model."""
+    target = margin(body, PAIRS, i)
+    clean, corrupted = (torch.from_numpy(ids[i])[None] for ids in (PAIRS.clean, PAIRS.corrupted))
+    here, away = (writer_outputs(body, ids)["embed"] for ids in (clean, corrupted))
+    point = torch.lerp(here, away, alpha).requires_grad_()
+    handle = body.layers[0].block.register_forward_pre_hook(
+        lambda module, args, kwargs: ((point, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": point}),
+        with_kwargs=True)
+    value = target(body.model(clean).logits)[0]
+    handle.remove()
+    (gradient,) = torch.autograd.grad(value, point)
+    return float(value.detach()), float(((away - here) * gradient).sum())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("steps", [2, 4, 6])
+def test_each_direction_is_the_mean_over_its_half_of_the_path(name, steps):
+    """All readers of the embedding together see the embedding's whole gradient."""
+    with InDouble():
+        body = anatomy(tiny(name))
+        points = [sum(along_the_path(body, i, step / (steps - 1))[1] for i in range(2)) / 2 for step in range(steps)]
+        half = attribute(body, PAIRS, LocalizeSettings(batch_size=2, path_steps=steps))
+        full = attribute(body, PAIRS, LocalizeSettings(batch_size=1, path_steps=steps, path="full"))
+    middle = steps // 2
+    assert half.ns[0].sum() == pytest.approx(np.mean(points[:middle]), rel=1e-8)
+    assert half.dn[0].sum() == pytest.approx(-np.mean(points[middle:]), rel=1e-8)
+    # Their mean is EAP-IG, edge by edge and neuron by neuron.
+    np.testing.assert_allclose(full.ns, (half.ns - half.dn) / 2, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(full.ns, -full.dn, rtol=1e-12)
+    np.testing.assert_allclose(full.neuron_ns, (half.neuron_ns - half.neuron_dn) / 2, rtol=1e-8, atol=1e-12)
+    assert max(half.gap_ns, half.gap_dn, full.gap_ns) < 1e-9
+
+
+def test_a_fine_full_path_adds_up_to_the_change_of_the_target():
+    """Completeness of integrated gradients (arXiv 1703.01365): what the embedding carries is the whole difference."""
+    with InDouble():
+        body = anatomy(tiny("llama"))
+        change = sum(along_the_path(body, i, 1.0)[0] - along_the_path(body, i, 0.0)[0] for i in range(2)) / 2
+        gaps = [abs(attribute(body, PAIRS, LocalizeSettings(path_steps=steps, path="full")).ns[0].sum() - change)
+                for steps in (2, 16, 128)]
+    assert gaps[2] < 0.02 * abs(change)
+    assert gaps[2] < gaps[1] / 4

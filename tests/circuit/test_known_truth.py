@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from clue.circuit.attribution import attribute
+from clue.circuit.attribution import Scores, attribute
 from clue.circuit.selection import build_circuit
 from clue.config import LocalizeSettings
 from clue.model.anatomy import anatomy
@@ -84,12 +84,17 @@ def test_flat_gates(name):
     np.testing.assert_allclose(scores.dn[heads, mlp], dn, atol=1e-5)
 
 
+def cleaned(scores: Scores) -> Scores:
+    """Zeros where the score is nothing but the identity norm's error of 1e-6, in place."""
+    scores.ns[np.abs(scores.ns) < 1e-4] = 0
+    scores.dn[np.abs(scores.dn) < 1e-4] = 0
+    return scores
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_flat_gates_get_their_label(name):
     """With every scored edge allowed in, the two heads enter the MLP through the gate that was built."""
-    scores = attribute(anatomy(gate_model(name)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1]))
-    scores.ns[np.abs(scores.ns) < 1e-4] = 0  # the identity norm is exact to 1e-6 only
-    scores.dn[np.abs(scores.dn) < 1e-4] = 0
+    scores = cleaned(attribute(anatomy(gate_model(name)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1])))
     if name == "and":  # AND alone is invisible to Dn: keep its one-way path by asking for every edge
         assert not scores.dn[[1, 2]].any()
     circuit = build_circuit(scores, LocalizeSettings(edges=1.0, neurons=1.0))
@@ -98,3 +103,69 @@ def test_flat_gates_get_their_label(name):
     heads = np.isin(circuit.src, [graph.node(NodeKind.HEAD, 0, h) for h in range(2)])
     assert set(circuit.gate[into & heads].tolist()) == {Gate[name.upper()]}
     assert (into & heads).sum() == 2
+
+
+def nested_model() -> LlamaForCausalLM:
+    """OR(AND(a, b), AND(c, d)): four heads copy a bit each, the first MLP computes the ANDs, the second the OR."""
+    d, const, first, second, out, bits = 12, 0, 1, 2, 3, (4, 5, 6, 7)
+    config = LlamaConfig(vocab_size=4, hidden_size=d, intermediate_size=2, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=4, head_dim=2, hidden_act="relu", max_position_embeddings=8,
+                         rms_norm_eps=0.0, tie_word_embeddings=False, pad_token_id=None, bos_token_id=None,
+                         eos_token_id=None)
+    model = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        rms = BIG / d**0.5
+        layers = model.model.layers
+        for layer in layers:
+            layer.input_layernorm.weight.fill_(rms)
+            layer.post_attention_layernorm.weight.fill_(rms)
+        model.model.norm.weight.fill_(rms)
+        embed = model.model.embed_tokens.weight
+        embed[:, const] = BIG
+        for head, bit in enumerate(bits):
+            embed[ONES, bit] = 1.0
+            layers[0].self_attn.v_proj.weight[2 * head, bit] = 1.0
+            layers[0].self_attn.o_proj.weight[(first, first, second, second)[head], 2 * head] = 1.0
+        for unit, channel in enumerate((first, second)):  # relu(sum - 1): adds the AND to its channel, less the sum
+            mlp = layers[0].mlp
+            mlp.gate_proj.weight[unit, channel] = 1.0
+            mlp.gate_proj.weight[unit, const] = -1 / BIG
+            mlp.up_proj.weight[unit, const] = 1 / BIG
+            mlp.down_proj.weight[8 + unit, unit] = 1.0
+        mlp = layers[1].mlp  # 1 - relu(1 - x)
+        mlp.gate_proj.weight[0, [8, 9]] = -1.0
+        mlp.gate_proj.weight[0, const] = 1 / BIG
+        mlp.up_proj.weight[0, const] = 1 / BIG
+        mlp.down_proj.weight[out, 0] = -1.0
+        model.lm_head.weight[YES, out] = 1.0
+        model.lm_head.weight[YES, const] = 0.5 / BIG
+        model.lm_head.weight[[ONES, ZEROS], const] = -9 / BIG
+    return model
+
+
+@pytest.mark.parametrize("steps", [2, 16])
+def test_a_gate_behind_a_gate_is_only_seen_between_the_prompts(in_double, steps):
+    model = nested_model()
+    scores = attribute(anatomy(model), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1]), LocalizeSettings(path_steps=steps))
+    graph = scores.graph
+    heads = [1, 2, 3, 4]  # writers: embed, a0.h0 .. a0.h3, m0, ...
+    inner, outer = (int(np.flatnonzero(graph.readers == graph.mlp_reader(layer))[0]) for layer in (0, 1))
+    # At the clean prompt the OR is saturated, at the corrupted one the ANDs are: plain EAP sees no inner edge at all.
+    if steps == 2:
+        np.testing.assert_allclose(scores.ns[heads, inner], 0, atol=1e-5)
+        np.testing.assert_allclose(scores.dn[heads, inner], 0, atol=1e-5)
+    else:
+        # Bits at 1 - alpha: the ANDs work below alpha = 1/2, and the OR is not saturated above 1/4.
+        alphas = np.arange(steps // 2) / (steps - 1)
+        np.testing.assert_allclose(scores.ns[heads, inner], -np.mean(alphas > 0.25), atol=1e-4)
+        np.testing.assert_allclose(scores.dn[heads, inner], 0, atol=1e-5)
+        circuit = build_circuit(cleaned(scores), LocalizeSettings(edges=1.0, neurons=1.0))
+        into = (circuit.dst == graph.mlp_reader(0)) & np.isin(circuit.src, graph.writers[heads])
+        assert into.sum() == 4
+        assert set(circuit.gate[into].tolist()) == {Gate.AND}
+    # The OR's own inputs answer to denoising most.
+    m0 = 5
+    assert scores.dn[m0, outer] == pytest.approx(2, abs=1e-4)
+    assert abs(scores.ns[m0, outer]) < 0.6 * scores.dn[m0, outer]

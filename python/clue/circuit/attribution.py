@@ -1,6 +1,9 @@
-"""Attribution: what every edge and every neuron carries, by paired edge attribution patching.
+"""Attribution: what every edge and every neuron carries, by edge attribution patching along a path of prompts.
 
-1. Run the corrupted prompt, then the clean one, each forward and backward once (:mod:`clue.model.capture`).
+1. Run the corrupted prompt, then the clean one, each forward and backward once (:mod:`clue.model.capture`); with more
+   ``path_steps`` also embeddings between the two. Gradients next to the clean prompt make Ns, next to the corrupted
+   prompt Dn. Two steps are paired EAP; a gate behind a saturated gate has gradient zero at both of its ends and is only
+   seen in between.
 2. The difference of the two runs is what each writer would contribute if it were patched; the gradient, pulled back
    through projection and norm, is what each reader would make of it.
 3. For a tile of tokens expand both from their factors and contract them with one matrix product per reader layer:
@@ -8,8 +11,8 @@
 4. Check the books: summed over a complete set of writers, the scores of a reader must equal the inner product of its
    input's difference with its gradient. A gap above the tolerance is an error, never a warning.
 
-Source: EAP (arXiv 2310.10348), noising and denoising as in arXiv 2505.10039. Accumulation is float32 or finer within a
-tile and float64 across tiles, whatever the model's dtype.
+Source: EAP (arXiv 2310.10348), EAP-IG (arXiv 2403.17806), noising and denoising as in arXiv 2505.10039. Accumulation is
+float32 or finer within a tile and float64 across tiles, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,7 +144,7 @@ def attribute(
     Args:
         body: the model, bound by :func:`clue.model.anatomy.anatomy`; it runs unmodified.
         pairs: clean and corrupted token sequences of equal length with the same teacher-forced answer.
-        settings: ``batch_size``, ``target``, ``norm`` and ``tolerance`` are used.
+        settings: ``batch_size``, ``target``, ``path``, ``path_steps``, ``norm`` and ``tolerance`` are used.
         name: name of the set, kept in the result and in errors.
         on_batch: called with (pairs done, pairs in all).
 
@@ -156,7 +159,7 @@ def attribute(
     informative = 0
     with capture.frozen(body.model):
         for start in range(0, len(order), settings.batch_size):
-            informative += _batch(body, pairs, order[start:start + settings.batch_size], settings.target, sums)
+            informative += _batch(body, pairs, order[start:start + settings.batch_size], settings, sums)
             if on_batch is not None:
                 on_batch(min(start + settings.batch_size, len(order)), len(order))
     if informative == 0:
@@ -174,8 +177,9 @@ def attribute(
     return scores
 
 
-def _batch(body: Anatomy, pairs: Pairs, chosen: npt.NDArray[np.int64], target: str, sums: _Sums) -> int:
-    """Run one batch both ways, add its scores, and return how many of its pairs were informative."""
+def _batch(body: Anatomy, pairs: Pairs, chosen: npt.NDArray[np.int64], settings: LocalizeSettings,
+           sums: _Sums) -> int:
+    """Run one batch along its path, add its scores, and return how many of its pairs were informative."""
     device = next(body.model.parameters()).device
     lengths = [len(pairs.clean[i]) for i in chosen]
     clean, corrupted = (torch.zeros(len(chosen), max(lengths), dtype=torch.int64) for _ in range(2))
@@ -208,12 +212,28 @@ def _batch(body: Anatomy, pairs: Pairs, chosen: npt.NDArray[np.int64], target: s
             contrast = logits.detach().argmax(-1)
         return (logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0] * weight).sum()
 
-    function = margin if target == "margin" else logprob
+    function = margin if settings.target == "margin" else logprob
     away = capture.run(body, corrupted, mask, positions, function)
     here = capture.run(body, clean, mask, positions, function)
-    sums.add(here, away, mask.bool())
+    path = [here]
+    for step in range(1, settings.path_steps - 1):
+        between = torch.lerp(here.embed, away.embed, step / (settings.path_steps - 1))
+        point = capture.run(body, clean, mask, positions, function, embed=between)
+        path.append(replace(point, heads=[], mlps=[], hidden=[]))  # only its gradients are used
+    path.append(away)
+    middle = len(path) // 2
+    sums.add(here, away, (path, path) if settings.path == "full" else (path[:middle], path[middle:]), mask.bool())
     assert contrast is not None
     return int((((contrast != answer) & (weight > 0)).any(1)).sum())
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    total = tensors[0].float() if tensors[0].dtype != torch.float64 else tensors[0].clone()
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
 
 
 class _Sums:
@@ -232,23 +252,28 @@ class _Sums:
                       for _ in range(body.n_layers)]
         self.tokens = 0
 
-    def add(self, clean: capture.Run, corrupted: capture.Run, mask: Tensor) -> None:
-        """Add one batch: neurons through the native kernel, edges tile by tile."""
+    def add(self, clean: capture.Run, corrupted: capture.Run, halves: tuple[list[capture.Run], list[capture.Run]],
+            mask: Tensor) -> None:
+        """Add one batch: neurons through the native kernel, edges tile by tile.
+
+        ``halves`` are the points of the path whose mean gradient makes Ns, and those that make Dn.
+        """
         body = self.body
         rows = mask.ravel()
         self.tokens += int(rows.sum())
         for layer in range(body.n_layers):
-            flat = [t.reshape(-1, body.d_mlp) for t in (clean.hidden[layer], corrupted.hidden[layer],
-                                                        clean.grad_hidden[layer], corrupted.grad_hidden[layer])]
+            grads = [_mean([point.grad_hidden[layer] for point in half]) for half in halves]
+            flat = [t.reshape(-1, body.d_mlp) for t in (clean.hidden[layer], corrupted.hidden[layer], *grads)]
             kernels(flat[0]).neuron_attribution(*flat, *self.units[layer], mask=rows.to(torch.uint8))
         writers = len(self.graph.writers)
         size = 8 if self.dtype == torch.float64 else 4
         tile = max(1, TILE_BYTES // (writers * body.d_model * size))
         chosen = torch.nonzero(rows).ravel()
         for start in range(0, len(chosen), tile):
-            self._tile(clean, corrupted, chosen[start:start + tile])
+            self._tile(clean, corrupted, halves, chosen[start:start + tile])
 
-    def _tile(self, clean: capture.Run, corrupted: capture.Run, rows: Tensor) -> None:
+    def _tile(self, clean: capture.Run, corrupted: capture.Run, halves: tuple[list[capture.Run], list[capture.Run]],
+              rows: Tensor) -> None:
         body, dtype = self.body, self.dtype
         n, d, h, dh = len(rows), body.d_model, body.n_heads, body.d_head
 
@@ -261,41 +286,43 @@ class _Sums:
         writers = torch.empty(len(self.graph.writers), n, d, dtype=dtype, device=rows.device)
         writers[0] = moved(clean.embed, corrupted.embed)
         filled, reader = 1, 0
-        ends = (clean, corrupted)
 
-        def contract(residual: tuple[Tensor, Tensor], norm: Norm | None, grads: list[Tensor]) -> None:
+        def contract(residual: Callable[[capture.Run], Tensor], norm: Norm | None,
+                     gradient: Callable[[capture.Run], Tensor]) -> None:
             nonlocal reader
-            count = grads[0].shape[0]
-            difference = moved(*residual)
-            for end in range(2):
-                pulled = capture.norm_backward(norm, take(residual[end]), grads[end], self.norm)
+            difference = moved(residual(clean), residual(corrupted))
+            for end, half in enumerate(halves):
+                pulled = _mean([capture.norm_backward(norm, take(residual(point)), gradient(point), self.norm)
+                                for point in half])
+                count = pulled.shape[0]
                 scores = writers[:filled].reshape(filled, -1) @ pulled.reshape(count, -1).T
                 self.edges[end][:filled, reader:reader + count] += scores.double()
                 self.books[end][reader:reader + count] += (pulled * difference).sum((1, 2), dtype=torch.float64)
             reader += count
 
+        def head_gradients(point: capture.Run, number: int) -> Tensor:
+            layer, parts = body.layers[number], []
+            for grad, projection in ((point.grad_q, layer.q), (point.grad_k, layer.k), (point.grad_v, layer.v)):
+                gradient = take(grad[number]).view(n, -1, dh).transpose(0, 1)  # [heads or groups, tokens, d_head]
+                parts.append(gradient @ projection.weight.to(dtype).reshape(-1, dh, d))
+            return torch.cat(parts)
+
         for number, layer in enumerate(body.layers):
-            heads = []
-            for end in ends:
-                parts = []
-                for grad, projection in ((end.grad_q, layer.q), (end.grad_k, layer.k), (end.grad_v, layer.v)):
-                    gradient = take(grad[number]).view(n, -1, dh).transpose(0, 1)  # [heads or groups, tokens, d_head]
-                    parts.append(gradient @ projection.weight.to(dtype).reshape(-1, dh, d))
-                heads.append(torch.cat(parts))
-            contract((clean.attention_residual[number], corrupted.attention_residual[number]),
-                     layer.attention_norm, heads)
+            contract(lambda run, i=number: run.attention_residual[i], layer.attention_norm,  # type: ignore[misc]
+                     lambda run, i=number: head_gradients(run, i))  # type: ignore[misc]
             written = filled + h
-            scale_change = moved(*(end.head_scale[number] for end in ends)) if layer.attention_output_norm else None
+            scale_change = None
+            if layer.attention_output_norm:
+                scale_change = moved(clean.head_scale[number], corrupted.head_scale[number])
             capture.head_outputs(layer, take(clean.heads[number]), take(corrupted.heads[number]), scale_change,
                                  out=writers[filled:written])
             if not body.parallel:
                 filled = written  # the MLP sees what this layer's heads wrote
-            contract((clean.mlp_residual[number], corrupted.mlp_residual[number]), layer.mlp_norm,
-                     [take(end.grad_mlp[number])[None] for end in ends])
+            contract(lambda run, i=number: run.mlp_residual[i], layer.mlp_norm,  # type: ignore[misc]
+                     lambda run, i=number: take(run.grad_mlp[i])[None])  # type: ignore[misc]
             writers[written] = moved(clean.mlps[number], corrupted.mlps[number])
             filled = written + 1
-        contract((clean.final_residual, corrupted.final_residual), body.final_norm,
-                 [take(end.grad_final)[None] for end in ends])
+        contract(lambda run: run.final_residual, body.final_norm, lambda run: take(run.grad_final)[None])
 
     def scores(self, name: str, *, pairs: int, informative: int) -> Scores:
         """Means per pair, with the sign of Dn turned (it patches clean into corrupted) and the books compared."""

@@ -82,13 +82,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target) -> Run:
+def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target, *,
+        embed: Tensor | None = None) -> Run:
     """Forward and backward once; call inside :func:`frozen`.
 
     Args:
         input_ids, attention_mask: int64 [batch, seq], right-padded.
         positions: int64 [positions], the sequence positions whose logits the target needs.
         target: maps those logits [batch, positions, vocabulary] to the scalar whose gradient is taken.
+        embed: [batch, seq, d_model], what the first layer gets instead of the prompt's own embedding.
     """
     kept: defaultdict[str, list[Tensor]] = defaultdict(list)
     projected: dict[nn.Module, Tensor] = {}  # q, k and v; one entry where they are fused
@@ -112,7 +114,8 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
 
     def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The residual stream starts here: nothing before the first layer needs a gradient."""
-        return _with_first(args, kwargs, _first(args, kwargs).detach().requires_grad_())
+        start = _first(args, kwargs) if embed is None else embed
+        return _with_first(args, kwargs, start.detach().requires_grad_())
 
     def branch(module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Give the MLP its own view of its input, so that the gradient there is the MLP's alone (shared norms)."""
