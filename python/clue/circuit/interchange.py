@@ -2,7 +2,6 @@
 
 - EAP-IG (``Graph.to_json`` and ``Graph.from_json`` of hannamw/EAP-IG), both ways and without loss for CLUE.
 - ``edges.json`` of princeton-nlp/Edge-Pruning and the gated edges of the CLUE authors' release (Zodiark-ch/CLUE), read.
-- GraphML and DOT, written for drawing programs.
 
 Another tool's file says less than a circuit does. What it leaves out is not made up:
 
@@ -25,14 +24,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import numpy.typing as npt
 
 from ..data.atomic import write_atomically
 from ..errors import CircuitError
-from ..types import Direction, Gate, NodeKind, Provenance, Role
+from ..types import Direction, Gate, NodeKind, Provenance
 from .graph import Bools, Circuit, Floats, Graph, Ints, sort_edges
 
 PathLike = str | os.PathLike[str]
@@ -42,7 +40,6 @@ _Row = tuple[str, dict[str, object]]
 #: Version of what CLUE writes under the key ``clue`` of an EAP-IG file.
 FORMAT = 1
 
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _GATES = {gate.name: gate.value for gate in Gate}
 _PROVENANCES = {provenance.name: provenance.value for provenance in Provenance}
 _MADE_FOR = "read it into the graph of the model it was made for"
@@ -254,71 +251,6 @@ def read_logical_edges(path: PathLike, graph: Graph, *, name: str | None = None)
                     np.bitwise_or.reduceat(evidence[order], first), none, none)
 
 
-def write_graphml(path: PathLike, circuit: Circuit, *, roles: npt.ArrayLike | None = None,
-                  neurons: bool = True) -> None:
-    """Write a circuit as GraphML, for Gephi, yEd, Cytoscape, igraph or networkx.
-
-    The graph has the circuit's ``name``. Nodes have ``name`` (their id is the same with ``.q`` for ``<q>``, which XML
-    allows), ``kind`` (as in :class:`NodeKind`, lower case) and ``layer`` (-1 for ``embed``, ``n_layers`` for
-    ``logits``); edges have ``gate``, ``provenance``, and ``ns`` and ``dn`` where they have scores. Characters that no
-    XML document may have become U+FFFD.
-
-    Args:
-        path: written atomically.
-        circuit: at block or neuron level.
-        roles: uint8 [nodes], values of :class:`Role` (``Assignment.role``); nodes then have ``role``.
-        neurons: draw hidden neurons. If not, an MLP is one node with the number of its ``neurons`` in the circuit and
-            the role they share, ``mixed`` if they differ.
-
-    Raises:
-        CircuitError: ``roles`` does not hold one role per node of the graph.
-    """
-    nodes, edges = _drawn(circuit, roles, neurons)
-    types = {"layer": "int", "neurons": "int", "ns": "double", "dn": "double"}
-    keys = [("graph", "name"), *[("node", key) for key in ("name", "kind", "layer", "role", "neurons")],
-            *[("edge", key) for key in ("gate", "provenance", "ns", "dn")]]
-    names = dict(nodes)
-
-    def data(of: str, values: Mapping[str, object]) -> str:
-        texts = {key: escape(_clean(str(value)), {"\r": "&#13;"}) for key, value in values.items()}
-        return "".join(f'<data key="{of}.{key}">{text}</data>' for key, text in texts.items())
-
-    def identity(name: str) -> str:
-        return quoteattr(name.replace("<", ".").replace(">", ""))
-
-    lines = ['<?xml version="1.0" encoding="UTF-8"?>', '<graphml xmlns="http://graphml.graphdrawing.org/xmlns">']
-    lines += [f'<key id="{of}.{key}" for="{of}" attr.name="{key}" attr.type="{types.get(key, "string")}"/>'
-              for of, key in keys]
-    lines.append(f'<graph edgedefault="directed">{data("graph", {"name": circuit.name})}')
-    lines += [f"<node id={identity(name)}>{data('node', {'name': name, **values})}</node>"
-              for name, values in names.items()]
-    lines += [f"<edge source={identity(src)} target={identity(dst)}>{data('edge', values)}</edge>"
-              for src, dst, values in edges]
-    write_atomically(path, "\n".join([*lines, "</graph>", "</graphml>", ""]).encode())
-
-
-def write_dot(path: PathLike, circuit: Circuit, *, roles: npt.ArrayLike | None = None,
-              neurons: bool = True) -> None:
-    """Write a circuit in Graphviz's DOT language, drawn from ``embed`` at the bottom to ``logits`` at the top.
-
-    Node ids are CLUE's names. Attributes, arguments and errors are those of :func:`write_graphml`; Graphviz shows none
-    of them by itself but keeps all.
-    """
-    nodes, edges = _drawn(circuit, roles, neurons)
-
-    def quoted(value: object) -> str:
-        text = _clean(str(value)).replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{text}"'
-
-    def attributes(values: Mapping[str, object]) -> str:
-        return f"[{', '.join(f'{key}={quoted(value)}' for key, value in values.items())}]"
-
-    lines = [f"digraph {quoted(circuit.name)} {{", "  rankdir=BT;"]
-    lines += [f"  {quoted(name)} {attributes(values)};" for name, values in nodes]
-    lines += [f"  {quoted(src)} -> {quoted(dst)} {attributes(values)};" for src, dst, values in edges]
-    write_atomically(path, "\n".join([*lines, "}", ""]).encode())
-
-
 # Names: what each format calls the nodes of a graph.
 
 
@@ -492,7 +424,7 @@ def _check_forward(graph: Graph, src: Ints, dst: Ints, where: _Where) -> None:
         row = int(np.argmax(backwards))
         raise CircuitError(f"{where(row)}: {graph.name(src[row])} -> {graph.name(dst[row])} runs backwards: an edge"
                            " goes from a writer to a later reader, so swap the two or remove it")
-    beside = graph.parallel & (graph.layer[src] == graph.layer[dst])
+    beside = graph.parallel & (graph.kind[src] == NodeKind.HEAD) & (graph.layer[src] == graph.layer[dst])
     if beside.any():
         row = int(np.argmax(beside))
         raise CircuitError(f"{where(row)}: {graph.name(src[row])} -> {graph.name(dst[row])} does not exist in a model"
@@ -599,54 +531,3 @@ def _check_agreement(path: PathLike, circuit: Circuit, flagged: set[str]) -> Non
         edge = min(own ^ flagged)
         has, lacks = ("the key 'clue'", "in_graph") if edge in own else ("in_graph", "the key 'clue'")
         raise CircuitError(f"{path}: edge {edge!r} is in the circuit by {has} and not by {lacks}: {_AGAIN}")
-
-
-# Drawing: names and attributes of what is shown.
-
-
-def _drawn(circuit: Circuit, roles: npt.ArrayLike | None,
-           neurons: bool) -> tuple[list[_Row], list[tuple[str, str, dict[str, object]]]]:
-    """Nodes with their attributes and edges with theirs, hidden neurons inside their MLP unless they are asked for."""
-    graph, names = circuit.graph, circuit.graph.names
-    role = None if roles is None else _roles(roles, graph)
-    shown = np.arange(graph.n_nodes, dtype=np.int32)
-    collapsed = graph.neurons and not neurons
-    if collapsed:
-        parts = np.flatnonzero(np.isin(graph.kind, (NodeKind.MLP_IN, NodeKind.NEURON)))
-        shown[parts] = graph.node(NodeKind.MLP) + graph.layer[parts] * graph.layer_size
-    units = (graph.kind == NodeKind.NEURON) & circuit.nodes
-    counts = np.bincount(shown[units], minlength=graph.n_nodes)
-    shared: dict[int, set[int]] = {}
-    if role is not None and collapsed:
-        for node, value in zip(shown[units].tolist(), role[units].tolist(), strict=True):
-            shared.setdefault(node, set()).add(value)
-    nodes = []
-    for node in np.unique(shown[circuit.nodes]).tolist():
-        values: dict[str, object] = {"kind": NodeKind(graph.kind[node]).name.lower(), "layer": int(graph.layer[node])}
-        if role is not None:
-            own = shared.get(node, {int(role[node])})
-            values["role"] = Role(min(own)).name.lower() if len(own) == 1 else "mixed"
-        if collapsed and graph.kind[node] == NodeKind.MLP:
-            values["neurons"] = int(counts[node])
-        nodes.append((names[node], values))
-    edges = []
-    for u, v, gate, provenance, ns, dn in zip(
-            shown[circuit.src].tolist(), shown[circuit.dst].tolist(), circuit.gate.tolist(),
-            circuit.provenance.tolist(), circuit.ns.tolist(), circuit.dn.tolist(), strict=True):
-        if u != v:
-            values = {"gate": Gate(gate).name, "provenance": Provenance(provenance).name.lower()}
-            values |= {key: score for key, score in (("ns", ns), ("dn", dn)) if not math.isnan(score)}
-            edges.append((names[u], names[v], values))
-    return nodes, edges
-
-
-def _roles(roles: npt.ArrayLike, graph: Graph) -> npt.NDArray[Any]:
-    array = np.asarray(roles)
-    if array.shape != (graph.n_nodes,) or not np.isin(array, [role.value for role in Role]).all():
-        raise CircuitError(f"roles must hold one of 0..{len(Role) - 1} per node: expected shape ({graph.n_nodes},), got"
-                           f" {array.shape}: take them from the Assignment of this graph")
-    return array
-
-
-def _clean(text: str) -> str:
-    return _NOT_XML.sub("\ufffd", text)
