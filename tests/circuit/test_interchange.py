@@ -110,7 +110,7 @@ def test_eap_ig_finds_what_it_needs(tmp_path_factory, circuit):
     write_eap_ig(path, circuit, d_model=8)
     data = json.loads(path.read_text())
     graph = circuit.graph
-    assert data["cfg"] == {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": False,
+    assert data["cfg"] == {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel,
                            "d_model": 8}
     known = eap_ig_graph(data["cfg"])
     assert set(data["nodes"]) == known["nodes"]
