@@ -24,6 +24,7 @@ def test_the_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> None
     assert report["problems"] == []
     assert report["versions"]["cadical"].startswith("3.")
     assert set(report["kernels"]) >= {"neuron_attribution", "masked_adamw"}
+    assert set(report["kernels"].values()) <= set(report["isas"])
     assert report["torch"]["threads"] >= 1
     assert set(report["extras"]) == {"parquet", "datasets", "gguf"}
     assert main(["doctor"]) == 0

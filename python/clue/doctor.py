@@ -67,6 +67,7 @@ def diagnose() -> dict[str, Any]:
     if core is not None:
         report["versions"]["cadical"] = core.cadical_version()
         report["kernels"] = dict(core.kernels())
+        report["isas"] = list(core.isas())
         report["openmp_threads"] = core.openmp_threads()
     if util.find_spec("clue._cuda") is None:
         report["cuda_kernels"] = None
@@ -89,7 +90,7 @@ def describe(report: Mapping[str, Any]) -> str:
     if "torch" in report:
         lines.append(f"{'torch threads':<16}{report['torch']['threads']}")
     for kernel, isa in report.get("kernels", {}).items():
-        lines.append(f"{'kernel':<16}{kernel}: {isa}")
+        lines.append(f"{'kernel':<16}{kernel}: {isa} in use, of {', '.join(report['isas'])}")
     if "openmp_threads" in report:
         lines.append(f"{'OpenMP threads':<16}{report['openmp_threads']}")
     cuda = report["cuda_kernels"]
