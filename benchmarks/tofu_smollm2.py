@@ -8,7 +8,8 @@ same rule at the same forget probability. A gold model is taught without the for
     python benchmarks/tofu_smollm2.py --data FOLDER            # forget01 (40 questions), CPU, under 40 minutes per seed
     python benchmarks/tofu_smollm2.py --data FOLDER --device cuda --split forget10 --authors 40 --seeds 0,1,2
 
-``--data`` is the folder with TOFU's JSON files (``full.json``, ``forget01.json``, ``forget01_perturbed.json``, ...).
+``--data`` (or ``$CLUE_TOFU``) is the folder with TOFU's JSON files (``full.json``, ``forget01.json``,
+``forget01_perturbed.json``, ...).
 """
 
 from __future__ import annotations
@@ -218,7 +219,8 @@ def claims(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with TOFU's JSON files")
+    parser.add_argument("--data", type=Path, default=os.environ.get("CLUE_TOFU"),
+                        help="folder with TOFU's JSON files (default: $CLUE_TOFU)")
     parser.add_argument("--split", default="forget01", choices=("forget01", "forget05", "forget10"))
     parser.add_argument("--authors", type=int, default=2, help="retain authors shown; as many unseen, as many held out")
     parser.add_argument("--seeds", default="0", help="comma-separated")
@@ -233,6 +235,9 @@ def main() -> int:
     parser.add_argument("--gold", action=argparse.BooleanOptionalAction, default=True, help="also teach a gold model")
     parser.add_argument("--json", metavar="FILE", help="write claims and runs; - for stdout")
     arguments = parser.parse_args()
+    if arguments.data is None:
+        say("left out: TOFU is not here (give its folder with --data, or set CLUE_TOFU)")
+        return 0
     if not (arguments.data / "full.json").is_file():
         parser.error(f"{arguments.data} holds no full.json: give the folder with TOFU's JSON files")
     transformers_logging.disable_progress_bar()

@@ -1,0 +1,147 @@
+"""Attribution: what scoring every edge and neuron costs beyond the model's own passes, and the neuron kernel against torch.
+
+- The whole: :func:`clue.circuit.attribution.attribute` over a set of pairs, against two forward and two backward passes of
+  the same batches by the same model (activation gradients only, logits at answer positions only). The model has the shape
+  of SmolLM2-135M and random weights, which take the same time.
+- The neuron kernel: Ns, Dn and both sums of squares in one call, against the same in preallocated torch, and against the
+  time it takes to read the four inputs once (two streams at a time, BLAS dot).
+
+CPU time, one process, interleaved, medians after a warm-up.
+
+    python benchmarks/attribution.py [--layers 30] [--json -]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from clue import _core
+from clue.circuit.attribution import attribute
+from clue.config import LocalizeSettings
+from clue.data.pairs import Pairs
+from clue.model.anatomy import anatomy
+from clue.model.capture import frozen
+
+
+def medians(repeats: int, **functions: Callable[[], Any]) -> dict[str, float]:
+    """Median CPU seconds of each function; rounds are interleaved, and the first is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            seconds[name].append(time.process_time() - start)
+    return {name: float(np.median(found[1:])) for name, found in seconds.items()}
+
+
+def make_pairs(count: int, prompt: int, answer: int, vocabulary: int) -> Pairs:
+    random = np.random.default_rng(0)
+    clean = [random.integers(0, vocabulary, prompt + answer) for _ in range(count)]
+    corrupted = [np.concatenate([random.integers(0, vocabulary, prompt), ids[prompt:]]) for ids in clean]
+    return Pairs(tuple(clean), tuple(corrupted), np.full(count, prompt), ("given",) * count, ("",) * count)
+
+
+def whole(layers: int, repeats: int) -> dict[str, float]:
+    """Seconds of attribution and of the model's own passes, on 8 pairs of 64 tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).eval()
+    body = anatomy(model)
+    pairs = make_pairs(8, 32, 32, config.vocab_size)
+    ids = [torch.from_numpy(np.stack(rows)) for rows in (pairs.clean, pairs.corrupted)]
+    answer = ids[0][:, 32:]
+
+    def passes() -> None:
+        with frozen(model):
+            for tokens in ids:
+                start = model.model.embed_tokens(tokens).requires_grad_()
+                logits = model(inputs_embeds=start, use_cache=False, logits_to_keep=torch.arange(31, 63)).logits
+                target = logits.gather(-1, answer[..., None]).sum() - logits.amax(-1).sum()
+                torch.autograd.grad(target, start)
+
+    settings = LocalizeSettings(batch_size=8)
+    return medians(repeats, attribution=lambda: attribute(body, pairs, settings), passes=passes)
+
+
+def kernel(dtype: torch.dtype, repeats: int, tokens: int = 2048, neurons: int = 8192) -> dict[str, float]:
+    """Seconds of one call on [tokens, neurons], of preallocated torch, and of reading the inputs once; one thread."""
+    a, b, g, h = (torch.randn(tokens, neurons).to(dtype) for _ in range(4))
+    out = [torch.zeros(neurons) for _ in range(4)]
+    moved, term = torch.empty_like(a), torch.empty(tokens, neurons)
+    sums = [torch.empty(neurons) for _ in range(4)]
+    words = [t.view(torch.int16).view(torch.float32).view(-1) if t.element_size() == 2 else t.view(-1) for t in (a, b, g, h)]
+    streams = [torch.nan_to_num(w, 0.0, 0.0, 0.0).clamp(-1, 1).numpy() for w in words]  # finite, so that dot stays fast
+
+    def in_torch() -> None:
+        torch.sub(b, a, out=moved)
+        for gradient, total, squares in ((g, sums[0], sums[2]), (h, sums[1], sums[3])):
+            torch.mul(moved, gradient, out=term)
+            torch.sum(term, 0, out=total)
+            torch.mul(term, term, out=term)
+            torch.sum(term, 0, out=squares)
+
+    def read() -> None:
+        np.dot(streams[0], streams[1])
+        np.dot(streams[2], streams[3])
+
+    return medians(repeats, kernel=lambda: _core.neuron_attribution(a, b, g, h, *out), torch=in_torch, read=read)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=30, help="layers of the model; SmolLM2-135M has 30")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE", help="write the claims; - for stdout")
+    arguments = parser.parse_args()
+    found: list[dict[str, Any]] = []
+
+    def claim(text: str, value: float, unit: str, peer: str, goal: str, met: bool) -> None:
+        found.append({"claim": text, "value": round(value, 3), "unit": unit, "peer": peer, "goal": goal, "met": met})
+
+    seconds = whole(arguments.layers, arguments.repeats)
+    ratio = seconds["attribution"] / seconds["passes"]
+    claim("scores of all edges and neurons, Ns and Dn", ratio, "times the passes",
+          f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s", "at most 1.3", ratio <= 1.3)
+    torch.set_num_threads(1)
+    for dtype, share in ((torch.float32, 0.80), (torch.bfloat16, 0.50)):
+        name = str(dtype).removeprefix("torch.")
+        seconds = kernel(dtype, arguments.repeats)
+        limit = seconds["read"] / seconds["kernel"]
+        claim(f"neuron kernel, {name}", limit, "of the speed of reading its inputs",
+              f"two-stream read, one thread: {seconds['read'] * 1e3:.1f} ms", f"at least {share:.2f}", limit >= share)
+        faster = seconds["torch"] / seconds["kernel"]
+        claim(f"neuron kernel, {name}", faster, "times faster", f"preallocated torch: {seconds['torch'] * 1e3:.1f} ms",
+              "at least 2", faster >= 2)
+    report(found, arguments.json)
+    return 0
+
+
+def report(found: Sequence[dict[str, Any]], target: str | None) -> None:
+    if target is not None:
+        text = json.dumps({"claims": list(found), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                           "isa": _core.kernels()["neuron_attribution"], "torch": torch.__version__}, indent=1)
+        if target == "-":
+            print(text)
+            return
+        Path(target).write_text(text + "\n")
+    for c in found:
+        print(f"{'met ' if c['met'] else 'MISS'}  {c['claim']}: {c['value']} {c['unit']}  [{c['peer']}]  goal: {c['goal']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
