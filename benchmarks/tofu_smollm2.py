@@ -229,7 +229,7 @@ def main() -> int:
     parser.add_argument("--edges", type=float, default=0.02)
     parser.add_argument("--neurons", type=float, default=0.10)
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--floor", type=float, default=0.2, help="answer probability at which a record is forgotten")
     parser.add_argument("--rouge", type=int, default=20, help="generated answers per set; 0 means all")
     parser.add_argument("--gold", action=argparse.BooleanOptionalAction, default=True, help="also teach a gold model")
