@@ -14,19 +14,17 @@ CPU time, one process, interleaved, medians after a warm-up.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from claims import Claims, add_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clue import _core
@@ -106,41 +104,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=30, help="layers of the model; SmolLM2-135M has 30")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", metavar="FILE", help="write the claims; - for stdout")
+    add_json(parser)
     arguments = parser.parse_args()
-    found: list[dict[str, Any]] = []
-
-    def claim(text: str, value: float, unit: str, peer: str, goal: str, met: bool) -> None:
-        found.append({"claim": text, "value": round(value, 3), "unit": unit, "peer": peer, "goal": goal, "met": met})
-
+    found = Claims()
     seconds = whole(arguments.layers, arguments.repeats)
     ratio = seconds["attribution"] / seconds["passes"]
-    claim("scores of all edges and neurons, Ns and Dn", ratio, "times the passes",
-          f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s", "at most 1.3", ratio <= 1.3)
+    found.add("scores of all edges and neurons, Ns and Dn", ratio, "times the passes",
+              f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s", "at most 1.3", ratio <= 1.3)
     torch.set_num_threads(1)
     for dtype, share in ((torch.float32, 0.80), (torch.bfloat16, 0.50)):
         name = str(dtype).removeprefix("torch.")
         seconds = kernel(dtype, arguments.repeats)
         limit = seconds["read"] / seconds["kernel"]
-        claim(f"neuron kernel, {name}", limit, "of the speed of reading its inputs",
-              f"two-stream read, one thread: {seconds['read'] * 1e3:.1f} ms", f"at least {share:.2f}", limit >= share)
+        found.add(f"neuron kernel, {name}", limit, "of the speed of reading its inputs",
+                  f"two-stream read, one thread: {seconds['read'] * 1e3:.1f} ms", f"at least {share:.2f}", limit >= share)
         faster = seconds["torch"] / seconds["kernel"]
-        claim(f"neuron kernel, {name}", faster, "times faster", f"preallocated torch: {seconds['torch'] * 1e3:.1f} ms",
-              "at least 2", faster >= 2)
-    report(found, arguments.json)
+        found.add(f"neuron kernel, {name}", faster, "times faster", f"preallocated torch: {seconds['torch'] * 1e3:.1f} ms",
+                  "at least 2", faster >= 2)
+    found.report(arguments.json, isa=_core.kernels()["neuron_attribution"])
     return 0
-
-
-def report(found: Sequence[dict[str, Any]], target: str | None) -> None:
-    if target is not None:
-        text = json.dumps({"claims": list(found), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                           "isa": _core.kernels()["neuron_attribution"], "torch": torch.__version__}, indent=1)
-        if target == "-":
-            print(text)
-            return
-        Path(target).write_text(text + "\n")
-    for c in found:
-        print(f"{'met ' if c['met'] else 'MISS'}  {c['claim']}: {c['value']} {c['unit']}  [{c['peer']}]  goal: {c['goal']}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from claims import Claims, add_json, everything
 from smollm2 import cache_folder, smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -36,8 +37,6 @@ import clue
 from clue.data.encoding import batches, encode, pad_id
 from clue.evaluate import Evaluation, EvaluationSets, evaluate
 from clue.model.answers import answer_logits
-from clue.plan import Plan, Slice
-from clue.types import Role
 from clue.unlearn import answer_log_probs
 from clue.unlearn.loop import unlearn
 
@@ -122,14 +121,6 @@ def teach(source: Path, records: Sequence[clue.RecordSet], device: str, seed: in
     return target
 
 
-def everything(model: torch.nn.Module) -> Plan:
-    """Every weight of every linear layer in a transformer block as conflict: what plain fine-tuning moves."""
-    shapes = {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules()
-              if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    slices = tuple(Slice(n, 0, Role.CONFLICT, np.arange(s[0], dtype=np.int64)) for n, s in sorted(shapes.items()))
-    return Plan(("all",), np.array([Role.CONFLICT], dtype=np.uint8), slices, shapes)
-
-
 def experiment(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One seed: before, gold, CLUE and the peer."""
     sets = load_sets(arguments.data, arguments.split, arguments.authors, seed)
@@ -190,30 +181,26 @@ def experiment(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
             **{name: {"mia_auc": e.to_json()["mia_auc"], **e.to_json()["detail"]} for name, e in results.items()}}
 
 
-def claims(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def claims(runs: Sequence[dict[str, Any]]) -> Claims:
     """Means over seeds; retention is read on authors that unlearning never saw."""
     def mean(method: str, group: str, name: str) -> float:
         return float(np.mean([run[method][group][name] for run in runs]))
 
-    found = []
-
-    def claim(text: str, value: float, unit: str, peer: str, goal: str, met: bool) -> None:
-        found.append({"claim": text, "value": round(value, 4), "unit": unit, "peer": peer, "goal": goal, "met": met})
-
+    found = Claims()
     forget = mean("clue", "forget", "probability")
     other = mean("graddiff", "forget", "probability")
-    claim("forget probability after CLUE", forget, "mean answer-token probability",
-          f"GradDiff on all linear weights: {other:.4f}", "matched, within 0.05", abs(forget - other) <= 0.05)
+    found.add("forget probability after CLUE", forget, "mean answer-token probability",
+              f"GradDiff on all linear weights: {other:.4f}", "matched, within 0.05", abs(forget - other) <= 0.05)
     for name, unit in (("probability", "mean answer-token probability"), ("token_accuracy", "share of answer tokens")):
         ours, theirs = mean("clue", "retain", name), mean("graddiff", "retain", name)
-        claim(f"{name.replace('_', ' ')} on unseen retain authors after CLUE", ours, unit,
-              f"GradDiff on all linear weights: {theirs:.4f}; before: {mean('before', 'retain', name):.4f}",
-              "higher than the peer's", ours > theirs)
+        found.add(f"{name.replace('_', ' ')} on unseen retain authors after CLUE", ours, unit,
+                  f"GradDiff on all linear weights: {theirs:.4f}; before: {mean('before', 'retain', name):.4f}",
+                  "higher than the peer's", ours > theirs)
     share = float(np.mean([run["weights"] for run in runs]))
-    claim("share of linear weights that may move", share, "of 1", "GradDiff: 1", "below 0.5", share < 0.5)
+    found.add("share of linear weights that may move", share, "of 1", "GradDiff: 1", "below 0.5", share < 0.5)
     cost = float(np.mean([(run["cpu_seconds"]["localize"] + run["cpu_seconds"]["unlearn"]) / run["cpu_seconds"]["peer"]
                           for run in runs]))
-    claim("CPU time of localizing and unlearning", cost, "times the peer's", "GradDiff on all linear weights", "", True)
+    found.add("CPU time of localizing and unlearning", cost, "times the peer's", "GradDiff on all linear weights")
     return found
 
 
@@ -233,7 +220,7 @@ def main() -> int:
     parser.add_argument("--floor", type=float, default=0.2, help="answer probability at which a record is forgotten")
     parser.add_argument("--rouge", type=int, default=20, help="generated answers per set; 0 means all")
     parser.add_argument("--gold", action=argparse.BooleanOptionalAction, default=True, help="also teach a gold model")
-    parser.add_argument("--json", metavar="FILE", help="write claims and runs; - for stdout")
+    add_json(parser)
     arguments = parser.parse_args()
     if arguments.data is None:
         say("left out: TOFU is not here (give its folder with --data, or set CLUE_TOFU)")
@@ -243,19 +230,9 @@ def main() -> int:
     transformers_logging.disable_progress_bar()
     wall = time.time()
     runs = [experiment(arguments, int(seed)) for seed in arguments.seeds.split(",")]
-    listed = claims(runs)
-    if arguments.json:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-        document = json.dumps({"claims": listed, "runs": runs, "device": device, "threads": torch.get_num_threads(),
-                               "wall_seconds": round(time.time() - wall), "seeds": arguments.seeds}, indent=1)
-        if arguments.json == "-":
-            print(document)
-        else:
-            Path(arguments.json).write_text(document + "\n")
-    if arguments.json != "-":
-        for c in listed:
-            print(f"{'met ' if c['met'] else 'MISS'}  {c['claim']}: {c['value']} {c['unit']}  [{c['peer']}]"
-                  + (f"  goal: {c['goal']}" if c["goal"] else ""))
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    claims(runs).report(arguments.json, runs=runs, device=device, wall_seconds=round(time.time() - wall),
+                        arguments={name: str(value) for name, value in vars(arguments).items() if name != "data"})
     return 0
 
 

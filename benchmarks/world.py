@@ -13,29 +13,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 # Threads that spin while they wait make a job many times slower on a shared machine; read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-import torch
+from claims import Claims, add_json, everything
 from transformers.utils import logging as transformers_logging
 
 from clue.data.world import World, build_world, cached_models
 from clue.evaluate import Evaluation, EvaluationSets, evaluate
 from clue.jobs import DEMO
 from clue.pipeline import locate
-from clue.plan import Plan, Slice
-from clue.types import Role
 from clue.unlearn import unlearn
 
 #: Learning rate of the peer: on the easy world of seed 0, the one of 2e-5, 5e-5, 1e-4, 2e-4, 4e-4 and 1e-3 that keeps
@@ -45,14 +40,6 @@ PEER_LR = 5e-5
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def everything(model: torch.nn.Module) -> Plan:
-    """Every weight of every linear layer in a transformer block as conflict: what plain fine-tuning moves."""
-    shapes = {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules()
-              if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    slices = tuple(Slice(n, 0, Role.CONFLICT, np.arange(s[0], dtype=np.int64)) for n, s in sorted(shapes.items()))
-    return Plan(("all",), np.array([Role.CONFLICT], dtype=np.uint8), slices, shapes)
 
 
 def measure(model: Any, world: World) -> Evaluation:
@@ -100,7 +87,7 @@ def experiment(setting: str, seed: int, peer_lr: float) -> dict[str, Any]:
     return run
 
 
-def claims(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def claims(runs: Sequence[dict[str, Any]]) -> Claims:
     """Means over worlds, and the worst world where a bound must hold in each."""
     def column(name: str, of: Any) -> np.ndarray:
         return np.array([of(run[name]) for run in runs])
@@ -109,32 +96,27 @@ def claims(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return np.array([max(run["before"]["skills"][s] - run[name]["skills"][s] for s in run["before"]["skills"])
                          for run in runs])
 
-    found = []
-
-    def claim(text: str, value: float, unit: str, peer: str, goal: str, met: bool) -> None:
-        found.append({"claim": text, "value": round(float(value), 4), "unit": unit, "peer": peer, "goal": goal,
-                      "met": bool(met)})
-
+    found = Claims()
     for key, what in (("forget", "forget accuracy"), ("forget_paraphrase", "the same, phrased as never trained")):
         over = column("clue", lambda r, key=key: r[key]) - column("gold", lambda r, key=key: r[key])
-        claim(f"{what} over gold's, worst world", over.max(), "share of records", "gold: retrained without the facts",
-              "at most 0.05", over.max() <= 0.05)
+        found.add(f"{what} over gold's, worst world", over.max(), "share of records", "gold: retrained without the facts",
+                  "at most 0.05", over.max() <= 0.05)
     ours, theirs = (column(name, lambda r: r["retain"]) for name in ("clue", "peer"))
-    claim("accuracy on people unlearning never saw, worst world", ours.min(), "share of records",
-          f"GradDiff on all linear weights: {theirs.min():.4f}", "at least 0.90", ours.min() >= 0.90)
-    claim("accuracy on people unlearning never saw, mean", ours.mean(), "share of records",
-          f"GradDiff on all linear weights: {theirs.mean():.4f} (wins {int((ours > theirs).sum())} of {len(runs)})",
-          "higher than the peer's", ours.mean() > theirs.mean())
-    claim("largest loss of a skill, worst world", drop("clue").max(), "share of records",
-          f"GradDiff on all linear weights: {drop('peer').max():.4f}", "at most 0.05", drop("clue").max() <= 0.05)
+    found.add("accuracy on people unlearning never saw, worst world", ours.min(), "share of records",
+              f"GradDiff on all linear weights: {theirs.min():.4f}", "at least 0.90", ours.min() >= 0.90)
+    found.add("accuracy on people unlearning never saw, mean", ours.mean(), "share of records",
+              f"GradDiff on all linear weights: {theirs.mean():.4f} (wins {int((ours > theirs).sum())} of {len(runs)})",
+              "higher than the peer's", ours.mean() > theirs.mean())
+    found.add("largest loss of a skill, worst world", drop("clue").max(), "share of records",
+              f"GradDiff on all linear weights: {drop('peer').max():.4f}", "at most 0.05", drop("clue").max() <= 0.05)
     gaps = [np.abs(column(name, lambda r: r["mia_auc"]) - column("gold", lambda r: r["mia_auc"])) for name in ("clue", "peer")]
-    claim("distance of the loss attack's AUC from gold's, mean", gaps[0].mean(), "AUC",
-          f"GradDiff on all linear weights: {gaps[1].mean():.4f}", "at most 0.1", gaps[0].mean() <= 0.1)
+    found.add("distance of the loss attack's AUC from gold's, mean", gaps[0].mean(), "AUC",
+              f"GradDiff on all linear weights: {gaps[1].mean():.4f}", "at most 0.1", gaps[0].mean() <= 0.1)
     share = np.mean([run["weights"] for run in runs])
-    claim("weights that may move", share, "of all", "GradDiff: every linear weight", "at most 0.2", share <= 0.2)
+    found.add("weights that may move", share, "of all", "GradDiff: every linear weight", "at most 0.2", share <= 0.2)
     cost = np.mean([(run["cpu_seconds"]["localize"] + run["cpu_seconds"]["clue"]) / run["cpu_seconds"]["peer"]
                     for run in runs])
-    claim("CPU time of localizing and unlearning", cost, "times the peer's", "GradDiff on all linear weights", "", True)
+    found.add("CPU time of localizing and unlearning", cost, "times the peer's", "GradDiff on all linear weights")
     return found
 
 
@@ -143,24 +125,12 @@ def main() -> int:
     parser.add_argument("--easy", default="0,1,2,3", help="seeds of easy worlds, comma-separated; empty for none")
     parser.add_argument("--hard", default="0,1,2", help="seeds of hard worlds")
     parser.add_argument("--peer-lr", type=float, default=PEER_LR)
-    parser.add_argument("--json", metavar="FILE", help="write claims and runs; - for stdout")
+    add_json(parser)
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
     worlds = [(setting, int(seed)) for setting in ("easy", "hard") for seed in getattr(arguments, setting).split(",") if seed]
     runs = [experiment(setting, seed, arguments.peer_lr) for setting, seed in worlds]
-    listed = claims(runs)
-    if arguments.json:
-        document = json.dumps({"claims": listed, "runs": runs, "threads": torch.get_num_threads(),
-                               "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__},
-                              indent=1)
-        if arguments.json == "-":
-            print(document)
-        else:
-            Path(arguments.json).write_text(document + "\n")
-    if arguments.json != "-":
-        for c in listed:
-            print(f"{'met ' if c['met'] else 'MISS'}  {c['claim']}: {c['value']} {c['unit']}  [{c['peer']}]"
-                  + (f"  goal: {c['goal']}" if c["goal"] else ""))
+    claims(runs).report(arguments.json, runs=runs)
     return 0
 
 

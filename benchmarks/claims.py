@@ -1,0 +1,54 @@
+"""What the benchmarks share: a list of claims and how it is printed, and the plan of the peer that moves every weight."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clue.plan import Plan, Slice
+from clue.types import Role
+
+
+class Claims:
+    """Claims in the order they are made: claim, value, unit, peer, goal, met."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def add(self, claim: str, value: float, unit: str, peer: str, goal: str = "", met: bool = True) -> None:
+        """``goal`` is empty where the value is only told."""
+        self.found.append({"claim": claim, "value": round(float(value), 4), "unit": unit, "peer": peer, "goal": goal,
+                           "met": bool(met)})
+
+    def report(self, target: str | None, **more: Any) -> None:
+        """Print a table; with ``target`` ``-`` the list as JSON instead, with a file also write list, machine and ``more``."""
+        if target == "-":
+            print(json.dumps(self.found, indent=1))
+            return
+        if target is not None:
+            document = {"claims": self.found, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                        "torch": torch.__version__, "threads": torch.get_num_threads(), **more}
+            Path(target).write_text(json.dumps(document, indent=1) + "\n")
+        for c in self.found:
+            print(f"{'met ' if c['met'] else 'MISS'}  {c['claim']}: {c['value']} {c['unit']}  [{c['peer']}]"
+                  + (f"  goal: {c['goal']}" if c["goal"] else ""))
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option every benchmark has."""
+    parser.add_argument("--json", metavar="FILE", help="write the claims and what they were made from; - prints the claims")
+
+
+def everything(model: torch.nn.Module) -> Plan:
+    """Every weight of every linear layer in a transformer block as conflict: what plain fine-tuning moves."""
+    shapes = {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules()
+              if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    slices = tuple(Slice(n, 0, Role.CONFLICT, np.arange(s[0], dtype=np.int64)) for n, s in sorted(shapes.items()))
+    return Plan(("all",), np.array([Role.CONFLICT], dtype=np.uint8), slices, shapes)
