@@ -21,7 +21,7 @@ from .run_directory import Run, write_json
 if TYPE_CHECKING:
     from .evaluate import Evaluation, EvaluationSets
 
-#: What the demo runs with: a model this small has 192 edges, and unlearns at a larger step than a language model would.
+#: What the demo runs with: a model this small has 190 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
     localize=LocalizeSettings(edges=0.1, neurons=0.1, batch_size=32),
     unlearn=UnlearnSettings(lr=4e-4, steps=500, batch_size=16, damping=0.03, floor=0.12),

@@ -34,22 +34,26 @@ GATES = {
 EXPECTED = {"and": ((-1, -1), (0, 0)), "or": ((0, 0), (1, 1)), "adder": ((-1, -1.5), (1, 1.5))}
 
 
-def gate_model(name: str) -> LlamaForCausalLM:
-    units, offset, writes = GATES[name]
-    config = LlamaConfig(vocab_size=4, hidden_size=D, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=2, head_dim=4, hidden_act="relu", max_position_embeddings=8,
-                         rms_norm_eps=0.0, tie_word_embeddings=False, pad_token_id=None, bos_token_id=None,
-                         eos_token_id=None)
+def blank_model(d_model: int, layers: int, heads: int, d_head: int, d_mlp: int) -> LlamaForCausalLM:
+    """All weights zero, but for norms that are the identity on a stream whose constant channel is BIG, and that channel
+    in every embedding."""
+    config = LlamaConfig(vocab_size=4, hidden_size=d_model, intermediate_size=d_mlp, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=heads, head_dim=d_head, hidden_act="relu",
+                         max_position_embeddings=8, rms_norm_eps=0.0, tie_word_embeddings=False, pad_token_id=None,
+                         bos_token_id=None, eos_token_id=None)
     model = LlamaForCausalLM(config).double().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        rms = BIG / D**0.5
-        layer = model.model.layers[0]
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm, model.model.norm):
-            norm.weight.fill_(rms)
-        embed = model.model.embed_tokens.weight
-        embed[:, CONST] = BIG
+        for name, parameter in model.named_parameters():
+            parameter.fill_(BIG / d_model**0.5 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight[:, CONST] = BIG
+    return model
+
+
+def gate_model(name: str) -> LlamaForCausalLM:
+    units, offset, writes = GATES[name]
+    model = blank_model(D, layers=1, heads=2, d_head=4, d_mlp=4)
+    with torch.no_grad():
+        layer, embed = model.model.layers[0], model.model.embed_tokens.weight
         embed[ONES, BIT_A] = embed[ONES, BIT_B] = 1.0
         for head, bit in enumerate((BIT_A, BIT_B)):
             layer.self_attn.v_proj.weight[4 * head, bit] = writes[head]
@@ -107,23 +111,10 @@ def test_flat_gates_get_their_label(name):
 
 def nested_model() -> LlamaForCausalLM:
     """OR(AND(a, b), AND(c, d)): four heads copy a bit each, the first MLP computes the ANDs, the second the OR."""
-    d, const, first, second, out, bits = 12, 0, 1, 2, 3, (4, 5, 6, 7)
-    config = LlamaConfig(vocab_size=4, hidden_size=d, intermediate_size=2, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=4, head_dim=2, hidden_act="relu", max_position_embeddings=8,
-                         rms_norm_eps=0.0, tie_word_embeddings=False, pad_token_id=None, bos_token_id=None,
-                         eos_token_id=None)
-    model = LlamaForCausalLM(config).double().eval()
+    first, second, out, bits = 1, 2, 3, (4, 5, 6, 7)
+    model = blank_model(12, layers=2, heads=4, d_head=2, d_mlp=2)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        rms = BIG / d**0.5
-        layers = model.model.layers
-        for layer in layers:
-            layer.input_layernorm.weight.fill_(rms)
-            layer.post_attention_layernorm.weight.fill_(rms)
-        model.model.norm.weight.fill_(rms)
-        embed = model.model.embed_tokens.weight
-        embed[:, const] = BIG
+        layers, embed = model.model.layers, model.model.embed_tokens.weight
         for head, bit in enumerate(bits):
             embed[ONES, bit] = 1.0
             layers[0].self_attn.v_proj.weight[2 * head, bit] = 1.0
@@ -131,17 +122,17 @@ def nested_model() -> LlamaForCausalLM:
         for unit, channel in enumerate((first, second)):  # relu(sum - 1): adds the AND to its channel, less the sum
             mlp = layers[0].mlp
             mlp.gate_proj.weight[unit, channel] = 1.0
-            mlp.gate_proj.weight[unit, const] = -1 / BIG
-            mlp.up_proj.weight[unit, const] = 1 / BIG
+            mlp.gate_proj.weight[unit, CONST] = -1 / BIG
+            mlp.up_proj.weight[unit, CONST] = 1 / BIG
             mlp.down_proj.weight[8 + unit, unit] = 1.0
         mlp = layers[1].mlp  # 1 - relu(1 - x)
         mlp.gate_proj.weight[0, [8, 9]] = -1.0
-        mlp.gate_proj.weight[0, const] = 1 / BIG
-        mlp.up_proj.weight[0, const] = 1 / BIG
+        mlp.gate_proj.weight[0, CONST] = 1 / BIG
+        mlp.up_proj.weight[0, CONST] = 1 / BIG
         mlp.down_proj.weight[out, 0] = -1.0
         model.lm_head.weight[YES, out] = 1.0
-        model.lm_head.weight[YES, const] = 0.5 / BIG
-        model.lm_head.weight[[ONES, ZEROS], const] = -9 / BIG
+        model.lm_head.weight[YES, CONST] = 0.5 / BIG
+        model.lm_head.weight[[ONES, ZEROS], CONST] = -9 / BIG
     return model
 
 
