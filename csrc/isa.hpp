@@ -14,6 +14,10 @@ struct NeuronRow {
 // sums[0..3] += terms of one or two tokens for `count` neurons: Ns, Dn, squares of Ns, squares of Dn.
 using NeuronLeaf = void (*)(const NeuronRow* rows, void* const sums[4], std::int64_t count);
 
+// One row of norm_backward (see attribution/norm.hpp); gain and normal may be null, scale is one number.
+using NormLeaf = void (*)(void* grad, const void* gain, const void* normal, const void* scale, bool centre,
+                          std::int64_t width);
+
 // AdamW's scalars of one step, worked out in double precision.
 struct AdamWConstants {
   double decay;         // 1 - lr * weight_decay
@@ -38,6 +42,7 @@ struct Kernels {
   const char* isa;
   NeuronLeaf neuron_one[4], neuron_two[4];  // by Dtype; sums are float, for double inputs double
   AdamWLeaf adamw[kAdamWTypes];             // state is float, for double parameters double
+  NormLeaf norm[2];                         // float, double
 };
 
 // The table in use.

@@ -107,6 +107,67 @@ void neuron_two(const NeuronRow* rows, void* const sums[4], std::int64_t count) 
                      sum(2), sum(3), count);
 }
 
+template <class T>
+[[gnu::noinline]] void times(T* __restrict x, const T* __restrict y, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) x[i] *= y[i];
+}
+
+constexpr int kPartial = 32;  // partial sums of a reduction: fixed, so that every instruction set adds in the same order
+
+template <class T>
+inline T folded(T* partial) {
+  for (int half = kPartial / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) partial[j] += partial[j + half];
+  }
+  return partial[0];
+}
+
+template <class T>
+[[gnu::noinline]] T dot(const T* __restrict x, const T* __restrict y, std::int64_t count) {
+  T partial[kPartial] = {};
+  std::int64_t i = 0;
+  for (; i + kPartial <= count; i += kPartial) {
+    for (int j = 0; j < kPartial; ++j) partial[j] += x[i + j] * y[i + j];
+  }
+  for (int j = 0; i + j < count; ++j) partial[j] += x[i + j] * y[i + j];
+  return folded(partial);
+}
+
+template <class T>
+[[gnu::noinline]] T total(const T* __restrict x, std::int64_t count) {
+  T partial[kPartial] = {};
+  std::int64_t i = 0;
+  for (; i + kPartial <= count; i += kPartial) {
+    for (int j = 0; j < kPartial; ++j) partial[j] += x[i + j];
+  }
+  for (int j = 0; i + j < count; ++j) partial[j] += x[i + j];
+  return folded(partial);
+}
+
+template <class T>
+[[gnu::noinline]] void less_along(T* __restrict x, const T* __restrict y, T along, T mean, T scale, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) x[i] = scale * (x[i] - y[i] * along - mean);
+}
+
+template <class T>
+[[gnu::noinline]] void less(T* __restrict x, T mean, T scale, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) x[i] = scale * (x[i] - mean);
+}
+
+template <class T>
+void norm_row(void* grad, const void* gain, const void* normal, const void* scale, bool centre, std::int64_t width) {
+  T* const x = static_cast<T*>(grad);
+  const T* const n = static_cast<const T*>(normal);
+  const T factor = *static_cast<const T*>(scale);
+  if (gain) times<T>(x, static_cast<const T*>(gain), width);
+  const T mean = centre ? total<T>(x, width) / static_cast<T>(width) : T{0};
+  if (n) {
+    less_along<T>(x, n, dot<T>(x, n, width) / static_cast<T>(width), mean, factor, width);
+  } else {
+    less<T>(x, mean, factor, width);
+  }
+}
+
 template <class State>
 struct Scalars {
   State decay, one_minus_b1, beta2, one_minus_b2, step_size, second_scale, eps, grad_scale;
@@ -172,6 +233,7 @@ const Kernels CLUE_ISA::table = {
     {neuron_two<Bf16, float>, neuron_two<F16, float>, neuron_two<float, float>, neuron_two<double, double>},
     {adamw<Bf16, Bf16, float>, adamw<Bf16, float, float>, adamw<F16, F16, float>, adamw<F16, float, float>,
      adamw<float, float, float>, adamw<double, double, double>},
+    {norm_row<float>, norm_row<double>},
 };
 
 }  // namespace clue

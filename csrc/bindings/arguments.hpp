@@ -10,6 +10,7 @@
 #include <string>
 
 #include "attribution/neuron.hpp"
+#include "attribution/norm.hpp"
 #include "bindings/dlpack.hpp"
 #include "update/masked_adamw.hpp"
 
@@ -63,6 +64,45 @@ inline void require_own_memory(std::initializer_list<NamedView> written, std::in
       if (a->view.overlaps(b.view)) refuse_value(b.name, "memory of its own", std::string("that of ") + a->name);
     }
   }
+}
+
+inline NormArguments norm_arguments(Borrower& borrower, py::handle grad_object,
+                                    const std::optional<py::object>& normal_object, py::handle scale_object,
+                                    const std::optional<py::object>& gain_object, bool centre) {
+  const NamedView grad{"grad", borrower.borrow(grad_object, "grad", Access::kWrite)};
+  const NamedView scale{"scale", borrower.borrow(scale_object, "scale", Access::kRead)};
+  const TensorView& g = grad.view;
+  if (g.dtype != Dtype::kF32 && g.dtype != Dtype::kF64) refuse_type("grad", "float32 or float64", name_of(g.dtype));
+  if (g.ndim != 2) refuse_value("grad", "shape [readers * tokens, width]", shape_of(g));
+  require_contiguous(grad);
+  if (scale.view.ndim != 1) refuse_value("scale", "shape [tokens]", shape_of(scale.view));
+  NormArguments arguments{};
+  arguments.tokens = scale.view.shape[0];
+  arguments.rows = g.shape[0];
+  arguments.width = g.shape[1];
+  if (arguments.tokens ? arguments.rows % arguments.tokens : arguments.rows) {
+    refuse_value("grad", "a multiple of " + std::to_string(arguments.tokens) + " rows, the tokens of scale",
+                 std::to_string(arguments.rows));
+  }
+  arguments.grad = g.data;
+  arguments.centre = centre;
+  arguments.dtype = g.dtype;
+  const auto read = [&](const NamedView& tensor, std::initializer_list<std::int64_t> shape) {
+    require_dtype(tensor, g.dtype);
+    require_shape(tensor, shape);
+    require_contiguous(tensor);
+    require_own_memory({grad}, {tensor});
+    return tensor.view.data;
+  };
+  arguments.scale = read(scale, {arguments.tokens});
+  if (normal_object) {
+    arguments.normal = read({"normal", borrower.borrow(*normal_object, "normal", Access::kRead)},
+                            {arguments.tokens, arguments.width});
+  }
+  if (gain_object) {
+    arguments.gain = read({"gain", borrower.borrow(*gain_object, "gain", Access::kRead)}, {arguments.width});
+  }
+  return arguments;
 }
 
 inline NeuronArguments neuron_arguments(Borrower& borrower, py::handle clean, py::handle corrupted,

@@ -20,6 +20,14 @@ void neuron_attribution(const py::object& clean, const py::object& corrupted, co
   clue::neuron_attribution_cuda(arguments, borrower.device().id, borrower.stream());
 }
 
+void norm_backward(const py::object& grad, const std::optional<py::object>& normal, const py::object& scale,
+                   const std::optional<py::object>& gain, bool centre) {
+  clue::Borrower borrower(clue::Borrower::Where::kCuda);
+  const clue::NormArguments arguments = clue::norm_arguments(borrower, grad, normal, scale, gain, centre);
+  const py::gil_scoped_release release;
+  clue::norm_backward_cuda(arguments, borrower.device().id, borrower.stream());
+}
+
 void masked_adamw(const py::object& param, const py::object& grad, const py::object& exp_avg,
                   const py::object& exp_avg_sq, const py::object& index, std::int64_t axis, double lr, double beta1,
                   double beta2, double eps, double weight_decay, std::int64_t step, double grad_scale,
@@ -48,6 +56,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("neuron_attribution", neuron_attribution, "clean"_a, "corrupted"_a, "grad_clean"_a, "grad_corrupted"_a,
              "out_ns"_a, "out_dn"_a, "out_sq_ns"_a, "out_sq_dn"_a, "mask"_a = py::none(),
              "Add every neuron's noising and denoising terms, and their squares, over tokens to four sums.");
+  module.def("norm_backward", norm_backward, "grad"_a, "normal"_a, "scale"_a, "gain"_a, "centre"_a,
+             "Pull gradients at a norm's output back to its input, in place.");
   module.def("masked_adamw", masked_adamw, "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "index"_a, "axis"_a,
              py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "grad_scale"_a,
              "master"_a = py::none(), "One AdamW step on some rows or columns of a parameter, in place.");

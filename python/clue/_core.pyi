@@ -52,6 +52,23 @@ def neuron_attribution(
         TypeError, ValueError, BufferError: ``<argument>: <expected>, got <actual>``.
     """
 
+def norm_backward(grad: Any, normal: Any, scale: Any, gain: Any, centre: bool) -> None:
+    """Pull gradients at a norm's output back to its input, in place.
+
+    With ``y = grad * gain``: ``grad = scale * (y - normal * <y, normal> / width - mean(y))``, a row at a time. The same
+    bits for any number of threads and any instruction set.
+
+    Args:
+        grad: [readers * tokens, width] fp32 or fp64; row i is of token i % tokens. All arguments are contiguous.
+        normal: [tokens, width], the norm's output before gain and bias; ``None`` holds its scale constant.
+        scale: [tokens], 1 / rms or 1 / deviation.
+        gain: [width], or ``None`` for a norm without weights.
+        centre: whether the norm subtracts the mean (layer norm).
+
+    Raises:
+        TypeError, ValueError, BufferError: ``<argument>: <expected>, got <actual>``.
+    """
+
 def masked_adamw(
     param: Any,
     grad: Any,

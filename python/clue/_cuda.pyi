@@ -21,6 +21,9 @@ def neuron_attribution(
         RuntimeError: the launch failed; the text begins with the kernel's name.
     """
 
+def norm_backward(grad: Any, normal: Any, scale: Any, gain: Any, centre: bool) -> None:
+    """As ``clue._core.norm_backward``; the same bits for every call with the same input."""
+
 def masked_adamw(
     param: Any,
     grad: Any,

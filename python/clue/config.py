@@ -52,6 +52,9 @@ class LocalizeSettings:
     weighting: str = _option("unit", "cost of a conflict: unit (the paper), or attribution (retain score of the node)",
                              choices=("unit", "attribution"))
     batch_size: int = _option(8, "pairs per forward and backward pass")
+    stream: str = _option("auto", "run the model whole (never), or again layer by layer from the top down, which needs"
+                          " little memory and one more forward pass (always); auto streams what would not fit",
+                          choices=("auto", "always", "never"))
     limit: int = _option(0, "use at most this many pairs per set; 0 means all")
     tolerance: float = _option(0.0, "largest conservation gap accepted; 0 means 1e-3 (fp32 and finer) or 5e-2"
                                " (bf16, fp16)")

@@ -5,45 +5,44 @@
    prompt Dn. Two steps are paired EAP; a gate behind a saturated gate has gradient zero at both of its ends and is only
    seen in between.
 2. The difference of the two runs is what each writer would contribute if it were patched; the gradient, pulled back
-   through projection and norm, is what each reader would make of it.
-3. For a tile of tokens expand both from their factors and contract them with one matrix product per reader layer:
-   S(u, v) = sum over tokens of <difference of u, gradient of v>.
-4. Check the books: summed over a complete set of writers, the scores of a reader must equal the inner product of its
+   through projection and norm, is what each reader would make of it (:mod:`clue.circuit.accumulation`).
+3. Check the books: summed over a complete set of writers, the scores of a reader must equal the inner product of its
    input's difference with its gradient. A gap above the tolerance is an error, never a warning.
 
-Source: EAP (arXiv 2310.10348), EAP-IG (arXiv 2403.17806), noising and denoising as in arXiv 2505.10039. Accumulation is
-float32 or finer within a tile and float64 across tiles, whatever the model's dtype.
+Under torch.distributed each process scores its share of the batches, and one all-reduce adds them up.
+
+Source: EAP (arXiv 2310.10348), EAP-IG (arXiv 2403.17806), noising and denoising as in arXiv 2505.10039.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .. import _core
 from ..config import LocalizeSettings
 from ..data.atomic import write_atomically
 from ..errors import AttributionError
 from ..model import capture
-from ..model.anatomy import Anatomy, Norm
+from ..model.anatomy import Anatomy
+from .accumulation import GROUP, TILE_BYTES, Sums
 from .graph import Graph
+from .target import Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..data.pairs import Pairs
 
 Floats = npt.NDArray[np.float64]
 
-#: Bytes of expanded writer differences held at once.
-TILE_BYTES = 128 << 20
+#: The smallest tile worth falling back to, in bytes.
+LEAST_TILE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -144,206 +143,139 @@ def attribute(
     Args:
         body: the model, bound by :func:`clue.model.anatomy.anatomy`; it runs unmodified.
         pairs: clean and corrupted token sequences of equal length with the same teacher-forced answer.
-        settings: ``batch_size``, ``target``, ``path``, ``path_steps``, ``norm`` and ``tolerance`` are used.
+        settings: ``batch_size``, ``target``, ``path``, ``path_steps``, ``norm``, ``stream`` and ``tolerance`` are used.
         name: name of the set, kept in the result and in errors.
         on_batch: called with (pairs done, pairs in all).
 
     Raises:
-        AttributionError: no pair changes the model's answer, a score is not finite, or the conservation gap exceeds
-            the tolerance.
+        AttributionError: no pair changes the model's answer, the gradient vanishes at one end of the path, a score is not
+            finite, memory does not even suffice for one pair, or the conservation gap exceeds the tolerance.
     """
     if len(pairs.clean) == 0:
         raise AttributionError(f"{name}: there are no pairs to attribute")
-    sums = _Sums(body, settings.norm)
     order = np.argsort([len(ids) for ids in pairs.clean], kind="stable")  # like lengths together: little padding
-    informative = 0
+    batches = [order[start:start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
+    rank, processes = _place()
+    graph = graph_of(body)
+    sums = Sums(body, graph, settings.norm)
+    work = _Work(body, graph, pairs, settings, name)
+    done = 0
     with capture.frozen(body.model):
-        for start in range(0, len(order), settings.batch_size):
-            informative += _batch(body, pairs, order[start:start + settings.batch_size], settings, sums)
+        for batch in batches[rank::processes]:
+            work.add(batch, sums)
+            done += len(batch)
             if on_batch is not None:
-                on_batch(min(start + settings.batch_size, len(order)), len(order))
-    if informative == 0:
+                on_batch(min(done * processes, len(order)), len(order))
+    if processes > 1:
+        sums.all_reduce()
+    if sums.informative == 0:
         raise AttributionError(f"{name}: none of the {len(order)} corrupted prompts changes the model's answer, so"
                                " nothing can be attributed: the model does not know these records, or the corrupted"
                                " prompts ask for the same answer")
-    scores = sums.scores(name, pairs=len(order), informative=informative)
+    scores = _scores(name, graph, sums)
     half = next(body.model.parameters()).dtype in (torch.bfloat16, torch.float16)
     tolerance = settings.tolerance or (5e-2 if half else 1e-3)
-    for direction, gap in (("Ns", scores.gap_ns), ("Dn", scores.gap_dn)):
+    for direction, end, gap in (("Ns", "clean", scores.gap_ns), ("Dn", "corrupted", scores.gap_dn)):
         if not gap <= tolerance:  # also catches NaN
             raise AttributionError(f"{name}: the {direction} scores break the conservation law by {gap:.1e} (tolerance"
                                    f" {tolerance:.0e}): the anatomy entry of {body.family} does not fit this model, or"
                                    " its dtype is too coarse")
+        if not np.any(scores.ns if direction == "Ns" else scores.dn):
+            raise AttributionError(f"{name}: the gradient at the {end} prompts is zero everywhere, so {direction} says"
+                                   " nothing: give other corrupted prompts, or more path_steps")
     return scores
 
 
-def _batch(body: Anatomy, pairs: Pairs, chosen: npt.NDArray[np.int64], settings: LocalizeSettings,
-           sums: _Sums) -> int:
-    """Run one batch along its path, add its scores, and return how many of its pairs were informative."""
-    device = next(body.model.parameters()).device
-    lengths = [len(pairs.clean[i]) for i in chosen]
-    clean, corrupted = (torch.zeros(len(chosen), max(lengths), dtype=torch.int64) for _ in range(2))
-    mask = torch.zeros_like(clean)
-    for row, i in enumerate(chosen):
-        clean[row, :lengths[row]] = torch.from_numpy(pairs.clean[i])
-        corrupted[row, :lengths[row]] = torch.from_numpy(pairs.corrupted[i])
-        mask[row, :lengths[row]] = 1
-    starts = torch.from_numpy(pairs.answer_start[chosen])
-    at = torch.arange(max(lengths) - 1)
-    spans = (at[None] >= starts[:, None] - 1) & (at[None] < torch.tensor(lengths)[:, None] - 1)  # predicting positions
-    positions = torch.nonzero(spans.any(0)).ravel()
-    clean, corrupted, mask, positions, spans = (t.to(device) for t in (clean, corrupted, mask, positions, spans))
-    answer = clean[:, positions + 1]
-    weight = spans[:, positions].float()
-    weight = weight / weight.sum(1, keepdim=True)  # mean over each pair's answer span
-    contrast: Tensor | None = None
-
-    def margin(logits: Tensor) -> Tensor:
-        nonlocal contrast
-        if contrast is None:  # the corrupted run comes first and names the contrast for both
-            contrast = logits.detach().argmax(-1)
-        true = logits.gather(-1, answer[..., None])[..., 0]
-        other = logits.gather(-1, contrast[..., None])[..., 0]
-        return ((true - other) * weight).sum()  # zero where corruption does not change the top token
-
-    def logprob(logits: Tensor) -> Tensor:
-        nonlocal contrast
-        if contrast is None:
-            contrast = logits.detach().argmax(-1)
-        return (logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0] * weight).sum()
-
-    function = margin if settings.target == "margin" else logprob
-    away = capture.run(body, corrupted, mask, positions, function)
-    here = capture.run(body, clean, mask, positions, function)
-    path = [here]
-    for step in range(1, settings.path_steps - 1):
-        between = torch.lerp(here.embed, away.embed, step / (settings.path_steps - 1))
-        point = capture.run(body, clean, mask, positions, function, embed=between)
-        path.append(replace(point, heads=[], mlps=[], hidden=[]))  # only its gradients are used
-    path.append(away)
-    middle = len(path) // 2
-    sums.add(here, away, (path, path) if settings.path == "full" else (path[:middle], path[middle:]), mask.bool())
-    assert contrast is not None
-    return int((((contrast != answer) & (weight > 0)).any(1)).sum())
+def _place() -> tuple[int, int]:
+    """This process's number and the number of processes that share the work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
-def _mean(tensors: list[Tensor]) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    total = tensors[0].float() if tensors[0].dtype != torch.float64 else tensors[0].clone()
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return (total / len(tensors)).to(tensors[0].dtype)
+class _Work:
+    """Batches, one after the other, with what memory allows: too little of it makes the later ones smaller steps too."""
+
+    def __init__(self, body: Anatomy, graph: Graph, pairs: Pairs, settings: LocalizeSettings, name: str) -> None:
+        self.body, self.graph, self.pairs, self.settings, self.name = body, graph, pairs, settings, name
+        self.most, self.tile_bytes, self.stream = settings.batch_size, TILE_BYTES, settings.stream == "always"
+
+    def add(self, batch: npt.NDArray[np.int64], sums: Sums) -> None:
+        """Add the scores of a batch: all of it, or nothing and an error."""
+        while True:
+            try:
+                parts = [self._run(batch[start:start + self.most]) for start in range(0, len(batch), self.most)]
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            else:
+                for part in parts:
+                    sums.merge(part)
+                return
+            self._give_way(reason)  # outside the handler, which holds on to the failed run's tensors
+
+    def _give_way(self, reason: str) -> None:
+        if self.tile_bytes > LEAST_TILE_BYTES:
+            self.tile_bytes = max(LEAST_TILE_BYTES, self.tile_bytes // 4)
+            what = f"tiles of {self.tile_bytes >> 20} MB"
+        elif not self.stream and self.settings.stream != "never":
+            self.stream = True
+            what = "one layer at a time"
+        elif self.most > 1:
+            self.most = (self.most + 1) // 2
+            what = f"{self.most} pairs at a time"
+        else:
+            raise AttributionError(f"{self.name}: memory does not suffice for a single pair ({reason}): shorten the prompts"
+                                   " (max_length), or use a device with more memory")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"{self.name}: out of memory ({reason}); going on with {what}", stacklevel=4)
+
+    def _run(self, chosen: npt.NDArray[np.int64]) -> Sums:
+        body, settings = self.body, self.settings
+        target = Target(self.pairs, chosen, settings.target, next(body.model.parameters()).device)
+        mask, positions = target.mask, target.positions
+        stream = self.stream or (settings.stream == "auto" and _too_large(body, mask.numel()))
+        away = capture.run(body, target.corrupted, mask, positions, target.contrasted, stream=stream)
+        points = [capture.run(body, target.clean, mask, positions, target, stream=stream)]
+        for step in range(1, settings.path_steps - 1):
+            between = torch.lerp(points[0].embed, away.embed, step / (settings.path_steps - 1))
+            points.append(capture.run(body, target.clean, mask, positions, target, embed=between, stream=stream))
+            points[-1].written.clear()  # only its gradients are used
+        points.append(away)
+        every, middle = range(len(points)), len(points) // 2
+        ends = (every, every) if settings.path == "full" else (every[:middle], every[middle:])
+        sums = Sums(body, self.graph, settings.norm, self.tile_bytes)
+        sums.add(points, ends, mask.bool(), GROUP if stream else body.n_layers)
+        sums.pairs, sums.informative = len(chosen), target.informative
+        return sums
 
 
-class _Sums:
-    """Running sums of one attribution."""
-
-    def __init__(self, body: Anatomy, norm: str) -> None:
-        self.body, self.norm = body, norm
-        self.graph = graph_of(body)
-        shape = self.graph.residual_edges.shape
-        device = next(body.model.parameters()).device
-        self.edges = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2)]
-        self.books = [torch.zeros(shape[1], dtype=torch.float64, device=device) for _ in range(2)]
-        exact = next(body.model.parameters()).dtype == torch.float64
-        self.dtype = torch.float64 if exact else torch.float32
-        self.units = [[torch.zeros(body.d_mlp, dtype=self.dtype, device=device) for _ in range(4)]
-                      for _ in range(body.n_layers)]
-        self.tokens = 0
-
-    def add(self, clean: capture.Run, corrupted: capture.Run, halves: tuple[list[capture.Run], list[capture.Run]],
-            mask: Tensor) -> None:
-        """Add one batch: neurons through the native kernel, edges tile by tile.
-
-        ``halves`` are the points of the path whose mean gradient makes Ns, and those that make Dn.
-        """
-        body = self.body
-        rows = mask.ravel()
-        self.tokens += int(rows.sum())
-        for layer in range(body.n_layers):
-            grads = [_mean([point.grad_hidden[layer] for point in half]) for half in halves]
-            flat = [t.reshape(-1, body.d_mlp) for t in (clean.hidden[layer], corrupted.hidden[layer], *grads)]
-            kernels(flat[0]).neuron_attribution(*flat, *self.units[layer], mask=rows.to(torch.uint8))
-        writers = len(self.graph.writers)
-        size = 8 if self.dtype == torch.float64 else 4
-        tile = max(1, TILE_BYTES // (writers * body.d_model * size))
-        chosen = torch.nonzero(rows).ravel()
-        for start in range(0, len(chosen), tile):
-            self._tile(clean, corrupted, halves, chosen[start:start + tile])
-
-    def _tile(self, clean: capture.Run, corrupted: capture.Run, halves: tuple[list[capture.Run], list[capture.Run]],
-              rows: Tensor) -> None:
-        body, dtype = self.body, self.dtype
-        n, d, h, dh = len(rows), body.d_model, body.n_heads, body.d_head
-
-        def take(tensor: Tensor) -> Tensor:
-            return tensor.reshape(-1, tensor.shape[-1])[rows].to(dtype)
-
-        def moved(a: Tensor, b: Tensor) -> Tensor:
-            return take(b) - take(a)
-
-        writers = torch.empty(len(self.graph.writers), n, d, dtype=dtype, device=rows.device)
-        writers[0] = moved(clean.embed, corrupted.embed)
-        filled, reader = 1, 0
-
-        def contract(residual: Callable[[capture.Run], Tensor], norm: Norm | None,
-                     gradient: Callable[[capture.Run], Tensor]) -> None:
-            nonlocal reader
-            difference = moved(residual(clean), residual(corrupted))
-            for end, half in enumerate(halves):
-                pulled = _mean([capture.norm_backward(norm, take(residual(point)), gradient(point), self.norm)
-                                for point in half])
-                count = pulled.shape[0]
-                scores = writers[:filled].reshape(filled, -1) @ pulled.reshape(count, -1).T
-                self.edges[end][:filled, reader:reader + count] += scores.double()
-                self.books[end][reader:reader + count] += (pulled * difference).sum((1, 2), dtype=torch.float64)
-            reader += count
-
-        def head_gradients(point: capture.Run, number: int) -> Tensor:
-            layer, parts = body.layers[number], []
-            for grad, projection in ((point.grad_q, layer.q), (point.grad_k, layer.k), (point.grad_v, layer.v)):
-                gradient = take(grad[number]).view(n, -1, dh).transpose(0, 1)  # [heads or groups, tokens, d_head]
-                parts.append(gradient @ projection.weight.to(dtype).reshape(-1, dh, d))
-            return torch.cat(parts)
-
-        for number, layer in enumerate(body.layers):
-            contract(lambda run, i=number: run.attention_residual[i], layer.attention_norm,  # type: ignore[misc]
-                     lambda run, i=number: head_gradients(run, i))  # type: ignore[misc]
-            written = filled + h
-            scale_change = None
-            if layer.attention_output_norm:
-                scale_change = moved(clean.head_scale[number], corrupted.head_scale[number])
-            capture.head_outputs(layer, take(clean.heads[number]), take(corrupted.heads[number]), scale_change,
-                                 out=writers[filled:written])
-            if not body.parallel:
-                filled = written  # the MLP sees what this layer's heads wrote
-            contract(lambda run, i=number: run.mlp_residual[i], layer.mlp_norm,  # type: ignore[misc]
-                     lambda run, i=number: take(run.grad_mlp[i])[None])  # type: ignore[misc]
-            writers[written] = moved(clean.mlps[number], corrupted.mlps[number])
-            filled = written + 1
-        contract(lambda run: run.final_residual, body.final_norm, lambda run: take(run.grad_final)[None])
-
-    def scores(self, name: str, *, pairs: int, informative: int) -> Scores:
-        """Means per pair, with the sign of Dn turned (it patches clean into corrupted) and the books compared."""
-        edges = [e.cpu().numpy() / pairs for e in self.edges]
-        books = [b.cpu().numpy() / pairs for b in self.books]
-        units = [np.stack([layer[i].cpu().numpy() for layer in self.units]).astype(np.float64) / pairs
-                 for i in range(4)]
-        for array in (*edges, *units):
-            if not np.all(np.isfinite(array)):
-                raise AttributionError(f"{name}: a score is not finite: the model's activations overflow in its dtype")
-        gaps = [float(np.linalg.norm(e.sum(0) - b) / max(np.linalg.norm(b), np.finfo(np.float64).tiny))
-                for e, b in zip(edges, books, strict=True)]
-        return Scores(name=name, graph=self.graph, ns=edges[0], dn=-edges[1], neuron_ns=units[0], neuron_dn=-units[1],
-                      neuron_sq_ns=units[2], neuron_sq_dn=units[3], tokens=self.tokens, pairs=pairs,
-                      informative=informative, gap_ns=gaps[0], gap_dn=gaps[1])
+def _too_large(body: Anatomy, tokens: int) -> bool:
+    """Whether the activations of two whole runs would take more than half of the memory that is free."""
+    first = next(body.model.parameters())
+    layer = 16 * body.d_model + 4 * body.n_heads * body.d_head + 8 * body.d_mlp  # elements per token, roughly
+    wanted = 2 * tokens * body.n_layers * layer * first.element_size()
+    if first.is_cuda:
+        return wanted > torch.cuda.mem_get_info(first.device)[0] / 2
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # a platform that does not say
+        return False
+    return wanted > free / 2
 
 
-def kernels(tensor: Tensor) -> Any:
-    """The native module for a tensor's device."""
-    if tensor.is_cuda:
-        from .. import _cuda
-
-        return _cuda
-    return _core
+def _scores(name: str, graph: Graph, sums: Sums) -> Scores:
+    """Means per pair, with the sign of Dn turned (it patches clean into corrupted) and the books compared."""
+    edges = [e.cpu().numpy() / sums.pairs for e in sums.edges]
+    books = [b.cpu().numpy() / sums.pairs for b in sums.books]
+    units = [np.stack([layer[i].cpu().numpy() for layer in sums.units]).astype(np.float64) / sums.pairs for i in range(4)]
+    for array in (*edges, *units):
+        if not np.all(np.isfinite(array)):
+            raise AttributionError(f"{name}: a score is not finite: the model's activations overflow in its dtype")
+    gaps = [float(np.linalg.norm(e.sum(0) - b) / max(np.linalg.norm(b), np.finfo(np.float64).tiny))
+            for e, b in zip(edges, books, strict=True)]
+    return Scores(name=name, graph=graph, ns=edges[0], dn=-edges[1], neuron_ns=units[0], neuron_dn=-units[1],
+                  neuron_sq_ns=units[2], neuron_sq_dn=units[3], tokens=sums.tokens, pairs=sums.pairs,
+                  informative=sums.informative, gap_ns=gaps[0], gap_dn=gaps[1])

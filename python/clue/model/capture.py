@@ -2,12 +2,16 @@
 
 Only factors are kept: head outputs before W_o and gradients at the outputs of q, k and v have rank d_head, so nothing of
 size [batch, seq, writers, d_model] ever exists. Weight gradients stay off; logits are computed at answer positions only.
+
+A run is either held whole (one forward and one backward through all layers) or streamed: a forward pass that keeps only
+what enters each layer and what the writers add, logits a few positions at a time, and then one layer after the other, from
+the top down, run again and differentiated. Streaming costs a second forward pass; its memory holds the activations of one
+layer instead of all.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -20,55 +24,79 @@ from .anatomy import Anatomy, Layer, Norm
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    Target = Callable[[Tensor], Tensor]
+    #: Maps logits [batch, positions, vocabulary] and the slice of the kept positions they belong to, to a scalar.
+    Target = Callable[[Tensor, slice], Tensor]
+
+#: Bytes of logits that a streamed run holds at once, per copy.
+LOGIT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one run carried. Lists have one entry per layer; gradients are of the summed target.
+class Written:
+    """What the writers of one layer *add* to the residual stream in one run.
 
-    A writer's output is what it *adds* to the residual stream. Where a norm stands in between, y = gain * (W z + b) / rms
-    is linear in z and b once the rms of this run is given, so ``heads`` and ``hidden`` are z / rms, their ``grad`` is that
-    of z / rms, and a head's addition is gain * W_h z_h / rms plus its equal share of gain * b / rms: the heads of a block
-    add up to exactly what the block adds, and so do the hidden units. Differences between two runs inherit that.
+    Where a norm stands in between, y = gain * (W z + b) / rms is linear in z and b once the rms of this run is given, so
+    heads and hidden units are z / rms, their gradient is that of z / rms, and a head's addition is gain * W_h z_h / rms
+    plus its equal share of gain * b / rms: the heads of a block add up to exactly what the block adds, and so do the
+    hidden units. Differences between two runs inherit that.
 
     Attributes:
-        embed: [batch, seq, d_model], the residual stream before the first layer.
         heads: [batch, seq, n_heads * d_head], head outputs before W_o.
-        head_scale: [batch, seq, 1], the 1 / rms that ``heads`` were multiplied by, where there is an output norm.
-        mlps: [batch, seq, d_model], what each MLP adds to the residual stream.
-        hidden: [batch, seq, d_mlp], activations of the hidden units (input of the down projection).
-        attention_residual, mlp_residual: [batch, seq, d_model], the residual stream that attention and MLP read, before
-            their norms; ``final_residual`` is the final norm's.
+        head_scale: [batch, seq, 1], the 1 / rms that ``heads`` were multiplied by; ``None`` without an output norm.
+        mlp: [batch, seq, d_model], what the MLP adds.
+    """
+
+    heads: Tensor
+    head_scale: Tensor | None
+    mlp: Tensor
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """What the readers and hidden units of one layer saw in one run.
+
+    Attributes:
+        residual, mlp_residual: [batch, seq, d_model], the residual stream that attention and MLP read, before their norms.
         grad_q, grad_k, grad_v: gradients at the projections' outputs, [batch, seq, heads or groups * d_head].
         grad_mlp: [batch, seq, d_model], gradient at what the MLP reads, after its norm.
-        grad_hidden: [batch, seq, d_mlp].
-        grad_final: [batch, seq, d_model], gradient at the *output* of the final norm.
-        logits: float32 or finer [batch, positions, vocabulary], at the kept positions only.
+        hidden, grad_hidden: [batch, seq, d_mlp], activations of the hidden units (input of the down projection), and
+            the gradient there; behind an output norm as in :class:`Written`.
 
     A model that flattens its tokens inside a layer (OPT) gives [batch * seq, ...] there.
     """
 
+    residual: Tensor
+    mlp_residual: Tensor
+    grad_q: Tensor
+    grad_k: Tensor
+    grad_v: Tensor
+    grad_mlp: Tensor
+    hidden: Tensor
+    grad_hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the model.
+
+    Attributes:
+        embed: [batch, seq, d_model], the residual stream before the first layer.
+        written: what each layer's writers add, the bottom layer first.
+        final_residual: [batch, seq, d_model], what the final norm reads.
+        grad_final: [batch, seq, d_model], gradient at the *output* of the final norm.
+        layers: yields each layer's :class:`LayerRun` once, the top layer first.
+    """
+
     embed: Tensor
-    heads: list[Tensor]
-    head_scale: list[Tensor]
-    mlps: list[Tensor]
-    hidden: list[Tensor]
-    attention_residual: list[Tensor]
-    mlp_residual: list[Tensor]
+    written: list[Written]
     final_residual: Tensor
-    grad_q: list[Tensor]
-    grad_k: list[Tensor]
-    grad_v: list[Tensor]
-    grad_mlp: list[Tensor]
-    grad_hidden: list[Tensor]
     grad_final: Tensor
-    logits: Tensor
+    layers: Iterator[LayerRun]
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no weight gradients; both restored on exit."""
+    """Evaluation mode (no dropout, no gradient checkpointing), and no weight gradients; both restored on exit."""
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
@@ -83,152 +111,274 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target, *,
-        embed: Tensor | None = None) -> Run:
-    """Forward and backward once; call inside :func:`frozen`.
+        embed: Tensor | None = None, stream: bool = False) -> Run:
+    """Run the model and differentiate the target; call inside :func:`frozen`, and consume ``layers`` inside it too.
 
     Args:
         input_ids, attention_mask: int64 [batch, seq], right-padded.
         positions: int64 [positions], the sequence positions whose logits the target needs.
-        target: maps those logits [batch, positions, vocabulary] to the scalar whose gradient is taken.
+        target: maps those logits to the scalar whose gradient is taken; a streamed run adds it up over slices of the
+            positions.
         embed: [batch, seq, d_model], what the first layer gets instead of the prompt's own embedding.
+        stream: hold one layer's activations at a time.
     """
-    kept: defaultdict[str, list[Tensor]] = defaultdict(list)
-    projected: dict[nn.Module, Tensor] = {}  # q, k and v; one entry where they are fused
+    return (_streamed if stream else _whole)(body, input_ids, attention_mask, positions, target, embed)
 
-    def input_of(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: kept[name].append(_first(args, kwargs))
 
-    def output_of(name: str) -> Callable[..., None]:
-        return lambda module, args, output: kept[name].append(output)
+def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
+           embed: Tensor | None) -> Run:
+    with torch.enable_grad(), _watch(body, range(body.n_layers), start=embed) as seen:
+        logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                            logits_to_keep=positions).logits
+        layers, final = seen[:-1], seen[-1]
+        _check(body, layers)
+        at = [_differentiated(found) for found in layers]
+        # A reader that cannot reach the target (the last layer's q at positions after the answer, say) has gradient
+        # zero, not none.
+        grads = torch.autograd.grad(target(_widened(logits), slice(None)), [t for part in at for t in part] + [final["normal"]],
+                                    allow_unused=True, materialize_grads=True)
+    parts, first = [], 0
+    for part in at:
+        parts.append(grads[first:first + len(part)])
+        first += len(part)
+    layers = [{name: _detached(value) for name, value in found.items()} for found in layers]
+    written = [_written(layer, found) for layer, found in zip(body.layers, layers, strict=True)]
+    runs = [(layer, found, part) for layer, found, part in zip(body.layers, layers, parts, strict=True)]
+    return Run(layers[0]["residual"], written, final["residual"].detach(), grads[-1],
+               (_layer_run(body, *runs.pop()) for _ in range(body.n_layers)))
 
-    def keep_projected(module: nn.Module, args: Any, output: Tensor) -> None:
-        projected[module] = output
 
-    def keep_mlp(multiplier: float) -> Callable[..., None]:
-        # The product or clone is a copy: Falcon adds the attention output to the MLP's in place.
-        return lambda module, args, output: kept["mlps"].append(
-            output.detach().clone() if multiplier == 1 else output.detach() * multiplier)
+def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
+              embed: Tensor | None) -> Run:
+    with torch.no_grad(), _watch(body, range(body.n_layers), start=embed, light=True) as seen:
+        body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions[:1])
+    layers, final = seen[:-1], seen[-1]
+    _check(body, layers)
+    written = [_written(layer, found) for layer, found in zip(body.layers, layers, strict=True)]
+    calls = [(found["residual"], found["args"], found["kwargs"]) for found in layers]
+    residual = final["residual"]
+    grad_final, above = _head(body, residual, positions, target, isinstance(layers[-1]["output"], tuple))
 
-    def keep_scale(norm: Norm, name: str) -> Callable[..., None]:
-        return lambda module, args: kept[name].append(_scale(norm, args[0].detach()))
+    def downwards() -> Iterator[LayerRun]:
+        nonlocal above
+        while calls:
+            number = len(calls) - 1
+            layer, (start, args, kwargs) = body.layers[number], calls.pop()
+            with torch.enable_grad(), _watch(body, [number]) as (found, _):
+                start = start.detach().requires_grad_()
+                args, kwargs = _with_first(args, kwargs, start)
+                output = layer.block(*args, **kwargs)
+                output = output[0] if isinstance(output, tuple) else output
+                at = _differentiated(found)
+                grads = torch.autograd.grad(output, [*at, start], above, allow_unused=True, materialize_grads=True)
+            above = grads[-1]
+            found = {name: _detached(value) for name, value in found.items()}
+            yield _layer_run(body, layer, found, grads[:-1])
+
+    return Run(calls[0][0], written, residual, grad_final, downwards())
+
+
+def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in_tuple: bool) -> tuple[Tensor, Tensor]:
+    """Gradients at the final norm's output and at its input, [batch, seq, d_model], a few positions at a time.
+
+    The model's own forward is used, with its layers passing on the residual stream that is already known, so that
+    whatever a family does to its logits is done.
+    """
+    at_output, at_input = torch.zeros_like(residual), torch.zeros_like(residual)
+    vocabulary = body.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    together = max(1, LOGIT_BYTES // (4 * vocabulary * len(residual)))
+    for first in range(0, len(positions), together):
+        part = slice(first, min(first + together, len(positions)))
+        with torch.enable_grad():
+            start = residual[:, positions[part]].detach().requires_grad_()
+            with _bypassed(body, start, in_tuple), _watch(body, []) as (final,):
+                ids = torch.zeros(start.shape[:2], dtype=torch.int64, device=start.device)
+                logits = body.model(input_ids=ids, use_cache=False).logits
+            value = target(_widened(logits), part)
+            output, gradient = torch.autograd.grad(value, [final["normal"], start], materialize_grads=True, allow_unused=True)
+        at_output[:, positions[part]], at_input[:, positions[part]] = output, gradient
+    return at_output, at_input
+
+
+@contextmanager
+def _bypassed(body: Anatomy, output: Tensor, in_tuple: bool) -> Iterator[None]:
+    """Every layer returns ``output``, whatever it gets."""
+    own = [layer.block.__dict__.get("forward") for layer in body.layers]
+    for layer in body.layers:
+        layer.block.forward = lambda *args, **kwargs: (output,) if in_tuple else output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer, forward in zip(body.layers, own, strict=True):
+            if forward is None:
+                del layer.block.forward
+            else:
+                layer.block.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None,
+           light: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """Note what passes through the layers ``numbers`` and the final norm: one dictionary per layer, then the final norm's.
+
+    Args:
+        start: what the first layer gets instead of what the model computed.
+        light: note only what enters a layer and what its writers add.
+    """
+    handles = []
+
+    def on_input(module: nn.Module, hook: Callable[..., Any]) -> None:
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def on_output(module: nn.Module, hook: Callable[..., Any]) -> None:
+        handles.append(module.register_forward_hook(hook))
+
+    def watch(layer: Layer, found: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found["residual"], found["args"], found["kwargs"] = _first(args, kwargs), args, kwargs
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            found["output"] = output
+
+        def heads(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found["heads"] = _first(args, kwargs)
+
+        def scale(name: str, norm: Norm) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                found[name] = _scale(norm, _first(args, kwargs).detach())
+            return hook
+
+        def mlp(module: nn.Module, args: Any, output: Tensor) -> None:
+            # The product or clone is a copy: Falcon adds the attention output to the MLP's in place.
+            output = output.detach()
+            found["mlp"] = output.clone() if layer.multiplier == 1 else output * layer.multiplier
+
+        on_input(layer.block, enter)
+        on_input(layer.o.module, heads)
+        if layer.attention_output_norm is not None:
+            on_input(layer.attention_output_norm.module, scale("head_scale", layer.attention_output_norm))
+        on_output((layer.mlp_output_norm or layer.down).module, mlp)
+        if light:
+            on_output(layer.block, leave)
+            return
+        found["projected"] = {}  # q, k and v; one entry where they are fused
+
+        def projected(module: nn.Module, args: Any, output: Tensor) -> None:
+            found["projected"][module] = output
+
+        def branch(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            """Give the MLP its own view of its input, so that the gradient there is the MLP's alone (shared norms)."""
+            x = _first(args, kwargs)
+            found["mlp_input"] = x.view_as(x)
+            return _with_first(args, kwargs, found["mlp_input"])
+
+        def middle(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found["mlp_residual"] = _first(args, kwargs)
+
+        def hidden(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found["hidden"] = _first(args, kwargs)
+
+        def normalised(module: nn.Module, args: Any, output: Tensor) -> None:
+            found["mlp_output"] = output
+
+        for module in dict.fromkeys((layer.q.module, layer.k.module, layer.v.module)):
+            on_output(module, projected)
+        on_input(layer.mlp, branch)
+        on_input(layer.down.module, hidden)
+        if layer.mlp_norm is not None and not body.parallel:
+            on_input(layer.mlp_norm.module, middle)
+        if layer.mlp_output_norm is not None:
+            on_input(layer.mlp_output_norm.module, scale("hidden_scale", layer.mlp_output_norm))
+            on_output(layer.mlp_output_norm.module, normalised)
 
     def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The residual stream starts here: nothing before the first layer needs a gradient."""
-        start = _first(args, kwargs) if embed is None else embed
-        return _with_first(args, kwargs, start.detach().requires_grad_())
+        begin = _first(args, kwargs) if start is None else start
+        begin = begin.detach()
+        return _with_first(args, kwargs, begin.requires_grad_() if torch.is_grad_enabled() else begin)
 
-    def branch(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Give the MLP its own view of its input, so that the gradient there is the MLP's alone (shared norms)."""
-        x = _first(args, kwargs)
-        view = x.view_as(x)
-        kept["mlp_input"].append(view)
-        return _with_first(args, kwargs, view)
+    def final_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[-1]["residual"] = _first(args, kwargs)
 
-    handles = [body.layers[0].block.register_forward_pre_hook(cut, with_kwargs=True),
-               body.final_norm.module.register_forward_pre_hook(input_of("final_residual"), with_kwargs=True),
-               body.final_norm.module.register_forward_hook(output_of("final"))]
-    for layer in body.layers:
-        handles += [
-            layer.block.register_forward_pre_hook(input_of("attention_residual"), with_kwargs=True),
-            *(module.register_forward_hook(keep_projected)
-              for module in dict.fromkeys((layer.q.module, layer.k.module, layer.v.module))),
-            layer.o.module.register_forward_pre_hook(input_of("heads"), with_kwargs=True),
-            layer.mlp.register_forward_pre_hook(branch, with_kwargs=True),
-            layer.down.module.register_forward_pre_hook(input_of("hidden"), with_kwargs=True),
-        ]
-        if layer.mlp_norm is not None and not body.parallel:
-            handles.append(layer.mlp_norm.module.register_forward_pre_hook(input_of("mlp_residual"), with_kwargs=True))
-        if layer.attention_output_norm is not None:
-            norm = layer.attention_output_norm
-            handles.append(norm.module.register_forward_pre_hook(keep_scale(norm, "head_scale")))
-        if layer.mlp_output_norm is not None:
-            norm = layer.mlp_output_norm
-            handles += [norm.module.register_forward_pre_hook(keep_scale(norm, "hidden_scale")),
-                        norm.module.register_forward_hook(output_of("mlp_output"))]
-        output = layer.mlp_output_norm or layer.down
-        handles.append(output.module.register_forward_hook(keep_mlp(layer.multiplier)))
+    def final_output(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen[-1]["normal"] = output
+
+    seen: list[dict[str, Any]] = [{} for _ in range(len(numbers) + 1)]
     try:
-        with torch.enable_grad():
-            logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
-                                logits_to_keep=positions).logits
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            units = kept["mlp_output"] or kept["hidden"]
-            at = [*projected.values(), *kept["mlp_input"], *units, *kept["final"]]
-            # A reader that cannot reach the target (the last layer's q at positions after the answer, say) has gradient
-            # zero, not none.
-            grads = torch.autograd.grad(target(logits), at, allow_unused=True, materialize_grads=True)
+        if len(numbers) == body.n_layers:
+            on_input(body.layers[0].block, cut)
+        for number, found in zip(numbers, seen, strict=False):
+            watch(body.layers[number], found)
+        on_input(body.final_norm.module, final_input)
+        on_output(body.final_norm.module, final_output)
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
-    n = body.n_layers
-    for name in ("attention_residual", "heads", "mlp_input", "hidden", "mlps"):
-        if len(kept[name]) != n:
-            raise ModelError(f"{len(kept[name])} of {n} layers passed through the modules that the {body.family} entry"
+
+def _check(body: Anatomy, layers: list[dict[str, Any]]) -> None:
+    for name in ("residual", "heads", "mlp", *(("mlp_input", "hidden") if "projected" in layers[0] else ())):
+        count = sum(name in found for found in layers)
+        if count != body.n_layers:
+            raise ModelError(f"{count} of {body.n_layers} layers passed through the modules that the {body.family} entry"
                              f" names ({name}): the entry does not fit this model")
-    found = {name: [tensor.detach() for tensor in tensors] for name, tensors in kept.items()}
-    grad_at = dict(zip(projected, grads, strict=False))
-    grad_mlp, grad_hidden = list(grads[-2 * n - 1:-n - 1]), list(grads[-n - 1:-1])
-    if body.parallel:
-        found["mlp_residual"] = found["attention_residual"]
-    elif "mlp_residual" not in found:  # no norm: the MLP reads the residual stream itself
-        found["mlp_residual"] = found["mlp_input"]
-    for number, layer in enumerate(body.layers):
-        if layer.attention_output_norm is not None:
-            heads = found["heads"]
-            heads[number] = (heads[number] * found["head_scale"][number]).to(heads[number].dtype)
-        if layer.mlp_output_norm is not None:
-            hidden = found["hidden"]
-            hidden[number] = (hidden[number] * found["hidden_scale"][number]).to(hidden[number].dtype)
-            gradient = grad_hidden[number]
-            gain = layer.mlp_output_norm.gain
-            scaled = gradient if gain is None else gradient * gain.to(gradient.dtype)
-            grad_hidden[number] = scaled @ layer.down.weight
-    return Run(
-        embed=found["attention_residual"][0], heads=found["heads"], head_scale=found.get("head_scale", []),
-        mlps=found["mlps"], hidden=found["hidden"], attention_residual=found["attention_residual"],
-        mlp_residual=found["mlp_residual"], final_residual=found["final_residual"][0],
-        grad_q=[layer.q.of(grad_at[layer.q.module]) for layer in body.layers],
-        grad_k=[layer.k.of(grad_at[layer.k.module]) for layer in body.layers],
-        grad_v=[layer.v.of(grad_at[layer.v.module]) for layer in body.layers],
-        grad_mlp=grad_mlp, grad_hidden=grad_hidden, grad_final=grads[-1], logits=logits.detach(),
-    )
 
 
-def norm_backward(norm: Norm | None, residual: Tensor, grad: Tensor, mode: str) -> Tensor:
-    """Pull gradients back through a norm.
+def _differentiated(found: dict[str, Any]) -> list[Tensor]:
+    """Where a layer is differentiated: its projections' outputs, the MLP's input, and its units or its normed output."""
+    return [*found["projected"].values(), found["mlp_input"], found.get("mlp_output", found["hidden"])]
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _written(layer: Layer, found: dict[str, Any]) -> Written:
+    heads, scale = found["heads"], found.get("head_scale")
+    return Written(heads if scale is None else (heads * scale).to(heads.dtype), scale, found["mlp"])
+
+
+def _layer_run(body: Anatomy, layer: Layer, found: dict[str, Any], grads: Sequence[Tensor]) -> LayerRun:
+    at = dict(zip(found["projected"], grads, strict=False))
+    grad_mlp, grad_hidden = grads[-2:]
+    residual, hidden = found["residual"], found["hidden"]
+    # Without a norm of its own the MLP reads the residual stream itself.
+    middle = residual if body.parallel else found.get("mlp_residual", found["mlp_input"])
+    if layer.mlp_output_norm is not None:
+        hidden = (hidden * found["hidden_scale"]).to(hidden.dtype)
+        gain = layer.mlp_output_norm.gain
+        grad_hidden = (grad_hidden if gain is None else grad_hidden * gain.to(grad_hidden.dtype)) @ layer.down.weight
+    return LayerRun(
+        residual=residual, mlp_residual=middle, grad_q=layer.q.of(at[layer.q.module]),
+        grad_k=layer.k.of(at[layer.k.module]), grad_v=layer.v.of(at[layer.v.module]), grad_mlp=grad_mlp,
+        hidden=hidden, grad_hidden=grad_hidden)
+
+
+def norm_factors(norm: Norm, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm at one run: its output before gain and bias, and 1 / rms (or 1 / deviation) by which it got there.
 
     Args:
-        norm: RMS or layer norm; ``None``, which means the identity.
+        norm: RMS or layer norm.
         residual: float [tokens, d_model], the norm's input.
-        grad: float [readers, tokens, d_model], gradients at its output.
-        mode: ``exact`` for the full Jacobian, ``frozen`` to hold the scale (1/rms or 1/deviation) constant; the centring
-            of a layer norm is linear and stays.
 
     Returns:
-        float [readers, tokens, d_model], gradients at its input.
+        float [tokens, d_model] and [tokens]: what :func:`norm_backward` needs.
     """
-    if norm is None:
-        return grad
-    gain = norm.gain
-    scaled = grad if gain is None else grad * gain.to(grad.dtype)
-    if norm.kind == "layer":  # a layer norm is the RMS norm of the centred vector, and centring is its own transpose
+    if norm.kind == "layer":  # a layer norm is the RMS norm of the centred vector
         residual = residual - residual.mean(-1, keepdim=True)
     scale = _scale(norm, residual)
-    if mode == "frozen":
-        pulled = scaled * scale
-    else:
-        normal = residual * scale
-        pulled = scale * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
-    return pulled - pulled.mean(-1, keepdim=True) if norm.kind == "layer" else pulled
+    return residual * scale, scale[:, 0]
 
 
-def head_outputs(layer: Layer, clean: Tensor, corrupted: Tensor, scale_change: Tensor | None, out: Tensor) -> None:
+def head_outputs(layer: Layer, change: Tensor, scale_change: Tensor | None, out: Tensor) -> None:
     """What each head would add to the residual stream if it were patched: W_o times the difference of its factors.
 
     Args:
         layer: the heads' layer.
-        clean, corrupted: [tokens, n_heads * d_head], ``heads`` of the two runs.
+        change: [tokens, n_heads * d_head], corrupted minus clean ``heads``.
         scale_change: [tokens, 1], corrupted minus clean ``head_scale``; ``None`` without an output norm.
         out: float [n_heads, tokens, d_model], overwritten.
     """
@@ -239,8 +389,8 @@ def head_outputs(layer: Layer, clean: Tensor, corrupted: Tensor, scale_change: T
         weight = gain.to(out.dtype)[:, None] * weight
     if layer.multiplier != 1:
         weight = layer.multiplier * weight
-    change = (corrupted - clean).view(tokens, n_heads, -1).transpose(0, 1)
-    torch.matmul(change, weight.view(d_model, n_heads, -1).permute(1, 2, 0), out=out)
+    heads = change.view(tokens, n_heads, -1).transpose(0, 1)
+    torch.matmul(heads, weight.view(d_model, n_heads, -1).permute(1, 2, 0), out=out)
     if bias is not None and scale_change is not None:  # without a norm the bias is the same in both runs
         share = bias.to(out.dtype) if gain is None else bias.to(out.dtype) * gain.to(out.dtype)
         out += scale_change * share * (layer.multiplier / n_heads)
@@ -248,8 +398,12 @@ def head_outputs(layer: Layer, clean: Tensor, corrupted: Tensor, scale_change: T
 
 def _scale(norm: Norm, x: Tensor) -> Tensor:
     """1 / rms of the last dimension, [..., 1], in float32 or finer."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = _widened(x)
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.epsilon)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _first(args: Any, kwargs: Any) -> Tensor:

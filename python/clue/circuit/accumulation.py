@@ -1,0 +1,284 @@
+"""Accumulation: the running sums of an attribution, one batch of runs at a time.
+
+Layers come from the top down, as :mod:`clue.model.capture` yields them, at every point of the path at once. Hidden units go
+straight into the native kernel. For edges, only factors of rank d_head are kept, until a group of layers is complete; then,
+a tile of tokens at a time, writers and readers are expanded to d_model and contracted with one matrix product per layer:
+
+    S(u, v) = sum over tokens of <difference of writer u, gradient at the input of reader v>
+
+Two rows more in the same product check the books: the differences of the residual stream itself, whose scores a complete
+set of writers must add up to. Everything here is float32 or finer within a tile and float64 across tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _core
+from ..model import capture
+from ..model.anatomy import Anatomy, Norm, Projection
+from .graph import Graph
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Bytes of expanded writers held at once.
+TILE_BYTES = 32 << 20
+#: Layers whose readers are contracted together when runs are streamed: writers are expanded anew for each group.
+GROUP = 8
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """The readers behind one norm, at every point of the path; real tokens only.
+
+    Attributes:
+        column: the first reader's place among ``graph.readers``.
+        norm: what stands between the residual stream and them.
+        projections: q, k and v; none for an MLP or the output, which read the norm's output as it is.
+        residual: per point [tokens, d_model], the norm's input.
+        grads: per point, the gradients at the projections' outputs, or the one at the norm's output.
+    """
+
+    column: int
+    count: int
+    norm: Norm | None
+    projections: tuple[Projection, ...]
+    residual: list[Tensor]
+    grads: list[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's readers, kept until their group is contracted."""
+
+    attention: _Readers
+    mlp: _Readers
+
+
+@dataclass(frozen=True)
+class _Writers:
+    """Corrupted minus clean, real tokens only: what one layer's writers would add if they were patched."""
+
+    heads: Tensor
+    head_scale: Tensor | None
+    mlp: Tensor
+
+
+class Sums:
+    """Running sums of one attribution: of products over tokens, for every edge and every hidden unit.
+
+    Attributes:
+        edges: for Ns and Dn, float64 [writers, readers].
+        books: for Ns and Dn, float64 [readers], what each column of ``edges`` must add up to.
+        units: per layer four float32 or finer [d_mlp]: Ns, Dn and the sums of their squares.
+        tokens, pairs, informative: numbers of tokens, of pairs and of those whose answer corruption changes.
+    """
+
+    def __init__(self, body: Anatomy, graph: Graph, norm: str, tile_bytes: int = TILE_BYTES) -> None:
+        self.body, self.graph, self.exact, self.tile_bytes = body, graph, norm == "exact", tile_bytes
+        first = next(body.model.parameters())
+        self.device = first.device
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        shape = graph.residual_edges.shape
+        self.edges = [torch.zeros(shape, dtype=torch.float64, device=self.device) for _ in range(2)]
+        self.books = [torch.zeros(shape[1], dtype=torch.float64, device=self.device) for _ in range(2)]
+        self.units = [[torch.zeros(body.d_mlp, dtype=self.dtype, device=layer.down.weight.device) for _ in range(4)]
+                      for layer in body.layers]
+        self.tokens = self.pairs = self.informative = 0
+
+    def merge(self, other: Sums) -> None:
+        """Add the sums of another batch."""
+        for mine, its in zip([*self.edges, *self.books, *(t for layer in self.units for t in layer)],
+                             [*other.edges, *other.books, *(t for layer in other.units for t in layer)], strict=True):
+            mine += its
+        self.tokens += other.tokens
+        self.pairs += other.pairs
+        self.informative += other.informative
+
+    def all_reduce(self) -> None:
+        """Add up the sums of all processes of torch.distributed's default group, in one all-reduce."""
+        parts = [*self.edges, *self.books, *(t for layer in self.units for t in layer)]
+        counts = torch.tensor([self.tokens, self.pairs, self.informative], dtype=torch.float64, device=self.device)
+        flat = torch.cat([*(t.to(self.device, torch.float64).ravel() for t in parts), counts])
+        torch.distributed.all_reduce(flat)
+        for part, summed in zip(parts, flat[:-3].split([t.numel() for t in parts]), strict=True):
+            part.copy_(summed.view(part.shape))
+        self.tokens, self.pairs, self.informative = (int(x) for x in flat[-3:].tolist())
+
+    def add(self, points: Sequence[capture.Run], ends: tuple[Sequence[int], Sequence[int]], mask: Tensor,
+            group: int) -> None:
+        """Add one batch.
+
+        Args:
+            points: runs along the path from the clean to the corrupted prompt; their layers are consumed.
+            ends: the points whose mean gradient makes Ns, and those that make Dn.
+            mask: bool [batch, seq], false for padding.
+            group: number of layers whose readers are kept until they are contracted together.
+        """
+        body, rows = self.body, mask.ravel()
+        chosen = None if bool(rows.all()) else torch.nonzero(rows).ravel()
+        self.tokens += int(rows.sum())
+
+        def take(tensor: Tensor) -> Tensor:
+            tensor = tensor.reshape(-1, tensor.shape[-1])
+            return (tensor if chosen is None else tensor[chosen.to(tensor.device)]).to(self.device)
+
+        def change(of: Callable[[capture.Run], Tensor]) -> Tensor:
+            return take(of(points[-1])) - take(of(points[0]))
+
+        embed = change(lambda run: run.embed)
+        written = []
+        for layer in body.layers:
+            here, away = points[0].written.pop(0), points[-1].written.pop(0)
+            scale = None
+            if layer.attention_output_norm is not None:
+                assert here.head_scale is not None and away.head_scale is not None
+                scale = take(away.head_scale) - take(here.head_scale)
+            written.append(_Writers(take(away.heads) - take(here.heads), scale, take(away.mlp) - take(here.mlp)))
+        size = body.n_heads + 2 * body.n_kv_heads + 1
+        top: list[_Readers] = [_Readers(body.n_layers * size, 1, body.final_norm, (), [take(run.final_residual) for run in points],
+                                        [(take(run.grad_final),) for run in points])]
+        kept: list[_Layer] = []
+        for number in reversed(range(body.n_layers)):
+            layer = body.layers[number]
+            runs = [next(point.layers) for point in points]
+            self._add_units(number, runs, ends, rows)
+            attention = _Readers(number * size, size - 1, layer.attention_norm, (layer.q, layer.k, layer.v),
+                                 [take(run.residual) for run in runs],
+                                 [(take(run.grad_q), take(run.grad_k), take(run.grad_v)) for run in runs])
+            mlp = _Readers(number * size + size - 1, 1, layer.mlp_norm, (), [take(run.mlp_residual) for run in runs],
+                           [(take(run.grad_mlp),) for run in runs])
+            kept.insert(0, _Layer(attention, mlp))
+            del runs
+            if len(kept) == group or number == 0:
+                tile = max(1, self.tile_bytes // ((1 + len(written) * (body.n_heads + 1)) * body.d_model * self.dtype.itemsize))
+                for start in range(0, len(embed), tile):
+                    self._add_tile(slice(start, start + tile), number, kept, top, embed, written, ends)
+                kept, top = [], []
+                del written[number:]  # nothing below reads them
+
+    def _add_units(self, number: int, runs: list[capture.LayerRun], ends: tuple[Sequence[int], Sequence[int]],
+                   rows: Tensor) -> None:
+        grads = [_mean([runs[i].grad_hidden for i in end]) for end in ends]
+        flat = [t.reshape(-1, self.body.d_mlp) for t in (runs[0].hidden, runs[-1].hidden, *grads)]
+        kernels(flat[0]).neuron_attribution(*flat, *self.units[number], mask=rows.to(flat[0].device, torch.uint8))
+
+    def _add_tile(self, at: slice, first: int, layers: list[_Layer], top: list[_Readers], embed: Tensor,
+                  written: list[_Writers], ends: tuple[Sequence[int], Sequence[int]]) -> None:
+        """Contract the readers of ``layers``, the lowest of which is number ``first``, on some of the tokens."""
+        body, heads = self.body, self.body.n_heads
+        tokens = len(embed[at])
+        last = first + len(layers)
+        # Two rows more than there are writers: the books of two norms.
+        z = torch.empty(1 + last * (heads + 1) + 2, tokens, body.d_model, dtype=self.dtype, device=self.device)
+        z[0] = embed[at]
+        filled = 1
+        waiting: list[tuple[int, _Readers]] = []
+
+        def write_heads(number: int) -> None:
+            change, scale = written[number].heads[at].to(self.dtype), written[number].head_scale
+            capture.head_outputs(body.layers[number], change, None if scale is None else scale[at].to(self.dtype),
+                                 out=z[filled:filled + heads])
+
+        for number in range(first):
+            write_heads(number)
+            z[filled + heads] = written[number].mlp[at]
+            filled += heads + 1
+        for number, layer in enumerate(layers, first):
+            waiting.append((filled, layer.attention))
+            if body.parallel:
+                waiting.append((filled, layer.mlp))
+            self._contract(z, filled, waiting, at, ends)
+            waiting = []
+            write_heads(number)
+            filled += heads
+            if not body.parallel:  # reads what this layer's heads wrote, and waits for the next layer's product
+                waiting.append((filled, layer.mlp))
+            z[filled] = written[number].mlp[at]
+            filled += 1
+        waiting += [(filled, readers) for readers in top]
+        if waiting:
+            self._contract(z, filled, waiting, at, ends)
+
+    def _contract(self, z: Tensor, filled: int, waiting: list[tuple[int, _Readers]], at: slice,
+                  ends: tuple[Sequence[int], Sequence[int]]) -> None:
+        """Add the scores of some readers; each reads the first writers of ``z``, the number before it says how many."""
+        tokens, d = z.shape[1:]
+        count = sum(readers.count for _, readers in waiting)
+        pulled = torch.empty(count, 2, tokens, d, dtype=z.dtype, device=z.device)
+        first = 0
+        for book, (_, readers) in enumerate(waiting, filled):
+            z[book] = readers.residual[-1][at].to(z.dtype) - readers.residual[0][at].to(z.dtype)
+            self._pull(readers, at, ends, pulled[first:first + readers.count])
+            first += readers.count
+        rows = filled + len(waiting)
+        found = (z[:rows].view(rows, -1) @ pulled.view(2 * count, -1).T).view(rows, count, 2).double()
+        first = 0
+        for book, (reads, readers) in enumerate(waiting, filled):
+            here = slice(readers.column, readers.column + readers.count)
+            for end in range(2):
+                self.edges[end][:reads, here] += found[:reads, first:first + readers.count, end]
+                self.books[end][here] += found[book, first:first + readers.count, end]
+            first += readers.count
+
+    def _pull(self, readers: _Readers, at: slice, ends: tuple[Sequence[int], Sequence[int]], out: Tensor) -> None:
+        """Gradients at the residual stream: the mean over each end's points, in float [readers, 2, tokens, d_model]."""
+        dtype, (_, _, tokens, d) = out.dtype, out.shape
+        for number, pair in enumerate(zip(*ends, strict=True)):
+            to = out if number == 0 else torch.empty_like(out)
+            if not readers.projections:
+                for end, point in enumerate(pair):
+                    to[0, end] = readers.grads[point][0][at]
+            first = 0
+            for part, projection in enumerate(readers.projections):
+                grads = torch.stack([readers.grads[point][part][at] for point in pair]).to(dtype)
+                size = grads.shape[-1] // self.body.d_head
+                grads = grads.view(2, tokens, size, -1).permute(2, 0, 1, 3).reshape(size, 2 * tokens, -1)
+                weight = projection.weight.to(self.device, dtype).reshape(size, -1, d)
+                torch.bmm(grads, weight, out=to[first:first + size].view(size, 2 * tokens, d))
+                first += size
+            if readers.norm is not None:
+                residual = torch.cat([readers.residual[point][at].to(dtype) for point in pair])
+                norm_backward(readers.norm, residual, to.view(-1, 2 * tokens, d), exact=self.exact)
+            if number:
+                out += to
+        if len(ends[0]) > 1:
+            out /= len(ends[0])
+
+
+def norm_backward(norm: Norm, residual: Tensor, grad: Tensor, *, exact: bool) -> None:
+    """Pull gradients back through a norm, in place.
+
+    Args:
+        norm: RMS or layer norm.
+        residual: float [tokens, d_model], the norm's input.
+        grad: float [readers, tokens, d_model], gradients at its output; become those at its input.
+        exact: the full Jacobian; otherwise the scale (1/rms or 1/deviation) is held constant. The centring of a layer
+            norm is linear and always counts.
+    """
+    normal, scale = capture.norm_factors(norm, residual)
+    gain = None if norm.gain is None else norm.gain.to(grad.device, grad.dtype)
+    kernels(grad).norm_backward(grad.view(-1, grad.shape[-1]), normal if exact else None, scale, gain, norm.kind == "layer")
+
+
+def kernels(tensor: Tensor) -> Any:
+    """The native module for a tensor's device."""
+    if tensor.is_cuda:
+        from .. import _cuda
+
+        return _cuda
+    return _core
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    total = tensors[0].float() if tensors[0].dtype != torch.float64 else tensors[0].clone()
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
