@@ -2,17 +2,18 @@
 
 Layers come from the top down, as :mod:`clue.model.capture` yields them, at every point of the path at once. Hidden units go
 straight into the native kernel. For edges, only factors of rank d_head are kept, until a group of layers is complete; then,
-a tile of tokens at a time, writers and readers are expanded to d_model and contracted with one matrix product per layer:
+a tile of tokens at a time, writers and readers are expanded to d_model and contracted with one matrix product for the
+readers of a few layers:
 
     S(u, v) = sum over tokens of <difference of writer u, gradient at the input of reader v>
 
-Two rows more in the same product check the books: the differences of the residual stream itself, whose scores a complete
-set of writers must add up to. Everything here is float32 or finer within a tile and float64 across tiles.
+More rows in the same product check the books: the differences of the residual stream itself, whose scores a complete set of
+writers must add up to. Everything here is float32 or finer within a tile and float64 across tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Bytes of expanded writers held at once.
 TILE_BYTES = 32 << 20
+#: Columns that make a matrix product efficient: a product takes the readers of so many layers as it needs.
+COLUMNS = 64
 #: Layers whose readers are contracted together when runs are streamed: writers are expanded anew for each group.
 GROUP = 8
 
@@ -117,8 +120,8 @@ class Sums:
         Args:
             points: runs along the path from the clean to the corrupted prompt; their layers are consumed.
             ends: the points whose mean gradient makes Ns, and those that make Dn.
-            mask: bool [batch, seq], false for padding.
-            group: number of layers whose readers are kept until they are contracted together.
+            mask: bool [batch, seq], the tokens to count; the others must not matter.
+            group: number of layers whose readers are kept until they are contracted together; 0 leaves the edges out.
         """
         body, rows = self.body, mask.ravel()
         chosen = None if bool(rows.all()) else torch.nonzero(rows).ravel()
@@ -128,18 +131,19 @@ class Sums:
             tensor = tensor.reshape(-1, tensor.shape[-1])
             return (tensor if chosen is None else tensor[chosen.to(tensor.device)]).to(self.device)
 
-        def change(of: Callable[[capture.Run], Tensor]) -> Tensor:
-            return take(of(points[-1])) - take(of(points[0]))
-
-        embed = change(lambda run: run.embed)
+        if not group:
+            for number in reversed(range(body.n_layers)):
+                self._add_units(number, [next(point.layers) for point in points], ends, rows)
+            return
+        embed = take(points[-1].embed - points[0].embed)
         written = []
         for layer in body.layers:
             here, away = points[0].written.pop(0), points[-1].written.pop(0)
             scale = None
             if layer.attention_output_norm is not None:
                 assert here.head_scale is not None and away.head_scale is not None
-                scale = take(away.head_scale) - take(here.head_scale)
-            written.append(_Writers(take(away.heads) - take(here.heads), scale, take(away.mlp) - take(here.mlp)))
+                scale = take(away.head_scale - here.head_scale)
+            written.append(_Writers(take(away.heads - here.heads), scale, take(away.mlp - here.mlp)))
         size = body.n_heads + 2 * body.n_kv_heads + 1
         top: list[_Readers] = [_Readers(body.n_layers * size, 1, body.final_norm, (), [take(run.final_residual) for run in points],
                                         [(take(run.grad_final),) for run in points])]
@@ -174,40 +178,33 @@ class Sums:
         body, heads = self.body, self.body.n_heads
         tokens = len(embed[at])
         last = first + len(layers)
-        # Two rows more than there are writers: the books of two norms.
-        z = torch.empty(1 + last * (heads + 1) + 2, tokens, body.d_model, dtype=self.dtype, device=self.device)
+        together = -(-COLUMNS // (2 * (layers[0].attention.count + 1)))  # layers in one product
+        # Below the writers, one row for the books of each norm.
+        z = torch.empty(1 + last * (heads + 1) + 2 * together + 1, tokens, body.d_model, dtype=self.dtype, device=self.device)
         z[0] = embed[at]
         filled = 1
         waiting: list[tuple[int, _Readers]] = []
-
-        def write_heads(number: int) -> None:
+        for number in range(last):
+            readers = layers[number - first] if number >= first else None
+            if readers is not None:
+                waiting.append((filled, readers.attention))
+                # Unless it is parallel to them, the MLP reads what this layer's heads write.
+                waiting.append((filled if body.parallel else filled + heads, readers.mlp))
             change, scale = written[number].heads[at].to(self.dtype), written[number].head_scale
             capture.head_outputs(body.layers[number], change, None if scale is None else scale[at].to(self.dtype),
                                  out=z[filled:filled + heads])
-
-        for number in range(first):
-            write_heads(number)
             z[filled + heads] = written[number].mlp[at]
             filled += heads + 1
-        for number, layer in enumerate(layers, first):
-            waiting.append((filled, layer.attention))
-            if body.parallel:
-                waiting.append((filled, layer.mlp))
-            self._contract(z, filled, waiting, at, ends)
-            waiting = []
-            write_heads(number)
-            filled += heads
-            if not body.parallel:  # reads what this layer's heads wrote, and waits for the next layer's product
-                waiting.append((filled, layer.mlp))
-            z[filled] = written[number].mlp[at]
-            filled += 1
-        waiting += [(filled, readers) for readers in top]
-        if waiting:
-            self._contract(z, filled, waiting, at, ends)
+            if number == last - 1:
+                waiting += [(filled, readers) for readers in top]
+            if len(waiting) >= 2 * together or number == last - 1:
+                self._contract(z, filled, waiting, at, ends)
+                waiting.clear()
 
     def _contract(self, z: Tensor, filled: int, waiting: list[tuple[int, _Readers]], at: slice,
                   ends: tuple[Sequence[int], Sequence[int]]) -> None:
-        """Add the scores of some readers; each reads the first writers of ``z``, the number before it says how many."""
+        """Add the scores of some readers of the ``filled`` writers in ``z``; each reads the first ones, as the number before
+        it says. The product takes all together and what a reader does not read is dropped."""
         tokens, d = z.shape[1:]
         count = sum(readers.count for _, readers in waiting)
         pulled = torch.empty(count, 2, tokens, d, dtype=z.dtype, device=z.device)
@@ -236,11 +233,12 @@ class Sums:
                     to[0, end] = readers.grads[point][0][at]
             first = 0
             for part, projection in enumerate(readers.projections):
-                grads = torch.stack([readers.grads[point][part][at] for point in pair]).to(dtype)
-                size = grads.shape[-1] // self.body.d_head
-                grads = grads.view(2, tokens, size, -1).permute(2, 0, 1, 3).reshape(size, 2 * tokens, -1)
-                weight = projection.weight.to(self.device, dtype).reshape(size, -1, d)
-                torch.bmm(grads, weight, out=to[first:first + size].view(size, 2 * tokens, d))
+                weight = projection.weight.to(self.device, dtype).reshape(-1, self.body.d_head, d)
+                size = len(weight)
+                grads = torch.empty(size, 2, tokens, self.body.d_head, dtype=dtype, device=self.device)
+                for end, point in enumerate(pair):
+                    grads[:, end] = readers.grads[point][part][at].view(tokens, size, -1).transpose(0, 1)
+                torch.bmm(grads.view(size, 2 * tokens, -1), weight, out=to[first:first + size].view(size, 2 * tokens, d))
                 first += size
             if readers.norm is not None:
                 residual = torch.cat([readers.residual[point][at].to(dtype) for point in pair])

@@ -17,10 +17,11 @@ Source: EAP (arXiv 2310.10348), EAP-IG (arXiv 2403.17806), noising and denoising
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,6 +137,7 @@ def attribute(
     settings: LocalizeSettings = LocalizeSettings(),
     *,
     name: str = "pairs",
+    neurons_only: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score every edge and neuron of the model on a set of pairs.
@@ -145,6 +147,7 @@ def attribute(
         pairs: clean and corrupted token sequences of equal length with the same teacher-forced answer.
         settings: ``batch_size``, ``target``, ``path``, ``path_steps``, ``norm``, ``stream`` and ``tolerance`` are used.
         name: name of the set, kept in the result and in errors.
+        neurons_only: leave the edges out, which is cheaper still; their scores are zero and the gaps NaN.
         on_batch: called with (pairs done, pairs in all).
 
     Raises:
@@ -158,7 +161,7 @@ def attribute(
     rank, processes = _place()
     graph = graph_of(body)
     sums = Sums(body, graph, settings.norm)
-    work = _Work(body, graph, pairs, settings, name)
+    work = _Work(body, graph, pairs, settings, name, neurons_only)
     done = 0
     with capture.frozen(body.model):
         for batch in batches[rank::processes]:
@@ -173,6 +176,8 @@ def attribute(
                                " nothing can be attributed: the model does not know these records, or the corrupted"
                                " prompts ask for the same answer")
     scores = _scores(name, graph, sums)
+    if neurons_only:
+        return replace(scores, gap_ns=math.nan, gap_dn=math.nan)
     half = next(body.model.parameters()).dtype in (torch.bfloat16, torch.float16)
     tolerance = settings.tolerance or (5e-2 if half else 1e-3)
     for direction, end, gap in (("Ns", "clean", scores.gap_ns), ("Dn", "corrupted", scores.gap_dn)):
@@ -196,9 +201,10 @@ def _place() -> tuple[int, int]:
 class _Work:
     """Batches, one after the other, with what memory allows: too little of it makes the later ones smaller steps too."""
 
-    def __init__(self, body: Anatomy, graph: Graph, pairs: Pairs, settings: LocalizeSettings, name: str) -> None:
+    def __init__(self, body: Anatomy, graph: Graph, pairs: Pairs, settings: LocalizeSettings, name: str,
+                 neurons_only: bool) -> None:
         self.body, self.graph, self.pairs, self.settings, self.name = body, graph, pairs, settings, name
-        self.most, self.tile_bytes, self.stream = settings.batch_size, TILE_BYTES, settings.stream == "always"
+        self.neurons_only, self.most, self.tile_bytes, self.stream = neurons_only, settings.batch_size, TILE_BYTES, settings.stream == "always"
 
     def add(self, batch: npt.NDArray[np.int64], sums: Sums) -> None:
         """Add the scores of a batch: all of it, or nothing and an error."""
@@ -247,7 +253,7 @@ class _Work:
         every, middle = range(len(points)), len(points) // 2
         ends = (every, every) if settings.path == "full" else (every[:middle], every[middle:])
         sums = Sums(body, self.graph, settings.norm, self.tile_bytes)
-        sums.add(points, ends, mask.bool(), GROUP if stream else body.n_layers)
+        sums.add(points, ends, target.live, 0 if self.neurons_only else GROUP if stream else body.n_layers)
         sums.pairs, sums.informative = len(chosen), target.informative
         return sums
 

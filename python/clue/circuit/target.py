@@ -26,6 +26,7 @@ class Target:
         positions: int64 [positions], the sequence positions that predict an answer token of some pair.
         answer, contrast: int64 [batch, positions]; :meth:`contrasted` fills ``contrast`` in.
         weight: float32 [batch, positions], rows add up to one.
+        live: bool [batch, seq], the tokens that can differ between the runs and that the target can depend on.
     """
 
     def __init__(self, pairs: Pairs, chosen: npt.NDArray[np.int64], kind: str, device: torch.device) -> None:
@@ -45,6 +46,9 @@ class Target:
         self.answer = self.clean[:, self.positions + 1]
         self.weight = (weight / weight.sum(1, keepdim=True)).to(device)
         self.contrast = torch.full_like(self.answer, -1)
+        # In a causal model nothing differs before the first token that does, and nothing depends on the last token.
+        differs = ((self.clean != self.corrupted) & self.mask.bool()).cumsum(1) > 0
+        self.live = differs & torch.cat([self.mask[:, 1:], torch.zeros_like(self.mask[:, :1])], 1).bool()
 
     def __call__(self, logits: Tensor, at: slice = slice(None)) -> Tensor:
         """The target, summed over the batch and the positions ``at``, from logits [batch, positions, vocabulary]."""

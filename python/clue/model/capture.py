@@ -390,7 +390,7 @@ def head_outputs(layer: Layer, change: Tensor, scale_change: Tensor | None, out:
     if layer.multiplier != 1:
         weight = layer.multiplier * weight
     heads = change.view(tokens, n_heads, -1).transpose(0, 1)
-    torch.matmul(heads, weight.view(d_model, n_heads, -1).permute(1, 2, 0), out=out)
+    torch.bmm(heads, weight.view(d_model, n_heads, -1).permute(1, 2, 0), out=out)
     if bias is not None and scale_change is not None:  # without a norm the bias is the same in both runs
         share = bias.to(out.dtype) if gain is None else bias.to(out.dtype) * gain.to(out.dtype)
         out += scale_change * share * (layer.multiplier / n_heads)
