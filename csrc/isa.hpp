@@ -10,7 +10,8 @@ namespace clue {
 constexpr std::int64_t kNeuronLine = 64;  // bytes
 constexpr int kNeuronRows = 3;            // tokens that one call can take
 
-// One token's rows: clean, corrupted, gradient at the clean run, gradient at the corrupted run (unread for one gradient).
+// One token's rows: clean, corrupted, gradient at the clean run, gradient at the corrupted run (unread for one
+// gradient).
 struct NeuronRow {
   const char* values[4];
 };
@@ -42,7 +43,7 @@ enum AdamWTypes { kBf16Bf16, kBf16F32, kF16F16, kF16F32, kF32F32, kF64F64, kAdam
 
 struct Kernels {
   const char* isa;
-  NeuronLeaf neuron[2][2][4];  // by gradients less one, squares, Dtype
+  NeuronLeaf neuron[2][2][4];    // by gradients less one, squares, Dtype
   AdamWLeaf adamw[kAdamWTypes];  // state is float, for double parameters double
 };
 

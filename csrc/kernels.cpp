@@ -118,8 +118,8 @@ struct Line<F16> {
   }
 };
 
-// A function of its own because gcc makes much slower code of the loop once it is inlined into its callers. Its speed is
-// that of reading: the sums of a few tokens meet in registers, since writing them back costs as much as a token.
+// A function of its own because gcc makes much slower code of the loop once it is inlined into its callers. Its speed
+// is that of reading: the sums of a few tokens meet in registers, since writing them back costs as much as a token.
 template <class T, int kGradients, bool kSquares, int kRows>
 [[gnu::noinline]] void add_rows(const NeuronRow* rows, typename Line<T>::Vector* __restrict sums, std::int64_t lines) {
   using Vector = typename Line<T>::Vector;

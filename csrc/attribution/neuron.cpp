@@ -1,6 +1,6 @@
-// Neuron attribution on the CPU: as fast as one core reads memory, as long as it reads a few long streams. So a strip of
-// neurons is as wide as the sums can be and still stay in the second-level cache, and the tokens of one step lie far
-// apart: every one of their streams goes on into the next row at its end.
+// Neuron attribution on the CPU: as fast as one core reads memory, as long as it reads a few long streams. So a strip
+// of neurons is as wide as its sums still fit the second-level cache, and the tokens of one step lie far apart: every
+// one of their streams goes on into the next row at its end.
 #include "attribution/neuron.hpp"
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 namespace clue {
 namespace {
 
-constexpr std::int64_t kMostLines = 512;   // of a strip: 128 KiB of sums of float32 inputs, 256 of 16-bit ones
-constexpr std::int64_t kLeastLines = 4;    // of a strip that is one of several
+constexpr std::int64_t kMostLines = 512;  // of a strip: 128 KiB of sums of float32 inputs, 256 of 16-bit ones
+constexpr std::int64_t kLeastLines = 4;   // of a strip that is one of several
 
 struct alignas(kNeuronLine) CacheLine {
   char bytes[kNeuronLine];

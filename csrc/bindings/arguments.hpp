@@ -98,8 +98,9 @@ inline NeuronArguments neuron_arguments(Borrower& borrower, py::handle clean, py
   };
   const bool both = inputs[3].view.ndim > 0, squares = sums[2].view.ndim > 0;
   require_present(sums[1], both, both ? "where there is a grad_corrupted" : "without a grad_corrupted");
-  require_present(sums[3], both && squares,
-                  both && squares ? "where there are an out_dn and an out_sq_ns" : "without an out_dn and an out_sq_ns");
+  require_present(
+      sums[3], both && squares,
+      both && squares ? "where there are an out_dn and an out_sq_ns" : "without an out_dn and an out_sq_ns");
   const TensorView& first = inputs[0].view;
   require_float(inputs[0]);
   if (first.ndim != 2) refuse_value("clean", "shape [tokens, neurons]", shape_of(first));
@@ -139,8 +140,7 @@ inline NeuronArguments neuron_arguments(Borrower& borrower, py::handle clean, py
     require_shape(count, {1});
     arguments.count = reinterpret_cast<std::int64_t*>(count.view.data);
   }
-  require_own_memory({sums[0], sums[1], sums[2], sums[3], count},
-                     {inputs[0], inputs[1], inputs[2], inputs[3], chosen});
+  require_own_memory({sums[0], sums[1], sums[2], sums[3], count}, {inputs[0], inputs[1], inputs[2], inputs[3], chosen});
   return arguments;
 }
 

@@ -14,9 +14,8 @@ void neuron_attribution(const py::object& clean, const py::object& corrupted, co
                         const py::object& out_sq_ns, const py::object& out_sq_dn, const py::object& mask,
                         const py::object& out_count) {
   clue::Borrower borrower(clue::Borrower::Where::kCuda);
-  const clue::NeuronArguments arguments =
-      clue::neuron_arguments(borrower, clean, corrupted, grad_clean, grad_corrupted, out_ns, out_dn, out_sq_ns,
-                             out_sq_dn, mask, out_count);
+  const clue::NeuronArguments arguments = clue::neuron_arguments(borrower, clean, corrupted, grad_clean, grad_corrupted,
+                                                                 out_ns, out_dn, out_sq_ns, out_sq_dn, mask, out_count);
   const py::gil_scoped_release release;
   clue::neuron_attribution_cuda(arguments, borrower.device().id, borrower.stream());
 }
