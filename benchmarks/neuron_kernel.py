@@ -127,7 +127,8 @@ def one(dtype: torch.dtype, repeats: int) -> dict[str, float]:
         "kernel": lambda: _core.neuron_attribution(*inputs, *out, out_count=count), "read": read,
         "alone": lambda: _core.neuron_attribution(*inputs[:3], None, out[0])}
     seconds = medians(4 * repeats, ours)  # short, so repeated more often
-    others: dict[str, Callable[[], Any]] = {"kernel": ours["kernel"], **preallocated(inputs, [torch.empty(NEURONS) for _ in out])}
+    ways = preallocated(inputs, [torch.empty(NEURONS) for _ in out])
+    others: dict[str, Callable[[], Any]] = {"kernel": ours["kernel"], **ways}
     whole = compiled(inputs)
     if whole is not None:
         others["compiled"] = whole
@@ -147,18 +148,18 @@ def measure(found: Claims, repeats: int) -> None:
             seconds = one(dtype, repeats)
             kernel = seconds.pop("kernel")
             limit = seconds.pop("read")
-            found.add(name, limit / kernel, "of the speed of reading its inputs", f"two-stream read, one thread: {limit * 1e3:.1f} ms",
-                      f"at least {share:.2f}", limit / kernel >= share)
+            found.add(name, limit / kernel, "of the speed of reading its inputs",
+                      f"two-stream read, one thread: {limit * 1e3:.1f} ms", f"at least {share:.2f}", limit / kernel >= share)
             alone = kernel / seconds.pop("alone")
-            found.add(f"{name}: Ns, Dn, squares and count", alone, "times Ns alone", "the kernel itself, which then reads 3 inputs of 4",
-                      "at most 1.3", alone <= 1.3)
+            found.add(f"{name}: Ns, Dn, squares and count", alone, "times Ns alone",
+                      "the kernel itself, which then reads 3 inputs of 4", "at most 1.3", alone <= 1.3)
             by_compiler = seconds.pop("compiled", None)
             way, best = min(seconds.items(), key=lambda item: item[1])
-            found.add(name, best / kernel, "times faster", f"best preallocated torch ({way}): {best * 1e3:.1f} ms", "at least 2",
-                      best >= 2 * kernel)
+            found.add(name, best / kernel, "times faster", f"best preallocated torch ({way}): {best * 1e3:.1f} ms",
+                      "at least 2", best >= 2 * kernel)
             if by_compiler is not None:
-                found.add(name, by_compiler / kernel, "times faster", f"torch.compile: {by_compiler * 1e3:.1f} ms", "at least 3",
-                          by_compiler >= 3 * kernel)
+                found.add(name, by_compiler / kernel, "times faster", f"torch.compile: {by_compiler * 1e3:.1f} ms",
+                          "at least 3", by_compiler >= 3 * kernel)
     finally:
         torch.set_num_threads(threads)
 

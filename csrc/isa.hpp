@@ -18,7 +18,7 @@ struct NeuronRow {
 
 // Adds the terms of 1 to kNeuronRows tokens for `lines` cache lines of neurons. For each line in turn sums has, aligned
 // to 64 bytes, its neurons' Ns, with two gradients Dn, and with squares the squares of the same: float, or double for
-// double inputs. Of 16-bit inputs the even neurons of a line come before the odd ones.
+// double inputs. Of bfloat16 inputs the even neurons of a line come before the odd ones.
 using NeuronLeaf = void (*)(const NeuronRow* rows, int count, void* sums, std::int64_t lines);
 
 // AdamW's scalars of one step, worked out in double precision.

@@ -4,6 +4,10 @@
 // could be the one with instructions that this processor lacks.
 #include "isa.hpp"
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 namespace clue {
 namespace CLUE_ISA {
 extern const Kernels table;
@@ -91,7 +95,7 @@ struct Line<double> {
   static Vector at(const char* line, int v) { return read<Doubles>(line + v * kVectorBytes); }
 };
 
-// Two numbers of 16 bits in a word: all the even ones come first, which takes one operation each and no shuffle.
+// Two numbers in a word: all the even ones come first, which takes one operation each and no shuffle.
 template <>
 struct Line<Bf16> {
   using Vector = Floats;
@@ -107,14 +111,20 @@ template <>
 struct Line<F16> {
   using Vector = Floats;
   static constexpr int kVectors = 2 * kNeuronLine / kVectorBytes;
-  static Vector at(const char* line, int v) {  // as load(F16)
-    constexpr int kHalf = kVectors / 2;
-    const Words words = read<Words>(line + v % kHalf * kVectorBytes);
-    const Words number = v < kHalf ? words << 16 : words & 0xffff0000u;
-    const Words magnitude = (number & 0x7fff0000u) >> 3;
-    const Words finite = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) * 0x1p112f);
-    const Words special = reinterpret_cast<Words>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-    return reinterpret_cast<Floats>((number & 0x80000000u) | finite | special);
+  static Vector at(const char* line, int v) {
+    line += v * kVectorBytes / 2;
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(line)));
+#elif defined(__F16C__)
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(read<__m128i>(line)));
+#else
+    typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const Words number = __builtin_convertvector(read<Halves>(line), Words),
+                magnitude = number & 0x7fffu;  // as load(F16)
+    const Words finite = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f);
+    const Words special = reinterpret_cast<Words>(magnitude >= 0x7c00u) & 0x7f800000u;
+    return reinterpret_cast<Floats>((number & 0x8000u) << 16 | finite | special);
+#endif
   }
 };
 

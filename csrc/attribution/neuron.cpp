@@ -77,7 +77,7 @@ struct Call {
         Sum* const out = reinterpret_cast<Sum*>(outs[s]) + line * neurons;
         const Sum* const from = reinterpret_cast<const Sum*>(sums);
         for (std::int64_t j = 0; j < std::min(neurons, a.neurons - line * neurons); ++j) {
-          out[j] += from[wide == 2 ? j % 2 * (neurons / 2) + j / 2 : j];
+          out[j] += from[a.dtype == Dtype::kBf16 ? j % 2 * (neurons / 2) + j / 2 : j];
         }
       }
     }
