@@ -1,8 +1,8 @@
 // Neuron attribution on CUDA. A block owns 128 bytes of every row: 8 lanes read 16 bytes each, so a warp reads four
-// tokens at once, and the warps share out the tokens. Every thread has at least two tokens of all inputs in flight, which is
-// 64 KiB on a multiprocessor. Where the neurons alone are too few blocks to fill the device, the tokens are split as well,
-// and a second kernel adds up the parts. All orders are fixed, so a call gives the same bits every time; nothing
-// synchronizes, and a graph can hold it.
+// tokens at once, and the warps share out the tokens. Every thread has at least two tokens of all inputs in flight,
+// which is 64 KiB on a multiprocessor. Where the neurons alone are too few blocks to fill the device, the tokens are
+// split as well, and a second kernel adds up the parts. All orders are fixed, so a call gives the same bits every time;
+// nothing synchronizes, and a graph can hold it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
