@@ -3,8 +3,7 @@
 - The whole: :func:`clue.circuit.attribution.attribute` over a set of pairs, against two forward and two backward passes of
   the same batches by the same model (activation gradients only, logits at answer positions only). The model has the shape
   of SmolLM2-135M and random weights, which take the same time.
-- The neuron kernel: Ns, Dn and both sums of squares in one call, against the same in preallocated torch, and against the
-  time it takes to read the four inputs once (two streams at a time, BLAS dot).
+- The neuron kernel against torch and against reading its inputs: see ``neuron_kernel.py``.
 
 CPU time, one process, interleaved, medians after a warm-up.
 
@@ -22,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import neuron_kernel
 import numpy as np
 import torch
 from claims import Claims, add_json
@@ -76,30 +76,6 @@ def whole(layers: int, repeats: int) -> dict[str, float]:
     return medians(repeats, attribution=lambda: attribute(body, pairs, settings), passes=passes)
 
 
-def kernel(dtype: torch.dtype, repeats: int, tokens: int = 2048, neurons: int = 8192) -> dict[str, float]:
-    """Seconds of one call on [tokens, neurons], of preallocated torch, and of reading the inputs once; one thread."""
-    a, b, g, h = (torch.randn(tokens, neurons).to(dtype) for _ in range(4))
-    out = [torch.zeros(neurons) for _ in range(4)]
-    moved, term = torch.empty_like(a), torch.empty(tokens, neurons)
-    sums = [torch.empty(neurons) for _ in range(4)]
-    words = [t.view(torch.int16).view(torch.float32).view(-1) if t.element_size() == 2 else t.view(-1) for t in (a, b, g, h)]
-    streams = [torch.nan_to_num(w, 0.0, 0.0, 0.0).clamp(-1, 1).numpy() for w in words]  # finite, so that dot stays fast
-
-    def in_torch() -> None:
-        torch.sub(b, a, out=moved)
-        for gradient, total, squares in ((g, sums[0], sums[2]), (h, sums[1], sums[3])):
-            torch.mul(moved, gradient, out=term)
-            torch.sum(term, 0, out=total)
-            torch.mul(term, term, out=term)
-            torch.sum(term, 0, out=squares)
-
-    def read() -> None:
-        np.dot(streams[0], streams[1])
-        np.dot(streams[2], streams[3])
-
-    return medians(repeats, kernel=lambda: _core.neuron_attribution(a, b, g, h, *out), torch=in_torch, read=read)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=30, help="layers of the model; SmolLM2-135M has 30")
@@ -111,16 +87,7 @@ def main() -> int:
     ratio = seconds["attribution"] / seconds["passes"]
     found.add("scores of all edges and neurons, Ns and Dn", ratio, "times the passes",
               f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s", "at most 1.3", ratio <= 1.3)
-    torch.set_num_threads(1)
-    for dtype, share in ((torch.float32, 0.80), (torch.bfloat16, 0.50)):
-        name = str(dtype).removeprefix("torch.")
-        seconds = kernel(dtype, arguments.repeats)
-        limit = seconds["read"] / seconds["kernel"]
-        found.add(f"neuron kernel, {name}", limit, "of the speed of reading its inputs",
-                  f"two-stream read, one thread: {seconds['read'] * 1e3:.1f} ms", f"at least {share:.2f}", limit >= share)
-        faster = seconds["torch"] / seconds["kernel"]
-        found.add(f"neuron kernel, {name}", faster, "times faster", f"preallocated torch: {seconds['torch'] * 1e3:.1f} ms",
-                  "at least 2", faster >= 2)
+    neuron_kernel.measure(found, arguments.repeats)
     found.report(arguments.json, isa=_core.kernels()["neuron_attribution"])
     return 0
 

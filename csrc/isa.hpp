@@ -6,13 +6,20 @@
 
 namespace clue {
 
-// One token's four rows: clean, corrupted, gradient at the clean run, gradient at the corrupted run.
+// Neurons are taken by cache lines of their rows.
+constexpr std::int64_t kNeuronLine = 64;  // bytes
+constexpr int kNeuronRows = 3;            // tokens that one call can take
+
+// One token's rows: clean, corrupted, gradient at the clean run, gradient at the corrupted run (unread for one
+// gradient).
 struct NeuronRow {
-  const void* values[4];
+  const char* values[4];
 };
 
-// sums[0..3] += terms of one or two tokens for `count` neurons: Ns, Dn, squares of Ns, squares of Dn.
-using NeuronLeaf = void (*)(const NeuronRow* rows, void* const sums[4], std::int64_t count);
+// Adds the terms of 1 to kNeuronRows tokens for `lines` cache lines of neurons. For each line in turn sums has, aligned
+// to 64 bytes, its neurons' Ns, with two gradients Dn, and with squares the squares of the same: float, or double for
+// double inputs. Of bfloat16 inputs the even neurons of a line come before the odd ones.
+using NeuronLeaf = void (*)(const NeuronRow* rows, int count, void* sums, std::int64_t lines);
 
 // One row of norm_backward (see attribution/norm.hpp); gain and normal may be null, scale is one number.
 using NormLeaf = void (*)(void* grad, const void* gain, const void* normal, const void* scale, bool centre,
@@ -40,9 +47,9 @@ enum AdamWTypes { kBf16Bf16, kBf16F32, kF16F16, kF16F32, kF32F32, kF64F64, kAdam
 
 struct Kernels {
   const char* isa;
-  NeuronLeaf neuron_one[4], neuron_two[4];  // by Dtype; sums are float, for double inputs double
-  AdamWLeaf adamw[kAdamWTypes];             // state is float, for double parameters double
-  NormLeaf norm[2];                         // float, double
+  NeuronLeaf neuron[2][2][4];    // by gradients less one, squares, Dtype
+  AdamWLeaf adamw[kAdamWTypes];  // state is float, for double parameters double
+  NormLeaf norm[2];              // float, double
 };
 
 // The table in use.

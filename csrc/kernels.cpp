@@ -4,6 +4,10 @@
 // could be the one with instructions that this processor lacks.
 #include "isa.hpp"
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 namespace clue {
 namespace CLUE_ISA {
 extern const Kernels table;
@@ -57,54 +61,111 @@ inline void store(F16& to, float x) {
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 
-// The loops are functions of their own because gcc vectorises them badly once they are inlined into their callers.
-template <class T, class Sum>
-[[gnu::noinline]] void one_token(const T* __restrict clean, const T* __restrict corrupted,
-                                 const T* __restrict grad_clean, const T* __restrict grad_corrupted, Sum* __restrict ns,
-                                 Sum* __restrict dn, Sum* __restrict sq_ns, Sum* __restrict sq_dn, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Sum difference = load(corrupted[i]) - load(clean[i]);
-    const Sum noising = difference * load(grad_clean[i]), denoising = difference * load(grad_corrupted[i]);
-    ns[i] += noising;
-    dn[i] += denoising;
-    sq_ns[i] += noising * noising;
-    sq_dn[i] += denoising * denoising;
+// The widest vectors of the instruction set. Every lane is a neuron's, so their width does not show in the results.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+template <class Vector>
+inline Vector read(const char* from) {
+  Vector found;
+  __builtin_memcpy(&found, from, sizeof found);
+  return found;
+}
+
+// How a cache line of a row is read: vector v of kVectors, in the order of the sums.
+template <class T>
+struct Line {
+  using Vector = Floats;
+  static constexpr int kVectors = kNeuronLine / kVectorBytes;
+  static Vector at(const char* line, int v) { return read<Floats>(line + v * kVectorBytes); }
+};
+
+template <>
+struct Line<double> {
+  using Vector = Doubles;
+  static constexpr int kVectors = kNeuronLine / kVectorBytes;
+  static Vector at(const char* line, int v) { return read<Doubles>(line + v * kVectorBytes); }
+};
+
+// Two numbers in a word: all the even ones come first, which takes one operation each and no shuffle.
+template <>
+struct Line<Bf16> {
+  using Vector = Floats;
+  static constexpr int kVectors = 2 * kNeuronLine / kVectorBytes;
+  static Vector at(const char* line, int v) {
+    constexpr int kHalf = kVectors / 2;
+    const Words words = read<Words>(line + v % kHalf * kVectorBytes);
+    return reinterpret_cast<Floats>(v < kHalf ? words << 16 : words & 0xffff0000u);
+  }
+};
+
+template <>
+struct Line<F16> {
+  using Vector = Floats;
+  static constexpr int kVectors = 2 * kNeuronLine / kVectorBytes;
+  static Vector at(const char* line, int v) {
+    line += v * kVectorBytes / 2;
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(line)));
+#elif defined(__F16C__)
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(read<__m128i>(line)));
+#else
+    typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const Words number = __builtin_convertvector(read<Halves>(line), Words),
+                magnitude = number & 0x7fffu;  // as load(F16)
+    const Words finite = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f);
+    const Words special = reinterpret_cast<Words>(magnitude >= 0x7c00u) & 0x7f800000u;
+    return reinterpret_cast<Floats>((number & 0x8000u) << 16 | finite | special);
+#endif
+  }
+};
+
+// A function of its own because gcc makes much slower code of the loop once it is inlined into its callers. Its speed
+// is that of reading: the sums of a few tokens meet in registers, since writing them back costs as much as a token.
+template <class T, int kGradients, bool kSquares, int kRows>
+[[gnu::noinline]] void add_rows(const NeuronRow* rows, typename Line<T>::Vector* __restrict sums, std::int64_t lines) {
+  using Vector = typename Line<T>::Vector;
+  constexpr int kVectors = Line<T>::kVectors, kSums = kGradients * (kSquares ? 2 : 1);
+  NeuronRow row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+  for (std::int64_t at = 0; at < lines * kNeuronLine; at += kNeuronLine, sums += kSums * kVectors) {
+    Vector total[kSums][kVectors] = {};
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kVectors; ++i) {
+        const int v = i / 2 + i % 2 * (kVectors / 2);  // the two halves of a word one after the other
+        const Vector difference = Line<T>::at(row[r].values[1] + at, v) - Line<T>::at(row[r].values[0] + at, v);
+        for (int g = 0; g < kGradients; ++g) {
+          const Vector term = difference * Line<T>::at(row[r].values[2 + g] + at, v);
+          total[g][v] += term;
+          if (kSquares) total[kGradients * kSquares + g][v] += term * term;
+        }
+      }
+    }
+    for (int s = 0; s < kSums; ++s) {
+      for (int v = 0; v < kVectors; ++v) sums[s * kVectors + v] += total[s][v];
+    }
   }
 }
 
-// Two tokens at once halve the traffic of the sums; more would run out of registers for the pointers.
-template <class T, class Sum>
-[[gnu::noinline]] void two_tokens(const T* __restrict clean0, const T* __restrict corrupted0,
-                                  const T* __restrict grad_clean0, const T* __restrict grad_corrupted0,
-                                  const T* __restrict clean1, const T* __restrict corrupted1,
-                                  const T* __restrict grad_clean1, const T* __restrict grad_corrupted1,
-                                  Sum* __restrict ns, Sum* __restrict dn, Sum* __restrict sq_ns, Sum* __restrict sq_dn,
-                                  std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Sum difference0 = load(corrupted0[i]) - load(clean0[i]);
-    const Sum difference1 = load(corrupted1[i]) - load(clean1[i]);
-    const Sum noising0 = difference0 * load(grad_clean0[i]), denoising0 = difference0 * load(grad_corrupted0[i]);
-    const Sum noising1 = difference1 * load(grad_clean1[i]), denoising1 = difference1 * load(grad_corrupted1[i]);
-    ns[i] += noising0 + noising1;
-    dn[i] += denoising0 + denoising1;
-    sq_ns[i] += noising0 * noising0 + noising1 * noising1;
-    sq_dn[i] += denoising0 * denoising0 + denoising1 * denoising1;
+template <class T, int kGradients, bool kSquares>
+void neuron(const NeuronRow* rows, int count, void* sums, std::int64_t lines) {
+  static_assert(kNeuronRows == 3);
+  const auto total = static_cast<typename Line<T>::Vector*>(sums);
+  if (count == 3) {
+    add_rows<T, kGradients, kSquares, 3>(rows, total, lines);
+  } else if (count == 2) {
+    add_rows<T, kGradients, kSquares, 2>(rows, total, lines);
+  } else {
+    add_rows<T, kGradients, kSquares, 1>(rows, total, lines);
   }
-}
-
-template <class T, class Sum>
-void neuron_one(const NeuronRow* rows, void* const sums[4], std::int64_t count) {
-  const auto at = [rows](int i) { return static_cast<const T*>(rows[0].values[i]); };
-  const auto sum = [sums](int i) { return static_cast<Sum*>(sums[i]); };
-  one_token<T, Sum>(at(0), at(1), at(2), at(3), sum(0), sum(1), sum(2), sum(3), count);
-}
-
-template <class T, class Sum>
-void neuron_two(const NeuronRow* rows, void* const sums[4], std::int64_t count) {
-  const auto at = [rows](int row, int i) { return static_cast<const T*>(rows[row].values[i]); };
-  const auto sum = [sums](int i) { return static_cast<Sum*>(sums[i]); };
-  two_tokens<T, Sum>(at(0, 0), at(0, 1), at(0, 2), at(0, 3), at(1, 0), at(1, 1), at(1, 2), at(1, 3), sum(0), sum(1),
-                     sum(2), sum(3), count);
 }
 
 template <class T>
@@ -229,8 +290,10 @@ void adamw(void* param, const void* grad, void* first, void* second, void* maste
 
 const Kernels CLUE_ISA::table = {
     CLUE_ISA_NAME,
-    {neuron_one<Bf16, float>, neuron_one<F16, float>, neuron_one<float, float>, neuron_one<double, double>},
-    {neuron_two<Bf16, float>, neuron_two<F16, float>, neuron_two<float, float>, neuron_two<double, double>},
+    {{{neuron<Bf16, 1, false>, neuron<F16, 1, false>, neuron<float, 1, false>, neuron<double, 1, false>},
+      {neuron<Bf16, 1, true>, neuron<F16, 1, true>, neuron<float, 1, true>, neuron<double, 1, true>}},
+     {{neuron<Bf16, 2, false>, neuron<F16, 2, false>, neuron<float, 2, false>, neuron<double, 2, false>},
+      {neuron<Bf16, 2, true>, neuron<F16, 2, true>, neuron<float, 2, true>, neuron<double, 2, true>}}},
     {adamw<Bf16, Bf16, float>, adamw<Bf16, float, float>, adamw<F16, F16, float>, adamw<F16, float, float>,
      adamw<float, float, float>, adamw<double, double, double>},
     {norm_row<float>, norm_row<double>},

@@ -105,22 +105,42 @@ inline NormArguments norm_arguments(Borrower& borrower, py::handle grad_object,
   return arguments;
 }
 
+// The optional arguments come as three: Dn with its gradient, the squares of every score there is, and the count.
 inline NeuronArguments neuron_arguments(Borrower& borrower, py::handle clean, py::handle corrupted,
                                         py::handle grad_clean, py::handle grad_corrupted, py::handle out_ns,
-                                        py::handle out_dn, py::handle out_sq_ns, py::handle out_sq_dn,
-                                        const std::optional<py::object>& mask) {
+                                        py::handle out_dn, py::handle out_sq_ns, py::handle out_sq_dn, py::handle mask,
+                                        py::handle out_count) {
+  const auto borrow = [&borrower](py::handle object, const char* name, Access access) {
+    NamedView found{name, {}};
+    if (object.is_none()) {
+      found.view.shape[0] = 0;
+    } else {
+      found.view = borrower.borrow(object, name, access);
+    }
+    return found;
+  };
+  const auto require_present = [](const NamedView& tensor, bool wanted, const char* why) {
+    if (wanted != (tensor.view.ndim > 0)) {
+      refuse_type(tensor.name, std::string(wanted ? "a tensor " : "None ") + why, wanted ? "None" : "a tensor");
+    }
+  };
   const NamedView inputs[4] = {
       {"clean", borrower.borrow(clean, "clean", Access::kRead)},
       {"corrupted", borrower.borrow(corrupted, "corrupted", Access::kRead)},
       {"grad_clean", borrower.borrow(grad_clean, "grad_clean", Access::kRead)},
-      {"grad_corrupted", borrower.borrow(grad_corrupted, "grad_corrupted", Access::kRead)},
+      borrow(grad_corrupted, "grad_corrupted", Access::kRead),
   };
   const NamedView sums[4] = {
       {"out_ns", borrower.borrow(out_ns, "out_ns", Access::kWrite)},
-      {"out_dn", borrower.borrow(out_dn, "out_dn", Access::kWrite)},
-      {"out_sq_ns", borrower.borrow(out_sq_ns, "out_sq_ns", Access::kWrite)},
-      {"out_sq_dn", borrower.borrow(out_sq_dn, "out_sq_dn", Access::kWrite)},
+      borrow(out_dn, "out_dn", Access::kWrite),
+      borrow(out_sq_ns, "out_sq_ns", Access::kWrite),
+      borrow(out_sq_dn, "out_sq_dn", Access::kWrite),
   };
+  const bool both = inputs[3].view.ndim > 0, squares = sums[2].view.ndim > 0;
+  require_present(sums[1], both, both ? "where there is a grad_corrupted" : "without a grad_corrupted");
+  require_present(
+      sums[3], both && squares,
+      both && squares ? "where there are an out_dn and an out_sq_ns" : "without an out_dn and an out_sq_ns");
   const TensorView& first = inputs[0].view;
   require_float(inputs[0]);
   if (first.ndim != 2) refuse_value("clean", "shape [tokens, neurons]", shape_of(first));
@@ -128,7 +148,7 @@ inline NeuronArguments neuron_arguments(Borrower& borrower, py::handle clean, py
   arguments.tokens = first.shape[0];
   arguments.neurons = first.shape[1];
   arguments.dtype = first.dtype;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < (both ? 4 : 3); ++i) {
     require_dtype(inputs[i], first.dtype);
     require_shape(inputs[i], {arguments.tokens, arguments.neurons});
     if (arguments.neurons > 1 && inputs[i].view.strides[1] != 1) {
@@ -137,24 +157,30 @@ inline NeuronArguments neuron_arguments(Borrower& borrower, py::handle clean, py
     }
     arguments.inputs[i] = inputs[i].view.data;
     arguments.strides[i] = inputs[i].view.strides[0];
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (sums[i].view.ndim == 0) continue;
     require_dtype(sums[i], first.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32);
     require_shape(sums[i], {arguments.neurons});
     require_contiguous(sums[i]);
     arguments.sums[i] = sums[i].view.data;
   }
-  NamedView chosen{"mask", {}};
-  if (mask) {
-    chosen.view = borrower.borrow(*mask, "mask", Access::kRead);
+  const NamedView chosen = borrow(mask, "mask", Access::kRead);
+  if (chosen.view.ndim > 0) {
     if (chosen.view.dtype != Dtype::kU8 && chosen.view.dtype != Dtype::kBool) {
       refuse_type("mask", "uint8 or bool", name_of(chosen.view.dtype));
     }
     require_shape(chosen, {arguments.tokens});
     arguments.mask = chosen.view.data;
     arguments.mask_stride = chosen.view.strides[0];
-  } else {
-    chosen.view.shape[0] = 0;
   }
-  require_own_memory({sums[0], sums[1], sums[2], sums[3]}, {inputs[0], inputs[1], inputs[2], inputs[3], chosen});
+  const NamedView count = borrow(out_count, "out_count", Access::kWrite);
+  if (count.view.ndim > 0) {
+    require_dtype(count, Dtype::kI64);
+    require_shape(count, {1});
+    arguments.count = reinterpret_cast<std::int64_t*>(count.view.data);
+  }
+  require_own_memory({sums[0], sums[1], sums[2], sums[3], count}, {inputs[0], inputs[1], inputs[2], inputs[3], chosen});
   return arguments;
 }
 

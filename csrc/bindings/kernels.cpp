@@ -33,11 +33,11 @@ void set_isa(const std::string& name) {
 
 void neuron_attribution(const py::object& clean, const py::object& corrupted, const py::object& grad_clean,
                         const py::object& grad_corrupted, const py::object& out_ns, const py::object& out_dn,
-                        const py::object& out_sq_ns, const py::object& out_sq_dn,
-                        const std::optional<py::object>& mask) {
+                        const py::object& out_sq_ns, const py::object& out_sq_dn, const py::object& mask,
+                        const py::object& out_count) {
   clue::Borrower borrower(clue::Borrower::Where::kCpu);
   const clue::NeuronArguments arguments = clue::neuron_arguments(borrower, clean, corrupted, grad_clean, grad_corrupted,
-                                                                 out_ns, out_dn, out_sq_ns, out_sq_dn, mask);
+                                                                 out_ns, out_dn, out_sq_ns, out_sq_dn, mask, out_count);
   const py::gil_scoped_release release;
   clue::neuron_attribution(arguments);
 }
@@ -74,8 +74,9 @@ void masked_adamw(const py::object& param, const py::object& grad, const py::obj
 void register_kernels(py::module_& module) {
   using namespace py::literals;
   module.def("neuron_attribution", neuron_attribution, "clean"_a, "corrupted"_a, "grad_clean"_a, "grad_corrupted"_a,
-             "out_ns"_a, "out_dn"_a, "out_sq_ns"_a, "out_sq_dn"_a, "mask"_a = py::none(),
-             "Add every neuron's noising and denoising terms, and their squares, over tokens to four sums.");
+             "out_ns"_a, "out_dn"_a = py::none(), "out_sq_ns"_a = py::none(), "out_sq_dn"_a = py::none(),
+             "mask"_a = py::none(), "out_count"_a = py::none(),
+             "Add every neuron's noising and denoising terms, and their squares, over tokens to up to four sums.");
   module.def("norm_backward", norm_backward, "grad"_a, "normal"_a, "scale"_a, "gain"_a, "centre"_a,
              "Pull gradients at a norm's output back to its input, in place.");
   module.def("masked_adamw", masked_adamw, "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "index"_a, "axis"_a,

@@ -30,23 +30,28 @@ def neuron_attribution(
     clean: Any,
     corrupted: Any,
     grad_clean: Any,
-    grad_corrupted: Any,
+    grad_corrupted: Any | None,
     out_ns: Any,
-    out_dn: Any,
-    out_sq_ns: Any,
-    out_sq_dn: Any,
-    mask: Any = None,
+    out_dn: Any | None = None,
+    out_sq_ns: Any | None = None,
+    out_sq_dn: Any | None = None,
+    mask: Any | None = None,
+    out_count: Any | None = None,
 ) -> None:
-    """Add every neuron's noising and denoising terms, and their squares, over tokens to four sums, in place.
+    """Add every neuron's noising and denoising terms, and their squares, over tokens to sums, in place, in one pass.
 
     ``out_ns += sum_t (corrupted - clean) * grad_clean``, ``out_dn += sum_t (corrupted - clean) * grad_corrupted``, and
-    ``out_sq_*`` the sums of the squared terms. The same bits for any number of threads and any instruction set.
+    ``out_sq_*`` the sums of the squared terms. The same bits for any number of threads and any instruction set. Ns alone
+    takes ``grad_corrupted`` None and no other sum.
 
     Args:
         clean, corrupted, grad_clean, grad_corrupted: [tokens, neurons] bf16, fp16, fp32 or fp64, all alike, neurons
             next to each other in memory.
-        out_ns, out_dn, out_sq_ns, out_sq_dn: contiguous [neurons] fp32, or fp64 for fp64 inputs.
+        out_ns, out_dn, out_sq_ns, out_sq_dn: contiguous [neurons] fp32, or fp64 for fp64 inputs. ``out_dn`` goes with
+            ``grad_corrupted``, ``out_sq_dn`` with both ``out_dn`` and ``out_sq_ns``; ``out_sq_ns`` may be left out.
         mask: [tokens] uint8 or bool; tokens with zero are left out and not read.
+        out_count: int64 [1]; the number of tokens that entered is added. It is no return value because on CUDA that
+            would wait for the device.
 
     Raises:
         TypeError, ValueError, BufferError: ``<argument>: <expected>, got <actual>``.

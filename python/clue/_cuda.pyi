@@ -8,14 +8,17 @@ def neuron_attribution(
     clean: Any,
     corrupted: Any,
     grad_clean: Any,
-    grad_corrupted: Any,
+    grad_corrupted: Any | None,
     out_ns: Any,
-    out_dn: Any,
-    out_sq_ns: Any,
-    out_sq_dn: Any,
-    mask: Any = None,
+    out_dn: Any | None = None,
+    out_sq_ns: Any | None = None,
+    out_sq_dn: Any | None = None,
+    mask: Any | None = None,
+    out_count: Any | None = None,
 ) -> None:
-    """As ``clue._core.neuron_attribution``; the same bits for every call with the same input.
+    """As ``clue._core.neuron_attribution``; the same bits for every call with the same input on the same kind of device.
+
+    Neither waits nor allocates, apart from a few MiB of workspace from the stream's own pool: a CUDA graph can hold it.
 
     Raises:
         RuntimeError: the launch failed; the text begins with the kernel's name.

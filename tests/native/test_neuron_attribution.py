@@ -56,6 +56,48 @@ def test_equals_the_definition(native: Native, seed: int, tokens: int, neurons: 
         assert torch.all((got.double() - 0.5 - want).abs() <= 2 * (tokens + 8) * epsilon * (size + 1))
 
 
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(0, 300), neurons=st.integers(1, 600),
+       dtype=st.sampled_from(DTYPES), offset=st.integers(0, 3), masked=st.booleans())
+def test_fewer_sums_and_the_count(native: Native, seed: int, tokens: int, neurons: int, dtype: torch.dtype, offset: int,
+                                  masked: bool) -> None:
+    """Whatever is left out, the rest stays what it was; rows that start anywhere; tokens counted and added."""
+    matrices = inputs(seed, tokens, neurons, dtype, native.device, 2 * offset)
+    mask = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)).gt(0.3).to(native.device) if masked else None
+    full, count = sums(neurons, dtype, native.device), torch.full((1,), 5, dtype=torch.int64, device=native.device)
+    native.kernels.neuron_attribution(*matrices, *full, mask=mask, out_count=count)
+    assert count.item() == 5 + (tokens if mask is None else int(mask.sum()))
+    scale = oracle.magnitude(*matrices, mask)
+    for kept in ([0], [0, 2], [0, 1]):
+        some: list[Tensor | None] = [s if i in kept else None for i, s in enumerate(sums(neurons, dtype, native.device))]
+        native.kernels.neuron_attribution(*matrices[:3], matrices[3] if 1 in kept else None, *some, mask=mask)
+        for i in kept:  # 16-bit inputs meet in registers three at a time instead of two
+            found = some[i]
+            assert found is not None
+            epsilon = torch.finfo(found.dtype).eps
+            assert torch.all((found - full[i]).double().abs() <= 2 * (tokens + 8) * epsilon * (scale[i] + 1))
+
+
+def test_rows_wider_than_a_strip(native: Native) -> None:
+    matrices = inputs(5, 7, 20003, torch.float32, native.device)
+    out = sums(20003, torch.float32, native.device)
+    native.kernels.neuron_attribution(*matrices, *out)
+    for got, want in zip(out, oracle.neuron_attribution(*matrices), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_few_neurons_and_many_tokens(native: Native) -> None:
+    """On a GPU the tokens are split over blocks, and the parts are added."""
+    matrices = inputs(6, 4099, 48, torch.bfloat16, native.device)
+    found = []
+    for _ in range(2):
+        found.append(sums(48, torch.bfloat16, native.device))
+        native.kernels.neuron_attribution(*matrices, *found[-1])
+    assert same_bits(*found)
+    for got, want in zip(found[0], oracle.neuron_attribution(*matrices), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-3)
+
+
 def test_long_sums_stay_accurate(native: Native) -> None:
     matrices = inputs(0, 5000, 70, torch.float32, native.device)
     out = sums(70, torch.float32, native.device)
@@ -89,15 +131,34 @@ def test_repeated_calls_give_the_same_bits(native: Native) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_instruction_sets_give_the_same_bits(dtype: torch.dtype, threads: None, isa: None) -> None:
-    matrices = inputs(3, 65, 1500, dtype)
-    found = []
+    matrices = inputs(3, 65, 1501, dtype)
+    found, alone = [], []
     for name in _core.isas():
         _core.set_isa(name)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(sums(1500, dtype))
+            found.append(sums(1501, dtype))
             _core.neuron_attribution(*matrices, *found[-1])
+            alone.append(sums(1501, dtype)[:1])
+            _core.neuron_attribution(*matrices[:3], None, alone[-1][0])
     assert all(same_bits(found[0], other) for other in found[1:])
+    assert all(same_bits(alone[0], other) for other in alone[1:])
+
+
+def test_a_cuda_graph_can_hold_it(native: Native) -> None:
+    if native.device == "cpu":
+        pytest.skip("needs a CUDA device")
+    for neurons in (48, 70, 30000):  # tokens split, rows of no aligned length, blocks enough
+        matrices = inputs(7, 2048, neurons, torch.float32, native.device)
+        out, count = sums(neurons, torch.float32, native.device), torch.zeros(1, dtype=torch.int64, device=native.device)
+        native.kernels.neuron_attribution(*matrices, *out)
+        expected = [2 * o for o in out]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            native.kernels.neuron_attribution(*matrices, *out, out_count=count)
+        graph.replay()
+        assert same_bits(out, expected)
+        assert count.item() == 2048
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -139,12 +200,20 @@ def shared_output(arguments: list[Any]) -> None:
     (replaced(8, torch.zeros(3)), TypeError, "^mask: uint8 or bool, got float32$"),
     (replaced(8, torch.zeros(4, dtype=torch.uint8)), ValueError, r"^mask: shape \[3\], got \[4\]$"),
     (shared_output, ValueError, "^out_dn: memory of its own, got that of out_ns$"),
+    (replaced(3, None), TypeError, "^out_dn: None without a grad_corrupted, got a tensor$"),
+    (replaced(5, None), TypeError, "^out_dn: a tensor where there is a grad_corrupted, got None$"),
+    (replaced(6, None), TypeError, "^out_sq_dn: None without an out_dn and an out_sq_ns, got a tensor$"),
+    (replaced(7, None), TypeError, "^out_sq_dn: a tensor where there are an out_dn and an out_sq_ns, got None$"),
+    (replaced(4, None), TypeError, "^out_ns: a tensor .*, got builtins.NoneType$"),
+    (replaced(9, torch.zeros(1)), TypeError, "^out_count: int64, got float32$"),
+    (replaced(9, torch.zeros(2, dtype=torch.int64)), ValueError, r"^out_count: shape \[1\], got \[2\]$"),
 ])
 def test_wrong_arguments_are_named(native: Native, change: Callable[[list[Any]], None], error: type[Exception],
                                    text: str) -> None:
-    arguments: list[Any] = [*torch.zeros(4, 3, 4), *torch.zeros(4, 4), torch.ones(3, dtype=torch.uint8)]
+    arguments: list[Any] = [*torch.zeros(4, 3, 4), *torch.zeros(4, 4), torch.ones(3, dtype=torch.uint8),
+                            torch.zeros(1, dtype=torch.int64)]
     change(arguments)
-    moved = [a.to(native.device) for a in arguments]
+    moved = [a if a is None else a.to(native.device) for a in arguments]
     if change is shared_output:
         moved[5] = moved[4]
     with pytest.raises(error, match=text):
