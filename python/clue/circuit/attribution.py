@@ -33,6 +33,7 @@ from ..data.atomic import write_atomically
 from ..errors import AttributionError
 from ..model import capture
 from ..model.anatomy import Anatomy, Norm
+from ..model.experts import neuron_attribution
 from .graph import Graph
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def _batch(body: Anatomy, pairs: Pairs, chosen: npt.NDArray[np.int64], settings:
     for step in range(1, settings.path_steps - 1):
         between = torch.lerp(here.embed, away.embed, step / (settings.path_steps - 1))
         point = capture.run(body, clean, mask, positions, function, embed=between)
-        path.append(replace(point, heads=[], mlps=[], hidden=[]))  # only its gradients are used
+        path.append(replace(point, heads=[], mlps=[], hidden=[], routed=[]))  # only its gradients are used
     path.append(away)
     middle = len(path) // 2
     sums.add(here, away, (path, path) if settings.path == "full" else (path[:middle], path[middle:]), mask.bool())
@@ -263,6 +264,12 @@ class _Sums:
         self.tokens += int(rows.sum())
         for layer in range(body.n_layers):
             grads = [_mean([point.grad_hidden[layer] for point in half]) for half in halves]
+            experts = body.layers[layer].experts
+            if experts is not None:
+                ns, dn = (t.reshape(-1, body.d_model) for t in grads)
+                neuron_attribution(experts, clean.routed[layer], corrupted.routed[layer], (ns, dn), self.units[layer],
+                                   rows, kernels(ns))
+                continue
             flat = [t.reshape(-1, body.d_mlp) for t in (clean.hidden[layer], corrupted.hidden[layer], *grads)]
             kernels(flat[0]).neuron_attribution(*flat, *self.units[layer], mask=rows.to(torch.uint8))
         writers = len(self.graph.writers)

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ModelError
 from .anatomy import Anatomy, Layer, Norm
+from .experts import Routed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,12 +38,13 @@ class Run:
         heads: [batch, seq, n_heads * d_head], head outputs before W_o.
         head_scale: [batch, seq, 1], the 1 / rms that ``heads`` were multiplied by, where there is an output norm.
         mlps: [batch, seq, d_model], what each MLP adds to the residual stream.
-        hidden: [batch, seq, d_mlp], activations of the hidden units (input of the down projection).
+        hidden: [batch, seq, d_mlp], activations of the hidden units (input of the down projection); empty where there
+            are experts, which have ``routed`` instead.
         attention_residual, mlp_residual: [batch, seq, d_model], the residual stream that attention and MLP read, before
             their norms; ``final_residual`` is the final norm's.
         grad_q, grad_k, grad_v: gradients at the projections' outputs, [batch, seq, heads or groups * d_head].
         grad_mlp: [batch, seq, d_model], gradient at what the MLP reads, after its norm.
-        grad_hidden: [batch, seq, d_mlp].
+        grad_hidden: [batch, seq, d_mlp]; at the MLP's output, [batch, seq, d_model], where there are experts.
         grad_final: [batch, seq, d_model], gradient at the *output* of the final norm.
         logits: float32 or finer [batch, positions, vocabulary], at the kept positions only.
 
@@ -54,6 +56,7 @@ class Run:
     head_scale: list[Tensor]
     mlps: list[Tensor]
     hidden: list[Tensor]
+    routed: list[Routed]
     attention_residual: list[Tensor]
     mlp_residual: list[Tensor]
     final_residual: Tensor
@@ -94,6 +97,7 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
     """
     kept: defaultdict[str, list[Tensor]] = defaultdict(list)
     projected: dict[nn.Module, Tensor] = {}  # q, k and v; one entry where they are fused
+    routed: list[Routed] = []
 
     def input_of(name: str) -> Callable[..., None]:
         return lambda module, args, kwargs: kept[name].append(_first(args, kwargs))
@@ -134,8 +138,13 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
               for module in dict.fromkeys((layer.q.module, layer.k.module, layer.v.module))),
             layer.o.module.register_forward_pre_hook(input_of("heads"), with_kwargs=True),
             layer.mlp.register_forward_pre_hook(branch, with_kwargs=True),
-            layer.down.module.register_forward_pre_hook(input_of("hidden"), with_kwargs=True),
         ]
+        if layer.experts is not None:
+            handles += [layer.experts.module.register_forward_pre_hook(
+                lambda module, args, kwargs: routed.append(Routed.of(args, kwargs)), with_kwargs=True),
+                layer.mlp.register_forward_hook(output_of("mlp_output"))]
+        if layer.down is not None:
+            handles.append(layer.down.module.register_forward_pre_hook(input_of("hidden"), with_kwargs=True))
         if layer.mlp_norm is not None and not body.parallel:
             handles.append(layer.mlp_norm.module.register_forward_pre_hook(input_of("mlp_residual"), with_kwargs=True))
         if layer.attention_output_norm is not None:
@@ -145,8 +154,7 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
             norm = layer.mlp_output_norm
             handles += [norm.module.register_forward_pre_hook(keep_scale(norm, "hidden_scale")),
                         norm.module.register_forward_hook(output_of("mlp_output"))]
-        output = layer.mlp_output_norm or layer.down
-        handles.append(output.module.register_forward_hook(keep_mlp(layer.multiplier)))
+        handles.append(layer.mlp_writer.register_forward_hook(keep_mlp(layer.multiplier)))
     try:
         with torch.enable_grad():
             logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
@@ -162,9 +170,11 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
             handle.remove()
 
     n = body.n_layers
-    for name in ("attention_residual", "heads", "mlp_input", "hidden", "mlps"):
-        if len(kept[name]) != n:
-            raise ModelError(f"{len(kept[name])} of {n} layers passed through the modules that the {body.family} entry"
+    seen: dict[str, int] = {name: len(kept[name]) for name in ("attention_residual", "heads", "mlp_input", "mlps")}
+    seen["hidden"] = len(kept["hidden"]) + len(routed)
+    for name, count in seen.items():
+        if count != n:
+            raise ModelError(f"{count} of {n} layers passed through the modules that the {body.family} entry"
                              f" names ({name}): the entry does not fit this model")
     found = {name: [tensor.detach() for tensor in tensors] for name, tensors in kept.items()}
     grad_at = dict(zip(projected, grads, strict=False))
@@ -177,7 +187,7 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
         if layer.attention_output_norm is not None:
             heads = found["heads"]
             heads[number] = (heads[number] * found["head_scale"][number]).to(heads[number].dtype)
-        if layer.mlp_output_norm is not None:
+        if layer.mlp_output_norm is not None and layer.down is not None:
             hidden = found["hidden"]
             hidden[number] = (hidden[number] * found["hidden_scale"][number]).to(hidden[number].dtype)
             gradient = grad_hidden[number]
@@ -186,7 +196,7 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
             grad_hidden[number] = scaled @ layer.down.weight
     return Run(
         embed=found["attention_residual"][0], heads=found["heads"], head_scale=found.get("head_scale", []),
-        mlps=found["mlps"], hidden=found["hidden"], attention_residual=found["attention_residual"],
+        mlps=found["mlps"], hidden=found.get("hidden", []), routed=routed, attention_residual=found["attention_residual"],
         mlp_residual=found["mlp_residual"], final_residual=found["final_residual"][0],
         grad_q=[layer.q.of(grad_at[layer.q.module]) for layer in body.layers],
         grad_k=[layer.k.of(grad_at[layer.k.module]) for layer in body.layers],
