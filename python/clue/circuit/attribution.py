@@ -266,9 +266,9 @@ class _Sums:
             grads = [_mean([point.grad_hidden[layer] for point in half]) for half in halves]
             experts = body.layers[layer].experts
             if experts is not None:
-                ns, dn = (t.reshape(-1, body.d_model) for t in grads)
-                neuron_attribution(experts, clean.routed[layer], corrupted.routed[layer], (ns, dn), self.units[layer],
-                                   rows, kernels(ns))
+                near_clean, near_corrupted = (t.reshape(-1, body.d_model) for t in grads)
+                neuron_attribution(experts, clean.routed[layer], corrupted.routed[layer], (near_clean, near_corrupted),
+                                   self.units[layer], rows, kernels(near_clean))
                 continue
             flat = [t.reshape(-1, body.d_mlp) for t in (clean.hidden[layer], corrupted.hidden[layer], *grads)]
             kernels(flat[0]).neuron_attribution(*flat, *self.units[layer], mask=rows.to(torch.uint8))
