@@ -18,6 +18,8 @@ LLAMA = {**COMMON, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim"
 GPT2 = {"vocab_size": 13, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "n_positions": 32,
         "initializer_range": 0.4, **TOKENS}
 NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
+MIXTURE = {**LLAMA, "num_experts_per_tok": 2, "experts_implementation": "eager"}  # the default has no float64
+QWEN_MIXTURE = {**MIXTURE, "num_experts": 4, "moe_intermediate_size": 8}
 FALCON = {**COMMON, "ffn_hidden_size": 24, "initializer_range": 0.4, "bias": True}
 
 #: name -> (``model_type``, configuration); the name is the family's, with the variant after a slash.
@@ -25,8 +27,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama/biased": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", LLAMA),
+    "mixtral": ("mixtral", {**MIXTURE, "num_local_experts": 4, "intermediate_size": 8}),
     "qwen2": ("qwen2", LLAMA),
     "qwen3": ("qwen3", LLAMA),
+    "qwen2_moe": ("qwen2_moe", {**QWEN_MIXTURE, "shared_expert_intermediate_size": 12}),
+    "qwen3_moe": ("qwen3_moe", QWEN_MIXTURE),
+    "qwen3_moe/normalised": ("qwen3_moe", {**QWEN_MIXTURE, "norm_topk_prob": True, "num_experts_per_tok": 3}),
     "smollm3": ("smollm3", {**LLAMA, "no_rope_layers": [1, 0]}),
     "granite": ("granite", {**LLAMA, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 1.5,
                             "attention_multiplier": 0.4}),

@@ -18,6 +18,7 @@ from .config import DataSettings, LocalizeSettings, check
 from .errors import ClueError, ModelError
 from .plan import Plan, Slice
 from .types import NodeKind, Role
+from .weights import shape_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +54,7 @@ def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | 
     """Find the nodes responsible for a forget set, and prove which of them can change.
 
     Args:
-        model: a causal language model of a family in :data:`clue.model.anatomy.FAMILIES`; left as it was.
+        model: a causal language model of a family in :data:`clue.model.families.FAMILIES`; left as it was.
         tokenizer: its tokenizer.
         forget: records to forget: a file, a dataset id, a list of records, or a :class:`clue.RecordSet`.
         retain: records to keep, one source or several by name; general skills are retain sets too.
@@ -206,7 +207,8 @@ def make_plan(body: Anatomy, graph: Graph, assignment: Assignment, provenance: M
             found.setdefault((parameter, Role(role[node])), []).append(index)
     slices = tuple(Slice(parameter, axes[parameter], chosen, np.unique(np.concatenate(index)))
                    for (parameter, chosen), index in sorted(found.items(), key=lambda item: item[0]))
-    shapes = {name: tuple(p.shape) for name, p in body.model.named_parameters() if name in axes}
+    parameters = dict(body.model.named_parameters())
+    shapes = {name: shape for name in sorted(axes) if (shape := shape_of(parameters, name)) is not None}
     tied = [s.parameter for s in slices if s.parameter not in shapes]
     if tied:
         raise ModelError(f"{tied[0]} shares its storage with another weight of this model: untie them before localizing")

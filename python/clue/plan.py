@@ -20,6 +20,7 @@ import numpy.typing as npt
 from .data.atomic import write_atomically
 from .errors import PlanError
 from .types import Role
+from .weights import from_file, parameter_of, shape_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class Slice:
     """The rows or columns of one weight that share a role.
 
     Attributes:
-        parameter: name in ``model.state_dict()``.
+        parameter: name in ``model.state_dict()``, or of one matrix of a stack there (see :mod:`clue.weights`).
         axis: 0 when ``index`` names rows (entries, for a bias), 1 when it names columns.
         role: ``FORGET`` or ``CONFLICT``.
         index: int64 [k], sorted and unique.
@@ -90,6 +91,9 @@ class Plan:
                 raise PlanError(f"{where}: {len(np.intersect1d(other.index, s.index))} of its slices are forget and"
                                 " conflict at once")
             seen[s.parameter] = s
+        for name in seen:
+            if parameter_of(name) != name and parameter_of(name) in seen:
+                raise PlanError(f"the plan names both {parameter_of(name)} and {name}, which is a part of it")
 
     def counts(self) -> dict[str, int]:
         """Number of nodes per role."""
@@ -113,9 +117,9 @@ class Plan:
         """Raise :class:`PlanError` unless every planned parameter is in the model with the planned shape."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self.parameters():
-            if name not in parameters:
+            shape = shape_of(parameters, name)
+            if shape is None:
                 raise PlanError(f"the plan edits {name}, which this model does not have: it was made for another model")
-            shape = tuple(parameters[name].shape)
             if shape != tuple(self.shapes[name]):
                 raise PlanError(f"the plan edits {name} of shape {tuple(self.shapes[name])}, this model's is {shape}:"
                                 " it was made for another model")
@@ -183,7 +187,8 @@ class Verification:
 
     Attributes:
         planned: scalar weights the plan names; ``changed`` of them differ.
-        outside: (parameter, count) of weights that differ although no plan names them.
+        outside: (parameter, count) of weights that differ although no plan names them; every expert counts as a
+            parameter of its own.
     """
 
     planned: int
@@ -240,7 +245,8 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
 
 
 class _Weights:
-    """The tensors of a model folder, read one at a time as unsigned integers of their own width."""
+    """The weights of a model folder under the names a plan knows them by, each expert's alone; read one at a time as
+    integers of their own width."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         from safetensors import SafetensorError, safe_open
@@ -249,14 +255,16 @@ class _Weights:
         files = [f for f in files if f.name != "plan.safetensors"]
         if not files:
             raise PlanError(f"{folder} holds no model weights: give a folder with .safetensors files")
-        self._home: dict[str, Any] = {}
+        #: name -> (file, name there, member of a stacked tensor), to be put below each other
+        self._home: dict[str, dict[int, tuple[Any, str, int | None]]] = {}
         for file in files:
             try:
                 handle = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise PlanError(f"{file} is not a readable safetensors file ({error})") from None
-            for name in handle.keys():  # noqa: SIM118 -- a safetensors handle is no mapping
-                self._home[name] = handle
+            for stored in handle.keys():  # noqa: SIM118 -- a safetensors handle is no mapping
+                for name, position, member in from_file(stored, handle.get_slice(stored).get_shape()):
+                    self._home.setdefault(name, {})[position] = handle, stored, member
 
     def keys(self) -> set[str]:
         return set(self._home)
@@ -264,7 +272,9 @@ class _Weights:
     def bits(self, name: str) -> npt.NDArray[Any]:
         import torch
 
-        tensor = self._home[name].get_tensor(name)
+        pieces = [file.get_tensor(stored) if member is None else file.get_slice(stored)[member:member + 1][0]
+                  for _, (file, stored, member) in sorted(self._home[name].items())]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         bits: npt.NDArray[Any] = tensor.view(width).numpy()
         return bits

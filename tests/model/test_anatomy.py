@@ -14,10 +14,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, MambaConfi
 
 from clue.circuit.attribution import graph_of
 from clue.errors import ModelError
-from clue.model.anatomy import FAMILIES, anatomy, check_weights
+from clue.model.anatomy import anatomy, check_weights
+from clue.model.families import FAMILIES
 from clue.pipeline import make_plan
 from clue.types import NodeKind, Role
+from clue.weights import parameter_of, shape_of, view_of
 from tests.families import VARIANTS, tiny
+from tests.oracles import experts
 
 IDS = torch.tensor([[1, 5, 7, 9, 4, 3, 11]])
 
@@ -26,17 +29,21 @@ IDS = torch.tensor([[1, 5, 7, 9, 4, 3, 11]])
 def zeroed(model, slices) -> Iterator[None]:
     """The model with these slices at zero, restored afterwards."""
     parameters = dict(model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name, _, _ in slices}
+    weights = {name: view_of(parameters[parameter_of(name)].detach(), name) for name, _, _ in slices}
+    before = {name: weight.clone() for name, weight in weights.items()}
     with torch.no_grad():
         for name, axis, index in slices:
-            parameters[name][(slice(None),) * axis + (torch.from_numpy(index),)] = 0
+            weights[name][(slice(None),) * axis + (torch.from_numpy(index),)] = 0
         yield
         for name, value in before.items():
-            parameters[name].copy_(value)
+            weights[name].copy_(value)
 
 
 def watch(body, layer: int) -> dict[str, torch.Tensor]:
-    """One run's inputs and outputs of a layer's projections: [batch * seq, channels], and q, k, v apart when fused."""
+    """One run's inputs and outputs of a layer's projections: [batch * seq, channels], and q, k, v apart when fused.
+
+    With experts, "down in" is the activations of all their units, and "down" what the MLP writes.
+    """
     part = body.layers[layer]
     seen: dict[str, torch.Tensor] = {}
 
@@ -46,7 +53,12 @@ def watch(body, layer: int) -> dict[str, torch.Tensor]:
             seen[name] = projection.of(output.detach().flatten(0, -2)).clone()  # Falcon writes into down's in place
         return projection.module.register_forward_hook(hook)
 
-    handles = [keep(name, getattr(part, name)) for name in ("q", "k", "v", "o", "down")]
+    handles = [keep(name, getattr(part, name)) for name in ("q", "k", "v", "o", "down")
+               if getattr(part, name) is not None]
+    if part.experts is not None:
+        handles += [part.experts.module.register_forward_pre_hook(
+            lambda module, args: seen.__setitem__("down in", experts.hidden(part, *args))),
+            part.mlp.register_forward_hook(lambda module, args, output: seen.__setitem__("down", output.flatten(0, -2)))]
     with torch.no_grad():
         body.model(IDS)
     for handle in handles:
@@ -136,7 +148,8 @@ def test_a_neuron_owns_its_rows_and_its_column(name):
     for unit in range(body.d_mlp):
         slices = body.slices(NodeKind.NEURON, 1, unit)
         column = slices[-1]
-        assert column[1] == (0 if body.layers[1].down.transposed else 1)
+        down = body.layers[1].down
+        assert column[1] == (0 if down is not None and down.transposed else 1)
         others = [i for i in range(body.d_mlp) if i != unit]
         with zeroed(body.model, slices):
             after = watch(body, 1)
@@ -144,9 +157,9 @@ def test_a_neuron_owns_its_rows_and_its_column(name):
         torch.testing.assert_close(after["down in"][:, others], before["down in"][:, others])
         other = before["down in"].clone()
         other[:, unit] = 0
-        want = body.layers[1].down.module(other).detach()
+        want = other @ experts.columns(body.layers[1]).T if down is None else down.module(other)
         with zeroed(body.model, [column]):
-            torch.testing.assert_close(watch(body, 1)["down"], want)
+            torch.testing.assert_close(watch(body, 1)["down"], want.detach())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -165,10 +178,15 @@ def test_nodes_share_out_the_weights_once(name):
     parameters = dict(body.model.named_parameters())
     for parameter, parts in owned.items():
         axis, = axes[parameter]
-        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(parameters[parameter].shape[axis]))
+        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(shape_of(parameters, parameter)[axis]))
     layer = body.layers[1]
     projections = [p for p in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down) if p is not None]
     assert {p.name for p in projections} <= set(owned)
+    matrices = {name for name in parameters if name.startswith("model.layers.1.mlp.") and ".gate." not in name}
+    if layer.experts is not None:  # all but the router and the gate of the shared expert, every expert of each stack
+        assert {parameter_of(name) for name in owned if ".mlp." in name} == {
+            name for name in matrices if "shared_expert_gate" not in name}
+        assert sum(name.endswith("]") for name in owned) == 2 * layer.experts.count
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -217,6 +235,8 @@ def test_an_unknown_family_says_what_its_entry_needs():
     ("falcon", {"multi_query": False}, "multi_query = False"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm = True"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
+    ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
 ])
 def test_a_variant_without_an_entry_is_refused(name, changes, message):
     with pytest.raises(ModelError, match=rf"this {name} model has .*{message}.*covered: "):
@@ -253,7 +273,7 @@ def test_a_wrapped_projection_is_refused():
 def test_a_configuration_that_contradicts_the_weights_is_refused(name):
     model = tiny(name)
     model.config.hidden_size = 24
-    with pytest.raises(ModelError, match="weight has shape .* the configuration says"):
+    with pytest.raises(ModelError, match=r"(weight|gate_up_proj) has shape .* the configuration says"):
         anatomy(model)
 
 

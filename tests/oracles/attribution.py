@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from clue.circuit.graph import Graph
 from clue.model.anatomy import Anatomy
 from clue.types import NodeKind
+from tests.oracles import experts
 
 
 class InDouble(TorchFunctionMode):
@@ -68,15 +69,24 @@ def writer_outputs(body: Anatomy, ids: Tensor) -> dict[str, Tensor]:
                 found[name] = multiplier * ratio * part
         return hook
 
+    def expert_units(number: int, layer: Any) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            z, down = experts.hidden(layer, *args).reshape(*ids.shape, -1), experts.columns(layer)
+            for unit in range(body.d_mlp):
+                found[f"m{number}.n{unit}"] = layer.multiplier * z[..., unit, None] * down[:, unit]
+        return hook
+
     for number, layer in enumerate(body.layers):
         units = [f"m{number}.n{i}" for i in range(body.d_mlp)]
         heads = [f"a{number}.h{h}" for h in range(body.n_heads)]
         handles.append(layer.o.module.register_forward_hook(
             parts(layer.o, layer.attention_output_norm, layer.multiplier, heads, True)))
-        handles.append(layer.down.module.register_forward_hook(
-            parts(layer.down, layer.mlp_output_norm, layer.multiplier, units, False)))
-        output = (layer.mlp_output_norm or layer.down).module
-        handles.append(output.register_forward_hook(lambda m, a, out, number=number, layer=layer: found.__setitem__(
+        if layer.experts is not None:
+            handles.append(layer.experts.module.register_forward_pre_hook(expert_units(number, layer)))
+        else:
+            handles.append(layer.down.module.register_forward_hook(
+                parts(layer.down, layer.mlp_output_norm, layer.multiplier, units, False)))
+        handles.append(layer.mlp_writer.register_forward_hook(lambda m, a, out, number=number, layer=layer: found.__setitem__(
             f"m{number}", layer.multiplier * out.reshape(*ids.shape, -1).clone())))
     with hooks(*handles):
         body.model(ids, use_cache=False)
@@ -135,8 +145,7 @@ def with_injection(body: Anatomy, graph: Graph, reader: int, ids: Tensor, extra:
 def with_output(body: Anatomy, number: int, ids: Tensor, extra: Tensor) -> Tensor:
     """Logits when the MLP of a layer adds ``extra`` [batch, seq, d_model] more to the residual stream."""
     layer = body.layers[number]
-    output = (layer.mlp_output_norm or layer.down).module
-    with hooks(output.register_forward_hook(lambda m, a, out: out + extra.reshape(out.shape) / layer.multiplier)):
+    with hooks(layer.mlp_writer.register_forward_hook(lambda m, a, out: out + extra.reshape(out.shape) / layer.multiplier)):
         return body.model(ids, use_cache=False).logits
 
 

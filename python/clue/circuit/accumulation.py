@@ -22,6 +22,7 @@ import torch
 from .. import _core
 from ..model import capture
 from ..model.anatomy import Anatomy, Norm, Projection
+from ..model.experts import neuron_attribution
 from .graph import Graph
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Sums:
         shape = graph.residual_edges.shape
         self.edges = [torch.zeros(shape, dtype=torch.float64, device=self.device) for _ in range(2)]
         self.books = [torch.zeros(shape[1], dtype=torch.float64, device=self.device) for _ in range(2)]
-        self.units = [[torch.zeros(body.d_mlp, dtype=self.dtype, device=layer.down.weight.device) for _ in range(4)]
+        self.units = [[torch.zeros(body.d_mlp, dtype=self.dtype, device=layer.o.weight.device) for _ in range(4)]
                       for layer in body.layers]
         self.tokens = self.pairs = self.informative = 0
 
@@ -169,8 +170,17 @@ class Sums:
     def _add_units(self, number: int, runs: list[capture.LayerRun], ends: tuple[Sequence[int], Sequence[int]],
                    rows: Tensor) -> None:
         grads = [_mean([runs[i].grad_hidden for i in end]) for end in ends]
-        flat = [t.reshape(-1, self.body.d_mlp) for t in (runs[0].hidden, runs[-1].hidden, *grads)]
-        kernels(flat[0]).neuron_attribution(*flat, *self.units[number], mask=rows.to(flat[0].device, torch.uint8))
+        near_clean, near_corrupted = (grad.reshape(-1, grad.shape[-1]) for grad in grads)
+        rows, native, experts = rows.to(near_clean.device), kernels(near_clean), self.body.layers[number].experts
+        here, away = runs[0], runs[-1]
+        if experts is not None:
+            assert here.routed is not None and away.routed is not None
+            neuron_attribution(experts, here.routed, away.routed, (near_clean, near_corrupted), self.units[number], rows,
+                               native)
+        else:
+            assert here.hidden is not None and away.hidden is not None
+            hidden = [t.reshape(-1, self.body.d_mlp) for t in (here.hidden, away.hidden)]
+            native.neuron_attribution(*hidden, near_clean, near_corrupted, *self.units[number], mask=rows)
 
     def _add_tile(self, at: slice, first: int, layers: list[_Layer], top: list[_Readers], embed: Tensor,
                   written: list[_Writers], ends: tuple[Sequence[int], Sequence[int]]) -> None:
@@ -260,7 +270,7 @@ def norm_backward(norm: Norm, residual: Tensor, grad: Tensor, *, exact: bool) ->
             norm is linear and always counts.
     """
     normal, scale = capture.norm_factors(norm, residual)
-    gain = None if norm.gain is None else norm.gain.to(grad.device, grad.dtype)
+    gain = None if norm.gain is None else norm.gain.detach().to(grad.device, grad.dtype)
     kernels(grad).norm_backward(grad.view(-1, grad.shape[-1]), normal if exact else None, scale, gain, norm.kind == "layer")
 
 

@@ -1,7 +1,7 @@
 """Anatomy: where each model family keeps its heads, projections, norms and weight slices.
 
-A family is one or more :class:`Family` entries: module paths and layouts, nothing executable. :func:`anatomy` binds the
-entry that fits a model's configuration to the model and checks that the paths and shapes it finds there agree with it.
+:func:`anatomy` binds the entry of :mod:`clue.model.families` that fits a model's configuration to the model and checks
+that the paths and shapes it finds there agree with it.
 
 The residual stream is what every layer receives and passes on. What a family adds to it before the first layer
 (embedding, its scale and norm, positions) is one writer, so no entry describes it.
@@ -10,15 +10,17 @@ The residual stream is what every layer receives and passes on. What a family ad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
 from ..types import NodeKind
+from .experts import Experts, Shared, is_experts
+from .families import FAMILIES, Family, NormKind
 
 if TYPE_CHECKING:
     import torch
@@ -27,181 +29,6 @@ if TYPE_CHECKING:
     Ints = npt.NDArray[np.int64]
     #: (parameter, axis, indices)
     Owned = tuple[str, int, Ints]
-
-NormKind = Literal["rms", "rms+1", "layer"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family: module paths (the first three from the model, the others from a layer), layouts and config names.
-
-    Projections kept in one module name the same path. Fused q, k and v are ``concatenated`` (all q, all k, all v) or
-    ``grouped`` (for each key/value group its query heads, its key, its value; with one group per head this is the
-    per-head interleaving of GPT-NeoX). A fused gate and up are gate first. Conv1D weights, which are transposed, are
-    recognised by their class.
-
-    Attributes:
-        norm: ``rms`` (times weight), ``rms+1`` (times 1 + weight) or ``layer`` (centred, times weight, plus bias).
-        attention_norm, mlp_norm: ``None`` where a reader takes the residual stream as it is; one path for both where
-            attention and MLP share a norm.
-        mlp: the module whose input is what the MLP reads, after its norm.
-        gate: ``None`` in a plain two-matrix MLP.
-        attention_output_norm, mlp_output_norm: norms between a block and the residual stream, parts of the writer.
-        parallel: attention and MLP of a layer read the same residual stream.
-        kv_heads: configuration name of the number of key/value groups, or the number itself; one per head when the
-            configuration has no such name or no value for it.
-        d_mlp: configuration name of the number of hidden units; 4 d_model when it has no such name or no value.
-        context: configuration name of the longest sequence, or the number itself.
-        multiplier: configuration name of the factor on everything a layer adds to the residual stream.
-        when: (configuration name, value) pairs that must hold for the entry to apply.
-    """
-
-    embed: str
-    layers: str
-    final_norm: str
-    q: str
-    k: str
-    v: str
-    o: str
-    up: str
-    down: str
-    gate: str | None = None
-    fused: Literal["concatenated", "grouped"] | None = None
-    norm: NormKind = "rms"
-    attention_norm: str | None = "input_layernorm"
-    mlp_norm: str | None = "post_attention_layernorm"
-    mlp: str = "mlp"
-    attention_output_norm: str | None = None
-    mlp_output_norm: str | None = None
-    parallel: bool = False
-    kv_heads: str | int = "num_key_value_heads"
-    d_mlp: str = "intermediate_size"
-    context: str | int = "max_position_embeddings"
-    multiplier: str | None = None
-    when: tuple[tuple[str, object], ...] = ()
-
-
-_LLAMA = Family(
-    embed="model.embed_tokens",
-    layers="model.layers",
-    final_norm="model.norm",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.o_proj",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-)
-_GATE_UP = replace(_LLAMA, gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
-_GEMMA = replace(_LLAMA, norm="rms+1")
-_GEMMA2 = replace(
-    _GEMMA,
-    mlp_norm="pre_feedforward_layernorm",
-    attention_output_norm="post_attention_layernorm",
-    mlp_output_norm="post_feedforward_layernorm",
-)
-_GPT2 = Family(
-    embed="transformer.wte",
-    layers="transformer.h",
-    final_norm="transformer.ln_f",
-    norm="layer",
-    attention_norm="ln_1",
-    mlp_norm="ln_2",
-    q="attn.c_attn",
-    k="attn.c_attn",
-    v="attn.c_attn",
-    fused="concatenated",
-    o="attn.c_proj",
-    up="mlp.c_fc",
-    down="mlp.c_proj",
-    d_mlp="n_inner",
-    when=(("add_cross_attention", False),),
-)
-_GPTJ = replace(
-    _GPT2,
-    mlp_norm="ln_1",
-    parallel=True,
-    q="attn.q_proj",
-    k="attn.k_proj",
-    v="attn.v_proj",
-    fused=None,
-    o="attn.out_proj",
-    up="mlp.fc_in",
-    down="mlp.fc_out",
-    when=(),
-)
-_NEOX = Family(
-    embed="gpt_neox.embed_in",
-    layers="gpt_neox.layers",
-    final_norm="gpt_neox.final_layer_norm",
-    norm="layer",
-    q="attention.query_key_value",
-    k="attention.query_key_value",
-    v="attention.query_key_value",
-    fused="grouped",
-    o="attention.dense",
-    up="mlp.dense_h_to_4h",
-    down="mlp.dense_4h_to_h",
-    when=(("use_parallel_residual", False),),
-)
-_BLOOM = Family(
-    embed="transformer.word_embeddings",
-    layers="transformer.h",
-    final_norm="transformer.ln_f",
-    norm="layer",
-    q="self_attention.query_key_value",
-    k="self_attention.query_key_value",
-    v="self_attention.query_key_value",
-    fused="grouped",
-    o="self_attention.dense",
-    up="mlp.dense_h_to_4h",
-    down="mlp.dense_4h_to_h",
-    context=2048,  # what it was trained on; ALiBi itself sets no limit, and the configuration names none
-    when=(("apply_residual_connection_post_layernorm", False), ("slow_but_exact", False)),
-)
-_FALCON = replace(_BLOOM, kv_heads="num_kv_heads", d_mlp="ffn_hidden_size", context="max_position_embeddings")
-_FALCONS = (
-    replace(_FALCON, parallel=True, mlp_norm="input_layernorm", kv_heads=1,  # 7B
-            when=(("new_decoder_architecture", False), ("multi_query", True), ("parallel_attn", True))),
-    replace(_FALCON, parallel=True, attention_norm="ln_attn", mlp_norm="ln_mlp",  # 40B, 180B
-            when=(("new_decoder_architecture", True), ("parallel_attn", True), ("num_ln_in_parallel_attn", 2))),
-    replace(_FALCON, parallel=True, mlp_norm="input_layernorm",  # 11B
-            when=(("new_decoder_architecture", True), ("parallel_attn", True), ("num_ln_in_parallel_attn", 1))),
-    replace(_FALCON,  # RefinedWeb 1B, 7B
-            when=(("new_decoder_architecture", False), ("multi_query", False), ("parallel_attn", False))),
-)
-
-#: ``config.model_type`` -> its entries; the first whose ``when`` holds applies. SmolLM and SmolLM2 are ``llama``,
-#: Pythia is ``gpt_neox``.
-FAMILIES: dict[str, tuple[Family, ...]] = {
-    "llama": (_LLAMA,),
-    "mistral": (_LLAMA,),
-    "qwen2": (_LLAMA,),
-    "qwen3": (_LLAMA,),
-    "smollm3": (_LLAMA,),
-    "granite": (replace(_LLAMA, multiplier="residual_multiplier"),),
-    "starcoder2": (replace(_LLAMA, norm="layer", gate=None, up="mlp.c_fc", down="mlp.c_proj"),),
-    "phi3": (replace(_GATE_UP, q="self_attn.qkv_proj", k="self_attn.qkv_proj", v="self_attn.qkv_proj",
-                     fused="concatenated"),),
-    "phi": (replace(_LLAMA, norm="layer", final_norm="model.final_layernorm", mlp_norm="input_layernorm", parallel=True,
-                    o="self_attn.dense", gate=None, up="mlp.fc1", down="mlp.fc2"),),
-    "gpt2": (_GPT2,),
-    "gptj": (_GPTJ,),
-    "gpt_neox": (replace(_NEOX, parallel=True, when=(("use_parallel_residual", True),)), _NEOX),
-    "opt": (replace(_LLAMA, norm="layer", embed="model.decoder.embed_tokens", layers="model.decoder.layers",
-                    final_norm="model.decoder.final_layer_norm", attention_norm="self_attn_layer_norm",
-                    mlp_norm="final_layer_norm", o="self_attn.out_proj", mlp="fc1", gate=None, up="fc1", down="fc2",
-                    d_mlp="ffn_dim", when=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False))),),
-    "falcon": _FALCONS,
-    "bloom": (_BLOOM,),
-    "gemma": (_GEMMA,),
-    "gemma2": (_GEMMA2,),
-    "gemma3_text": (_GEMMA2,),
-    "olmo2": (replace(_LLAMA, attention_norm=None, mlp_norm=None, attention_output_norm="post_attention_layernorm",
-                      mlp_output_norm="post_feedforward_layernorm"),),
-    "glm4": (replace(_GATE_UP, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"),),
-}
 
 #: Plain linear layers, y = x W^T + b: class -> whether the weight is kept transposed, [d_in, d_out].
 _LINEAR = {
@@ -288,7 +115,8 @@ class Layer:
     """The parts of one transformer layer; see :class:`Family` for what may be ``None``.
 
     ``block`` is the layer itself, whose input is the residual stream; the input of ``mlp`` is what the MLP reads.
-    ``multiplier`` is the factor on everything the layer adds to the residual stream.
+    ``multiplier`` is the factor on everything the layer adds to the residual stream. Where there are ``experts``, they
+    are the whole MLP: ``up`` and ``down`` are ``None`` there, and nowhere else.
     """
 
     block: nn.Module
@@ -301,10 +129,18 @@ class Layer:
     mlp_norm: Norm | None
     mlp: nn.Module
     gate: Projection | None
-    up: Projection
-    down: Projection
+    up: Projection | None
+    down: Projection | None
+    experts: Experts | None
     mlp_output_norm: Norm | None
     multiplier: float
+
+    @property
+    def mlp_writer(self) -> nn.Module:
+        """The module whose output, times ``multiplier``, is what the MLP adds to the residual stream."""
+        if self.mlp_output_norm is not None:
+            return self.mlp_output_norm.module
+        return self.mlp if self.down is None else self.down.module
 
 
 @dataclass(frozen=True)
@@ -333,9 +169,10 @@ class Anatomy:
         """The (parameter, axis, indices) a node owns: rows of q, k, v, gate and up; columns of o and down.
 
         A head's output owns *columns* of W_o; key and value groups are those of the model's configuration; a neuron
-        owns its row of gate and up and its column of down. Nodes without weights own nothing. In transposed weights
-        rows and columns change places, and parts of a fused weight are offset within it, so that one parameter may
-        come twice (gate and up), always with the same axis.
+        owns its row of gate and up and its column of down, those of its expert where there are experts. Nodes without
+        weights own nothing. In transposed weights rows and columns change places, and parts of a fused weight are offset
+        within it, so that one parameter may come twice (gate and up), always with the same axis. The parameter may be
+        one matrix of a stack (see :mod:`clue.weights`).
         """
         part = self.layers[layer] if 0 <= layer < self.n_layers else None
         if part is None or kind in (NodeKind.EMBED, NodeKind.LOGITS, NodeKind.MLP_IN):
@@ -350,6 +187,9 @@ class Anatomy:
         if kind is NodeKind.HEAD:
             return part.o.columns(head)
         unit = np.array([index], dtype=np.int64) if kind is NodeKind.NEURON else np.arange(self.d_mlp, dtype=np.int64)
+        if part.experts is not None:
+            return part.experts.slices(unit)
+        assert part.up is not None and part.down is not None
         return [*(part.gate.rows(unit) if part.gate else []), *part.up.rows(unit), *part.down.columns(unit)]
 
 
@@ -366,7 +206,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     if kind not in FAMILIES:
         raise ModelError(
             f"no anatomy entry for model family {kind!r} (known: {', '.join(FAMILIES)}): add one to"
-            " clue.model.anatomy.FAMILIES with the module paths of embedding, layers and final norm, and per layer"
+            " clue.model.families.FAMILIES with the module paths of embedding, layers and final norm, and per layer"
             " of the norms, the MLP and the q, k, v, o, gate, up and down projections, and how fused projections are laid"
             " out"
         )
@@ -377,17 +217,20 @@ def anatomy(model: nn.Module) -> Anatomy:
     groups = getattr(config, family.kv_heads, None) if isinstance(family.kv_heads, str) else family.kv_heads
     n_kv_heads = int(groups or n_heads)
     d_head = int(getattr(config, "head_dim", None) or d_model // n_heads)
-    d_mlp = int(getattr(config, family.d_mlp, None) or 4 * d_model)
+    width = int(getattr(config, family.d_mlp, None) or 4 * d_model)
     if n_heads % n_kv_heads:
         raise ModelError(f"the configuration says {n_heads} heads share {n_kv_heads} key/value groups, which do not divide"
                          " them")
     multiplier = float(getattr(config, family.multiplier)) if family.multiplier else 1.0
     parts = _head_layout(family, n_heads, n_kv_heads, d_head)
-    gate_up = family.gate == family.up
-    parts["gate"] = np.arange(d_mlp)
-    parts["up"] = np.arange(d_mlp) + (d_mlp if gate_up else 0)
+    n_experts = int(getattr(config, family.n_experts)) if family.experts else 0
+    hidden = width  # of what gate, up and down are: the MLP, or the shared expert
+    if n_experts:
+        hidden = int(getattr(config, family.d_shared)) if family.down else 0
+    parts["gate"] = np.arange(hidden)
+    parts["up"] = np.arange(hidden) + (hidden if family.gate == family.up else 0)
     parts["o"] = parts["down"] = np.arange(d_model)
-    inputs = {"o": n_heads * d_head, "down": d_mlp}
+    inputs = {"o": n_heads * d_head, "down": hidden}
     layers = []
     for number in range(len(cast(Any, _module(model, family.layers)))):
         prefix = f"{family.layers}.{number}"
@@ -400,18 +243,26 @@ def anatomy(model: nn.Module) -> Anatomy:
             outputs = sum(len(parts[other]) for other in parts if getattr(family, other) == path)
             return _projection(model, f"{prefix}.{path}", parts[part], (outputs, inputs.get(part, d_model)), kind)
 
+        gate, up, down = (projection(part) if getattr(family, part) else None for part in ("gate", "up", "down"))
+        experts = None
+        if family.experts:
+            shared = None
+            if gate and up and down and family.shared_scale:
+                shared = Shared(gate, up, down, _module(model, f"{prefix}.{family.shared_scale}"))
+            experts = _experts(model, f"{prefix}.{family.experts}", n_experts, width, d_model, shared)
+            gate = up = down = None
         layers.append(Layer(
             block=_module(model, prefix), attention_norm=norm(family.attention_norm), q=projection("q"),
             k=projection("k"), v=projection("v"), o=projection("o"),
             attention_output_norm=norm(family.attention_output_norm), mlp_norm=norm(family.mlp_norm),
-            mlp=_module(model, f"{prefix}.{family.mlp}"), gate=projection("gate") if family.gate else None,
-            up=projection("up"), down=projection("down"), mlp_output_norm=norm(family.mlp_output_norm),
-            multiplier=multiplier,
+            mlp=_module(model, f"{prefix}.{family.mlp}"), gate=gate, up=up, down=down, experts=experts,
+            mlp_output_norm=norm(family.mlp_output_norm), multiplier=multiplier,
         ))
     return Anatomy(
         family=kind, model=model, embed=_module(model, family.embed), layers=tuple(layers),
         final_norm=_norm(model, family.final_norm, family.norm, d_model),
-        parallel=family.parallel, d_model=d_model, d_head=d_head, n_heads=n_heads, n_kv_heads=n_kv_heads, d_mlp=d_mlp,
+        parallel=family.parallel, d_model=d_model, d_head=d_head, n_heads=n_heads, n_kv_heads=n_kv_heads,
+        d_mlp=n_experts * width + hidden if n_experts else width,
         context=int(getattr(config, family.context) if isinstance(family.context, str) else family.context),
     )
 
@@ -424,7 +275,7 @@ def _variant(kind: str, config: Any) -> Family:
     names = dict.fromkeys(name for family in FAMILIES[kind] for name, _ in family.when)
     has = ", ".join(f"{name} = {getattr(config, name, None)}" for name in names)
     covered = "; ".join(", ".join(f"{name} = {value}" for name, value in family.when) for family in FAMILIES[kind])
-    raise ModelError(f"this {kind} model has {has}, and no {kind} entry of clue.model.anatomy.FAMILIES covers that"
+    raise ModelError(f"this {kind} model has {has}, and no {kind} entry of clue.model.families.FAMILIES covers that"
                      f" (covered: {covered})")
 
 
@@ -507,3 +358,16 @@ def _projection(model: nn.Module, path: str, outputs: Ints, expected: Sequence[i
         raise ModelError(f"{path}.weight has shape {shape}, the configuration says {expected}:"
                          f" the {kind} entry does not fit this model")
     return Projection(module, f"{path}.weight", transposed, outputs)
+
+
+def _experts(model: nn.Module, path: str, count: int, width: int, d_model: int, shared: Shared | None) -> Experts:
+    module = _module(model, path)
+    if not is_experts(module):
+        raise ModelError(f"{path} is a {type(module).__name__}, not experts with plain weights: merge adapters and load the"
+                         " weights unquantised before localizing")
+    for name, expected in (("gate_up_proj", (count, 2 * width, d_model)), ("down_proj", (count, d_model, width))):
+        shape = tuple(cast("torch.Tensor", getattr(module, name)).shape)
+        if shape != expected:
+            raise ModelError(f"{path}.{name} has shape {shape}, the configuration says {expected}: load all experts of the"
+                             " model, and its own configuration")
+    return Experts(module, path, count, width, shared)

@@ -20,6 +20,7 @@ import torch
 
 from ..errors import ModelError
 from .anatomy import Anatomy, Layer, Norm
+from .experts import Routed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,6 +62,8 @@ class LayerRun:
         grad_mlp: [batch, seq, d_model], gradient at what the MLP reads, after its norm.
         hidden, grad_hidden: [batch, seq, d_mlp], activations of the hidden units (input of the down projection), and
             the gradient there; behind an output norm as in :class:`Written`.
+        routed: where there are experts, what they were called with; ``hidden`` is ``None`` then, and ``grad_hidden`` is
+            [batch, seq, d_model], the gradient at the MLP's output.
 
     A model that flattens its tokens inside a layer (OPT) gives [batch * seq, ...] there.
     """
@@ -71,8 +74,9 @@ class LayerRun:
     grad_k: Tensor
     grad_v: Tensor
     grad_mlp: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     grad_hidden: Tensor
+    routed: Routed | None
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
         on_input(layer.o.module, heads)
         if layer.attention_output_norm is not None:
             on_input(layer.attention_output_norm.module, scale("head_scale", layer.attention_output_norm))
-        on_output((layer.mlp_output_norm or layer.down).module, mlp)
+        on_output(layer.mlp_writer, mlp)
         if light:
             on_output(layer.block, leave)
             return
@@ -278,18 +282,25 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
         def hidden(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["hidden"] = _first(args, kwargs)
 
-        def normalised(module: nn.Module, args: Any, output: Tensor) -> None:
+        def routed(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found["routed"] = Routed.of(args, kwargs)
+
+        def written(module: nn.Module, args: Any, output: Tensor) -> None:
             found["mlp_output"] = output
 
         for module in dict.fromkeys((layer.q.module, layer.k.module, layer.v.module)):
             on_output(module, projected)
         on_input(layer.mlp, branch)
-        on_input(layer.down.module, hidden)
+        if layer.down is not None:
+            on_input(layer.down.module, hidden)
+        if layer.experts is not None:
+            on_input(layer.experts.module, routed)
+            on_output(layer.mlp, written)
         if layer.mlp_norm is not None and not body.parallel:
             on_input(layer.mlp_norm.module, middle)
         if layer.mlp_output_norm is not None:
             on_input(layer.mlp_output_norm.module, scale("hidden_scale", layer.mlp_output_norm))
-            on_output(layer.mlp_output_norm.module, normalised)
+            on_output(layer.mlp_output_norm.module, written)
 
     def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The residual stream starts here: nothing before the first layer needs a gradient."""
@@ -318,7 +329,8 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
 
 
 def _check(body: Anatomy, layers: list[dict[str, Any]]) -> None:
-    for name in ("residual", "heads", "mlp", *(("mlp_input", "hidden") if "projected" in layers[0] else ())):
+    units = "hidden" if body.layers[0].experts is None else "routed"
+    for name in ("residual", "heads", "mlp", *(("mlp_input", units) if "projected" in layers[0] else ())):
         count = sum(name in found for found in layers)
         if count != body.n_layers:
             raise ModelError(f"{count} of {body.n_layers} layers passed through the modules that the {body.family} entry"
@@ -326,8 +338,8 @@ def _check(body: Anatomy, layers: list[dict[str, Any]]) -> None:
 
 
 def _differentiated(found: dict[str, Any]) -> list[Tensor]:
-    """Where a layer is differentiated: its projections' outputs, the MLP's input, and its units or its normed output."""
-    return [*found["projected"].values(), found["mlp_input"], found.get("mlp_output", found["hidden"])]
+    """Where a layer is differentiated: its projections' outputs, the MLP's input, and its units or what it writes."""
+    return [*found["projected"].values(), found["mlp_input"], found.get("mlp_output", found.get("hidden"))]
 
 
 def _detached(value: Any) -> Any:
@@ -344,17 +356,17 @@ def _written(layer: Layer, found: dict[str, Any]) -> Written:
 def _layer_run(body: Anatomy, layer: Layer, found: dict[str, Any], grads: Sequence[Tensor]) -> LayerRun:
     at = dict(zip(found["projected"], grads, strict=False))
     grad_mlp, grad_hidden = grads[-2:]
-    residual, hidden = found["residual"], found["hidden"]
+    residual, hidden = found["residual"], found.get("hidden")
     # Without a norm of its own the MLP reads the residual stream itself.
     middle = residual if body.parallel else found.get("mlp_residual", found["mlp_input"])
-    if layer.mlp_output_norm is not None:
+    if layer.mlp_output_norm is not None and layer.down is not None and hidden is not None:
         hidden = (hidden * found["hidden_scale"]).to(hidden.dtype)
         gain = layer.mlp_output_norm.gain
         grad_hidden = (grad_hidden if gain is None else grad_hidden * gain.to(grad_hidden.dtype)) @ layer.down.weight
     return LayerRun(
         residual=residual, mlp_residual=middle, grad_q=layer.q.of(at[layer.q.module]),
         grad_k=layer.k.of(at[layer.k.module]), grad_v=layer.v.of(at[layer.v.module]), grad_mlp=grad_mlp,
-        hidden=hidden, grad_hidden=grad_hidden)
+        hidden=hidden, grad_hidden=grad_hidden, routed=found.get("routed"))
 
 
 def norm_factors(norm: Norm, residual: Tensor) -> tuple[Tensor, Tensor]:

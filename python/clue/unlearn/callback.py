@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -18,6 +20,7 @@ from transformers import TrainerCallback
 from ..errors import PlanError
 from ..plan import Plan
 from ..types import Role
+from ..weights import parameter_of, part_name, view_of
 from .optimizer import MaskedAdamW, planned_parameters
 
 
@@ -38,8 +41,8 @@ class PlanCallback(TrainerCallback):
         self._plan = plan
         self._roles = tuple(roles)
         self._handles: list[Any] = []
-        #: parameter, its axis, the unplanned indices along it, and their bits
-        self._kept: list[tuple[nn.Parameter, int, Tensor, Tensor]] = []
+        #: parameter, its name or that of a part of it, axis, the unplanned indices along it, and their bits
+        self._kept: list[tuple[nn.Parameter, str, int, Tensor, Tensor]] = []
         self._flags: dict[nn.Parameter, bool] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
@@ -58,21 +61,17 @@ class PlanCallback(TrainerCallback):
             return
         for name, parameter in planned.items():
             slices = [s for s in self._plan.slices if s.parameter == name and s.role in self._roles]
-            free = torch.ones(parameter.shape[slices[0].axis], dtype=torch.bool)
-            for s in slices:
-                free[torch.from_numpy(s.index)] = False
-            others = free.nonzero().squeeze(1).to(parameter.device)
-            if len(others):
-                kept = parameter.detach().index_select(slices[0].axis, others)
-                self._kept.append((parameter, slices[0].axis, others, kept))
-                hook = _zeroing(slices[0].axis, others)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            self._keep(parameter, name, slices[0].axis, np.concatenate([s.index for s in slices]))
+        for whole, parameter in {parameter_of(name): parameter for name, parameter in planned.items()}.items():
+            if whole not in planned:  # only parts of it are planned: the others stay
+                members = [number for number in range(len(parameter)) if part_name(whole, number) in planned]
+                self._keep(parameter, whole, 0, np.array(members))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the unplanned weights back (the trainer calls this after each optimizer step)."""
         with torch.no_grad():
-            for parameter, axis, others, kept in self._kept:
-                parameter.index_copy_(axis, others, kept)
+            for parameter, name, axis, others, kept in self._kept:
+                view_of(parameter, name).index_copy_(axis, others, kept)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model: hooks, copies and ``requires_grad`` flags."""
@@ -81,6 +80,17 @@ class PlanCallback(TrainerCallback):
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         self._handles, self._kept, self._flags = [], [], {}
+
+    def _keep(self, parameter: nn.Parameter, name: str, axis: int, moving: npt.NDArray[np.int64]) -> None:
+        """Remember everything along an axis but the indices that move, and keep its gradient at zero."""
+        weight = view_of(parameter.detach(), name)
+        free = torch.ones(weight.shape[axis], dtype=torch.bool)
+        free[torch.from_numpy(moving)] = False
+        others = free.nonzero().squeeze(1).to(parameter.device)
+        if len(others):
+            self._kept.append((parameter, name, axis, others, weight.index_select(axis, others)))
+            hook = _zeroing(name, axis, others)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def _freeze(self, model: nn.Module) -> dict[str, nn.Parameter]:
         planned = planned_parameters(model, self._plan, self._roles)
@@ -94,9 +104,9 @@ class PlanCallback(TrainerCallback):
         return planned
 
 
-def _zeroing(axis: int, others: Tensor) -> Any:
+def _zeroing(name: str, axis: int, others: Tensor) -> Any:
     def zero(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            parameter.grad.index_fill_(axis, others, 0.0)
+            view_of(parameter.grad, name).index_fill_(axis, others, 0.0)
 
     return zero

@@ -31,6 +31,7 @@ from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..types import Role
+from ..weights import view_of
 from .metric import RetainMetric
 from .objectives import OBJECTIVES, Objective, answer_log_probs, nll
 from .optimizer import MaskedAdamW, planned_parameters
@@ -275,10 +276,11 @@ class _RoleGradient:
                 parameter = self._parameters[name]
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+                gradient = view_of(parameter.grad, name)
                 if role == Role.CONFLICT:
-                    parameter.grad.index_add_(axis, index, part)
+                    gradient.index_add_(axis, index, part)
                 else:
-                    parameter.grad.index_copy_(axis, index, part)
+                    gradient.index_copy_(axis, index, part)
         return {"forget_loss": loss.item(), "retain_loss": retain_value,
                 "forget_probability": float(probability.mean()), "forgotten": float(forgotten.double().mean())}
 
@@ -293,9 +295,9 @@ class _RoleGradient:
         for name, axis, role, index in self._slices:
             parameter = self._parameters[name]
             if parameter.grad is None:  # the batch does not reach this weight
-                parts.append(torch.zeros_like(parameter.index_select(axis, index)))
+                parts.append(torch.zeros_like(view_of(parameter, name).index_select(axis, index)))
                 continue
-            part = parameter.grad.index_select(axis, index)
+            part = view_of(parameter.grad, name).index_select(axis, index)
             if self._metric is not None and role == Role.CONFLICT:
                 before += float(part.double().square().sum())
                 part = self._metric.precondition(name, part)

@@ -8,7 +8,8 @@ step
 
 keeps the part of a forget gradient g that retention does not use and shrinks the rest. Both factors are restricted to
 what the plan moves: planned rows need G over these rows only, planned columns A over these columns only. A bias is a
-layer whose only input is the constant 1. Where a layer keeps W transposed (Conv1D), so are g, the step and its factors.
+layer whose only input is the constant 1. An expert is two linear layers that see the tokens routed to it. Where a layer
+keeps W transposed (Conv1D), so are g, the step and its factors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from ..errors import PlanError
 from ..model.anatomy import is_transposed
 from ..model.answers import answer_logits
 from ..model.capture import frozen
+from ..model.experts import Routed, is_experts, linear_traffic
 from ..types import Role
+from ..weights import member_of, parameter_of
 from .objectives import answer_log_probs
 from .optimizer import planned_parameters
 
@@ -58,10 +61,10 @@ class RetainMetric:
             damping: relative to each factor's mean diagonal; smaller keeps less of what retention uses.
 
         Raises:
-            PlanError: a planned weight is not the weight or bias of a linear layer.
+            PlanError: a planned weight is not the weight or bias of a linear layer, or an expert's.
         """
-        layers = _layers(model, plan)
-        if not layers:
+        layers, stacks = _layers(model, plan)
+        if not layers and not stacks:
             return cls({}, damping)
         tokens: list[Tensor] = []  # the mask of the batch that is running, [batch * seq]
         previous: list[tuple[Tensor, _Factor]] = []  # the latest full input, and the factor it went into
@@ -80,11 +83,27 @@ class RetainMetric:
 
             return layer.module.register_forward_hook(forward)
 
+        def attach_experts(module: nn.Module, planned: dict[int, list[_Part]]) -> Any:
+            def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                routed, mask = Routed.of(args, kwargs), tokens[0]
+
+                def backward(gradient: Tensor) -> None:
+                    for number, parts in planned.items():
+                        seen = linear_traffic(module, number, routed, gradient, mask)
+                        for part in parts:
+                            inputs, outputs = seen[part.kind]
+                            part.inputs.add(inputs)
+                            part.outputs.add(outputs)
+
+                output.register_hook(backward)  # type: ignore[no-untyped-call]
+
+            return module.register_forward_hook(forward, with_kwargs=True)
+
         def differentiable(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             output.requires_grad_(True)
 
         with frozen(model), torch.enable_grad():
-            handles = [attach(layer) for layer in layers]
+            handles = [*map(attach, layers), *(attach_experts(*stack) for stack in stacks.items())]
             handles.append(model.get_input_embeddings().register_forward_hook(differentiable))  # type: ignore[operator]
             try:
                 for batch in batches:
@@ -103,6 +122,9 @@ class RetainMetric:
                 if factor.total is not None and a is not None:
                     transposed = layer.transposed and name == layer.weight
                     found[name] = (a, factor.total) if transposed else (factor.total, a)
+        for part in (part for planned in stacks.values() for parts in planned.values() for part in parts):
+            if part.outputs.total is not None and part.inputs.total is not None:
+                found[part.name] = part.outputs.total, part.inputs.total
         return cls(found, damping)
 
     @torch.no_grad()
@@ -153,12 +175,31 @@ class _Layer:
     outputs: dict[str, _Factor]
 
 
-def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
+@dataclass
+class _Part:
+    """One planned matrix of one expert, ``gate_up_proj`` or ``down_proj``: factors over its inputs and outputs."""
+
+    name: str
+    kind: str
+    inputs: _Factor
+    outputs: _Factor
+
+
+def _layers(model: nn.Module, plan: Plan) -> tuple[list[_Layer], dict[nn.Module, dict[int, list[_Part]]]]:
+    """What to watch: linear layers, and in stacks of experts the experts with planned parts."""
     parameters = planned_parameters(model, plan, (Role.CONFLICT,))
     layers: dict[str, _Layer] = {}
+    stacks: dict[nn.Module, dict[int, list[_Part]]] = {}
     for s in plan.of_role(Role.CONFLICT):
-        path, _, kind = s.parameter.rpartition(".")
+        path, _, kind = parameter_of(s.parameter).rpartition(".")
         module = model.get_submodule(path)
+        number = member_of(s.parameter)
+        if number is not None and is_experts(module):
+            index = torch.from_numpy(s.index).to(parameters[s.parameter].device)
+            rows, columns = (index if axis == s.axis else None for axis in (0, 1))
+            part = _Part(s.parameter, kind, _Factor(columns), _Factor(rows))
+            stacks.setdefault(module, {}).setdefault(number, []).append(part)
+            continue
         transposed = is_transposed(module)
         if transposed is None or kind not in ("weight", "bias"):
             raise PlanError(f"{s.parameter} does not belong to a linear layer, so the retain metric cannot measure it:"
@@ -169,7 +210,7 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
         layer.outputs[s.parameter] = _Factor(index if of_outputs else None)
         if kind == "weight":
             layer.input = _Factor(None if of_outputs else index)
-    return list(layers.values())
+    return list(layers.values()), stacks
 
 
 def _add_all(factors: dict[str, _Factor], gradient: Tensor) -> None:

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from ..errors import ClueError, PlanError
 from ..types import Role
+from ..weights import parameter_of, view_of
 
 if TYPE_CHECKING:
     from ..plan import Plan
 
 
 def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> dict[str, nn.Parameter]:
-    """The parameters with at least one slice of these roles, by name, in plan order.
+    """The parameters with at least one slice of these roles, by planned name, in plan order.
+
+    Names of parts of one parameter (see :mod:`clue.weights`) all lead to it.
 
     Raises:
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
@@ -34,10 +37,11 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
     for name in dict.fromkeys(s.parameter for s in plan.slices if s.role in roles):
-        twins = [other for other in names[id(parameters[name])] if other != name]
+        whole = parameter_of(name)
+        twins = [other for other in names[id(parameters[whole])] if other != whole]
         if twins:
             raise PlanError(f"the plan edits {name}, which is tied to {twins[0]}: leave tied weights out of the plan")
-        found[name] = parameters[name]
+        found[name] = parameters[whole]
     return found
 
 
@@ -70,19 +74,21 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise PlanError(f"the plan names no {wanted} weight, so there is nothing to train: make a plan with larger"
                             " circuits")
         model.requires_grad_(False)
-        #: parameter -> (name, axis, int64 [k] sorted union of its slices, on the parameter's device)
-        self._planned: dict[nn.Parameter, tuple[str, int, Tensor]] = {}
+        #: parameter -> for it, or each planned part of it: (name, axis, int64 [k] sorted union of its slices, on the
+        #: parameter's device)
+        self._planned: dict[nn.Parameter, list[tuple[str, int, Tensor]]] = {}
         for name, parameter in planned.items():
             slices = [s for s in plan.slices if s.parameter == name and s.role in roles]
             index = torch.from_numpy(np.sort(np.concatenate([s.index for s in slices]))).to(parameter.device)
             parameter.requires_grad_(True)
-            self._planned[parameter] = (name, slices[0].axis, index)
+            self._planned.setdefault(parameter, []).append((name, slices[0].axis, index))
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(list(planned.values()), defaults)
+        super().__init__(list(self._planned), defaults)
 
     def gradients(self) -> list[Tensor]:
         """The planned slices of every gradient there is: copies, [k, columns] for rows and [rows, k] for columns."""
-        return [p.grad.index_select(axis, index) for p, (_, axis, index) in self._planned.items() if p.grad is not None]
+        return [view_of(p.grad, name).index_select(axis, index) for p, parts in self._planned.items()
+                for name, axis, index in parts if p.grad is not None]
 
     def grad_norm(self) -> float:
         """Global 2-norm of the gradient over the planned slices, accumulated in float64."""
@@ -106,19 +112,24 @@ class MaskedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                _, axis, index = self._planned[parameter]
-                state = self.state[parameter]
-                if not state:
-                    self._begin(parameter, axis, index, state)
-                state["step"] += 1
-                grad = parameter.grad
-                if grad.stride(-1) != 1:
-                    grad = grad.contiguous()
-                _kernel(parameter.device)(
-                    parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"], index, axis, lr=float(group["lr"]),
-                    beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-                    step=int(state["step"]), grad_scale=grad_scale, master=state.get("master"))
+                for name, axis, index in self._planned[parameter]:
+                    weight, state = view_of(parameter.detach(), name), self._state_of(parameter, name)
+                    if not state:
+                        self._begin(weight, axis, index, state)
+                    state["step"] += 1
+                    grad = view_of(parameter.grad, name)
+                    if grad.stride(-1) != 1:
+                        grad = grad.contiguous()
+                    _kernel(parameter.device)(
+                        weight, grad, state["exp_avg"], state["exp_avg_sq"], index, axis, lr=float(group["lr"]),
+                        beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+                        step=int(state["step"]), grad_scale=grad_scale, master=state.get("master"))
         return loss
+
+    def _state_of(self, parameter: Tensor, name: str) -> dict[str, Any]:
+        """The state of a parameter, or of one part of it."""
+        state: dict[str, Any] = self.state[parameter]
+        return state if parameter_of(name) == name else state.setdefault(name, {})  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved ``state_dict`` of an optimizer made with the same plan and roles.
@@ -129,31 +140,38 @@ class MaskedAdamW(torch.optim.Optimizer):
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = state_dict["state"]
         for number, parameter in enumerate(order):
-            name, _, index = self._planned[parameter]
-            if number in saved and not torch.equal(saved[number]["index"].to(index), index):
-                raise PlanError(f"the saved optimizer state of {name} belongs to other slices: resume with the plan it"
-                                " was saved with")
+            parts = {name: index for name, _, index in self._planned[parameter]}
+            found = saved.get(number, {})
+            if "index" in found:  # of the parameter itself
+                found = {next(iter(parts)): found}
+            for name in found:
+                if name not in parts or not torch.equal(found[name]["index"].to(parts[name]), parts[name]):
+                    raise PlanError(f"the saved optimizer state of {name} belongs to other slices: resume with the plan it"
+                                    " was saved with")
         super().load_state_dict(state_dict)
         # torch casts every tensor of a state to the parameter's dtype, which would round the float32 moments and
         # masters of bf16 weights and turn the index into floats.
         for number, parameter in enumerate(order):
             if number in saved:
-                self.state[parameter] = {
-                    key: value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
-                    for key, value in saved[number].items()}
+                self.state[parameter] = _copied(saved[number], parameter.device)
 
-    def _begin(self, parameter: Tensor, axis: int, index: Tensor, state: dict[str, Any]) -> None:
-        slices = parameter.detach().index_select(axis, index)
+    def _begin(self, weight: Tensor, axis: int, index: Tensor, state: dict[str, Any]) -> None:
+        slices = weight.index_select(axis, index)
         if axis == 1:  # columns are kept transposed, so that the state of one column is contiguous
             slices = slices.T.contiguous()
-        half = parameter.dtype in (torch.bfloat16, torch.float16)
-        dtype = torch.float32 if half else parameter.dtype
+        half = weight.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if half else weight.dtype
         state["step"] = 0
         state["index"] = index
         state["exp_avg"] = torch.zeros_like(slices, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(slices, dtype=dtype)
         if half:
             state["master"] = slices.float()
+
+
+def _copied(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.detach().clone().to(device) if isinstance(value, Tensor) else
+            _copied(value, device) if isinstance(value, dict) else value for key, value in state.items()}
 
 
 def _kernel(device: torch.device) -> Callable[..., None]:
