@@ -1,0 +1,87 @@
+"""Target: the number per pair that attribution differentiates and that a circuit is judged by.
+
+Both prompts of a pair are teacher-forced on the clean answer. ``margin`` is the logit of the true answer token less that
+of the corrupted run's top token; ``logprob`` is the log-probability of the true token. Either is averaged over the
+answer span of the pair, so that a long answer counts no more than a short one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of pairs, padded on the right, and where their answers are.
+
+    Attributes:
+        clean, corrupted, mask: int64 [batch, seq], token ids and the attention mask of both.
+        positions: int64 [positions], the sequence positions that predict an answer token of some pair.
+        answer: int64 [batch, positions], the clean token that follows each position.
+        weight: float32 [batch, positions], 1 / answer length on a pair's own answer span and 0 elsewhere.
+    """
+
+    clean: Tensor
+    corrupted: Tensor
+    mask: Tensor
+    positions: Tensor
+    answer: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, pairs: Pairs, chosen: npt.NDArray[np.int64], device: torch.device) -> Prompts:
+        """The pairs numbered ``chosen``."""
+        lengths = [len(pairs.clean[i]) for i in chosen]
+        clean, corrupted, mask = (torch.zeros(len(chosen), max(lengths), dtype=torch.int64) for _ in range(3))
+        for row, i in enumerate(chosen):
+            clean[row, :lengths[row]] = torch.from_numpy(pairs.clean[i])
+            corrupted[row, :lengths[row]] = torch.from_numpy(pairs.corrupted[i])
+            mask[row, :lengths[row]] = 1
+        starts, ends = torch.from_numpy(pairs.answer_start[chosen]), torch.tensor(lengths)
+        at = torch.arange(max(lengths) - 1)[None]
+        spans = (at >= starts[:, None] - 1) & (at < ends[:, None] - 1)  # a position predicts the token after it
+        positions = torch.nonzero(spans.any(0)).ravel()
+        weight = spans[:, positions].float()
+        weight = weight / weight.sum(1, keepdim=True)
+        found = (clean, corrupted, mask, positions, clean[:, positions + 1], weight)
+        return cls(*(tensor.to(device) for tensor in found))
+
+    def values(self, kind: str, logits: Tensor, contrast: Tensor) -> Tensor:
+        """The target of each pair, [batch], differentiable in the logits.
+
+        Args:
+            kind: ``margin`` or ``logprob``.
+            logits: [batch, positions, vocabulary].
+            contrast: int64 [batch, positions], the corrupted run's top tokens (:meth:`contrast`). Where that is the
+                answer itself the margin is zero: corruption changed nothing there.
+        """
+        if kind == "margin":
+            other = logits.gather(-1, contrast[..., None])[..., 0]
+            terms = logits.gather(-1, self.answer[..., None])[..., 0] - other
+        else:
+            terms = logits.log_softmax(-1).gather(-1, self.answer[..., None])[..., 0]
+        return (terms * self.weight).sum(1)
+
+    def contrast(self, logits: Tensor) -> Tensor:
+        """int64 [batch, positions], the top tokens of the corrupted run's logits."""
+        return logits.detach().argmax(-1)
+
+    def informative(self, contrast: Tensor) -> Tensor:
+        """bool [batch]: corruption changes the model's top token somewhere in the pair's answer."""
+        return ((contrast != self.answer) & (self.weight > 0)).any(1)
+
+
+def batches(pairs: Pairs, size: int) -> list[npt.NDArray[np.int64]]:
+    """Numbers of the pairs in batches of at most ``size``, like lengths together: little padding."""
+    order = np.argsort([len(ids) for ids in pairs.clean], kind="stable")
+    return [order[start:start + size] for start in range(0, len(order), size)]
