@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -181,9 +181,10 @@ class Circuit:
         graph: the nodes.
         src, dst: int32 [edges], sorted by (dst, src).
         gate: uint8 [edges], values of :class:`Gate`: how the edge enters its receiver.
-        provenance: uint8 [edges], values of :class:`Provenance`; never rewritten.
+        provenance: uint8 [edges], bits of :class:`Provenance`; added to, never taken away.
         ns, dn: float64 [edges]; NaN where there is no score: on structural edges, and in the direction another tool
             did not measure (the one score of an edge of ``UNKNOWN`` provenance stands in ``ns``).
+        faithfulness: what selection by a faithfulness target measured; ``None`` if nobody did.
     """
 
     name: str
@@ -194,6 +195,7 @@ class Circuit:
     provenance: npt.NDArray[np.uint8]
     ns: Floats
     dn: Floats
+    faithfulness: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         n = self.graph.n_nodes
@@ -235,6 +237,8 @@ class Circuit:
         arrays: dict[str, npt.NDArray[Any]] = {"src": self.src, "dst": self.dst, "gate": self.gate,
                                                "provenance": self.provenance, "ns": self.ns, "dn": self.dn}
         metadata = {"name": self.name, "graph": json.dumps(self.graph.to_json(), sort_keys=True)}
+        if self.faithfulness is not None:
+            metadata["faithfulness"] = repr(self.faithfulness)
         write_atomically(path, save(arrays, metadata))
 
     @classmethod
@@ -246,7 +250,9 @@ class Circuit:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata()
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-            return cls(metadata["name"], Graph(**json.loads(metadata["graph"])), **arrays)
+            measured = metadata.get("faithfulness")
+            return cls(metadata["name"], Graph(**json.loads(metadata["graph"])), **arrays,
+                       faithfulness=None if measured is None else float(measured))
         except FileNotFoundError:
             raise CircuitError(f"{path} does not exist: make it with `clue localize`") from None
         except CircuitError:
