@@ -103,11 +103,14 @@ def test_a_small_patch_does_what_the_score_says(name, in_double):
         assert float(up - down) / (2 * eps) == pytest.approx(scores.ns[u, v], abs=1e-6 * np.abs(scores.ns).max())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon", "opt"])
-def test_tiles_do_not_matter(name, in_double, monkeypatch):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon", "opt", "olmo2/biased"])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_tiles_and_what_is_held_do_not_matter(name, share, in_double, monkeypatch):
     body, graph, _, corrupted = bound(name)
-    edges = np.random.default_rng(5).random(graph.residual_edges.shape) < 0.5
+    edges = np.random.default_rng(5).random(graph.residual_edges.shape) < share
     whole = patched(body, CLEAN, *EVERYTHING, corrupted, edges)
+    monkeypatch.setattr(patching, "EXPANDED_BYTES", 0)
+    torch.testing.assert_close(patched(body, CLEAN, *EVERYTHING, corrupted, edges), whole)
     monkeypatch.setattr(patching, "TILE_BYTES", 1)
     torch.testing.assert_close(patched(body, CLEAN, *EVERYTHING, corrupted, edges), whole)
 

@@ -9,9 +9,10 @@ its value in the other run (path patching, arXiv 2304.05969; ACDC, arXiv 2304.14
 2. :func:`patched` runs the prompts with hooks. What a writer adds now is compared with the recording when it appears,
    so a writer behind a patched edge carries on whatever that edge did to it.
 3. Before each layer the inputs of its readers are put together. Readers that share their patched writers share one
-   input; writers are expanded from their factors, a tile of tokens at a time; a layer without a patched edge is left
-   alone. The same sum read backwards is input of v = residual stream of the other run - sum over the *kept* u of the
-   same differences; whichever needs fewer writers is taken, so small circuits and small patches are both cheap.
+   input; a layer without a patched edge is left alone. Changes are expanded from their factors once, if all of them fit
+   :data:`EXPANDED_BYTES`, and otherwise for each layer again, a tile of tokens at a time. The same sum read backwards is
+   input of v = residual stream of the other run - sum over the *kept* u of the same differences; whichever needs fewer
+   writers is taken, so small circuits and small patches are both cheap.
 4. A patched hidden unit is set to its activation in the other run.
 
 Nothing of size [batch, seq, writers, readers] ever exists.
@@ -37,8 +38,12 @@ if TYPE_CHECKING:
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
 
-#: Bytes of expanded writers and reader inputs held at once.
+#: Bytes of expanded writers and reader inputs in a tile of tokens.
 TILE_BYTES = 64 << 20
+
+#: Most bytes for the expanded changes of all writers at all tokens. A layer that expands its writers anew costs several
+#: times as much as one that finds them expanded, so a larger batch is not always a faster one.
+EXPANDED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ def patched(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions:
             edges: Bools, neurons: Bools | None = None) -> Tensor:
     """Logits of the prompts with edges and hidden units patched; the model should be in evaluation mode.
 
-    One forward pass, and per layer the expansion of the writers that its readers need: about one more pass where all of
-    a model's edges are decided one by one, nothing where none is patched.
+    Costs one forward pass where nothing is patched and, while the batch fits :data:`EXPANDED_BYTES`, less than two
+    otherwise; beyond that up to a dozen, where all readers differ in their patched writers.
 
     Args:
         input_ids, attention_mask: int64 [batch, seq], right-padded.
@@ -256,6 +261,8 @@ class _Patcher(_Pass):
         self.mlps: list[Tensor] = []
         self.projections: dict[nn.Module, Tensor] = {}
         self.offset = np.arange(body.d_head)
+        self.bytes = (8 if self.dtype == torch.float64 else 4) * body.d_model
+        self.expanded: Tensor | None = None  # [writers, tokens, d_model], where it fits
 
     def _change(self, other: Tensor, now: Tensor) -> Tensor:
         return other.to(self.dtype) - now.to(self.dtype)
@@ -265,9 +272,14 @@ class _Patcher(_Pass):
             heads = heads.to(self.dtype) * scale
             self.scale.append(self._change(self.other.scale[number], scale))
         self.heads.append(self._change(self.other.heads[number], heads))
+        if self.expanded is not None:
+            first = 1 + number * (self.body.n_heads + 1)
+            self.expanded[first:first + self.body.n_heads] = self._expand_heads(number, None, slice(None))
 
     def written(self, number: int, mlp: Tensor) -> None:
         self.mlps.append(self._change(self.other.mlps[number], mlp))
+        if self.expanded is not None:
+            self.expanded[(number + 1) * (self.body.n_heads + 1)] = self.mlps[-1]
 
     def units(self, number: int, hidden: Tensor) -> Tensor | None:
         if self.neurons is None or not self.neurons[number].any():
@@ -278,6 +290,9 @@ class _Patcher(_Pass):
     def attention(self, number: int) -> None:
         if number == 0:
             self.embed = self._change(self.other.attention_residual[0], self.stream)
+            if len(self.edges) * len(self.embed) * self.bytes <= EXPANDED_BYTES:
+                self.expanded = self.embed.new_empty(len(self.edges), *self.embed.shape)
+                self.expanded[0] = self.embed
         body, layer = self.body, self.body.layers[number]
         first, writers = number * _readers(body), 1 + number * (body.n_heads + 1)
         group, tiles = self._inputs(slice(first, first + _readers(body) - 1), writers,
@@ -343,9 +358,10 @@ class _Patcher(_Pass):
     def _tiles(self, sets: Bools, base: Tensor, sign: int) -> Iterator[tuple[slice, Tensor]]:
         """``base`` plus (or minus) the changes of each set of writers; ``sets`` is bool [writers, sets]."""
         chosen = np.flatnonzero(sets.any(1))
+        if self.expanded is not None and 2 * len(chosen) > len(sets):
+            chosen = np.arange(len(sets))  # reading a few for nothing is cheaper than copying the others
         share = torch.from_numpy(sets[chosen].T).to(base.device, self.dtype) * sign
-        size = (len(chosen) + 2 * sets.shape[1]) * self.body.d_model * (8 if self.dtype == torch.float64 else 4)
-        step = max(1, TILE_BYTES // size)
+        step = max(1, TILE_BYTES // ((len(chosen) + 2 * sets.shape[1]) * self.bytes))
         for start in range(0, len(base), step):
             rows = slice(start, start + step)
             changes = self._expand(chosen, rows)
@@ -354,6 +370,10 @@ class _Patcher(_Pass):
 
     def _expand(self, chosen: Ints, rows: slice) -> Tensor:
         """What each of the chosen writers would change by if patched, [chosen, tokens, d_model]."""
+        if self.expanded is not None:
+            if len(chosen) and chosen[-1] == len(chosen) - 1:
+                return self.expanded[:len(chosen), rows]  # a view
+            return self.expanded[torch.from_numpy(chosen).to(self.expanded.device), rows]
         heads = self.body.n_heads
         layers, places = np.divmod(chosen - 1, heads + 1)  # writer 0, the embedding, is in layer -1
         parts: list[Tensor] = []
@@ -368,14 +388,17 @@ class _Patcher(_Pass):
                 parts.append(self.mlps[number][None, rows])
         return torch.cat(parts) if parts else self.embed.new_zeros(0, len(self.embed[rows]), self.body.d_model)
 
-    def _expand_heads(self, number: int, chosen: Ints, rows: slice) -> Tensor:
+    def _expand_heads(self, number: int, chosen: Ints | None, rows: slice) -> Tensor:
+        """What the chosen heads of a layer (all if ``None``) would change by if patched, [chosen, tokens, d_model]."""
         body, layer = self.body, self.body.layers[number]
-        index = torch.from_numpy(chosen).to(self.stream.device)
         factors = self.heads[number][rows]
-        factors = factors.view(len(factors), body.n_heads, body.d_head).transpose(0, 1)[index]
+        factors = factors.view(len(factors), body.n_heads, body.d_head).transpose(0, 1)
+        weight = layer.o.weight.detach().reshape(body.d_model, body.n_heads, body.d_head).permute(1, 2, 0)
+        if chosen is not None:
+            index = torch.from_numpy(chosen).to(weight.device)
+            factors, weight = factors[index], weight[index]
         norm = layer.attention_output_norm
         gain = None if norm is None or norm.gain is None else norm.gain.detach().to(self.dtype)
-        weight = layer.o.weight.detach().reshape(body.d_model, body.n_heads, body.d_head).permute(1, 2, 0)[index]
         changes = torch.matmul(factors, weight.to(self.dtype))
         if norm is not None and layer.o.bias is not None:  # without a norm the bias is the same in both runs
             changes += self.scale[number][rows] * layer.o.bias.detach().to(self.dtype) / body.n_heads
