@@ -89,8 +89,8 @@ def patched(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions:
             edges: Bools, neurons: Bools | None = None) -> Tensor:
     """Logits of the prompts with edges and hidden units patched; the model should be in evaluation mode.
 
-    Costs one forward pass where nothing is patched and, while the batch fits :data:`EXPANDED_BYTES`, less than two
-    otherwise; beyond that up to a dozen, where all readers differ in their patched writers.
+    Costs one forward pass where nothing is patched, two or three where readers differ in their patched writers, and
+    about twice that for batches beyond :data:`EXPANDED_BYTES`.
 
     Args:
         input_ids, attention_mask: int64 [batch, seq], right-padded.
@@ -290,7 +290,7 @@ class _Patcher(_Pass):
     def attention(self, number: int) -> None:
         if number == 0:
             self.embed = self._change(self.other.attention_residual[0], self.stream)
-            if len(self.edges) * len(self.embed) * self.bytes <= EXPANDED_BYTES:
+            if self.edges.any() and len(self.edges) * len(self.embed) * self.bytes <= EXPANDED_BYTES:
                 self.expanded = self.embed.new_empty(len(self.edges), *self.embed.shape)
                 self.expanded[0] = self.embed
         body, layer = self.body, self.body.layers[number]
@@ -358,8 +358,8 @@ class _Patcher(_Pass):
     def _tiles(self, sets: Bools, base: Tensor, sign: int) -> Iterator[tuple[slice, Tensor]]:
         """``base`` plus (or minus) the changes of each set of writers; ``sets`` is bool [writers, sets]."""
         chosen = np.flatnonzero(sets.any(1))
-        if self.expanded is not None and 2 * len(chosen) > len(sets):
-            chosen = np.arange(len(sets))  # reading a few for nothing is cheaper than copying the others
+        if self.expanded is not None and 3 * len(chosen) > len(sets):
+            chosen = np.arange(len(sets))  # to copy the chosen is to read, write and read them
         share = torch.from_numpy(sets[chosen].T).to(base.device, self.dtype) * sign
         step = max(1, TILE_BYTES // ((len(chosen) + 2 * sets.shape[1]) * self.bytes))
         for start in range(0, len(base), step):
