@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from clue.circuit.graph import Circuit
 from clue.cli import _parser, _settings, main
 from clue.config import Settings
 from clue.jobs import load_model
@@ -322,6 +323,18 @@ def localized(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inputs(world: Path, **changed: str | Path) -> list[str]:
     given = {"model": world / "model", "forget": world / "forget.jsonl", "retain": world / "retain.jsonl"} | changed
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def test_localize_says_how_faithful_the_circuits_it_was_asked_for_are(world: Path, tmp_path: Path,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["localize", *inputs(world), "-o", str(tmp_path / "run"), *QUICK, "--faithfulness", "0.5", "--neurons", "1",
+                 "--confirm", "2"]) == 0
+    said = re.findall(r"(\w+) (\d+) edges \(faithfulness (\d\.\d\d)", capsys.readouterr().err)
+    assert [name for name, _, _ in said] == ["forget", "retain"]
+    for name, edges, faithfulness in said:
+        circuit = Circuit.load(tmp_path / "run" / "circuits" / f"{name}.safetensors")
+        assert (len(circuit), f"{circuit.faithfulness:.2f}") == (int(edges), faithfulness)
+        assert circuit.faithfulness is not None and circuit.faithfulness >= 0.5
 
 
 def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def test_circuits_as_faithful_as_asked(world: World, trained: Any) -> None:
     for name, circuit in found.circuits.items():
         assert circuit.faithfulness is not None and circuit.faithfulness >= 0.8
         assert evaluate_circuit(body, found.pairs[name], circuit, settings).faithfulness > 0.5  # all pairs, not a sample
-        assert f"{name} {len(circuit)} edges (faithfulness {circuit.faithfulness:.2f})" in lines[2]
+        assert f"{name} {len(circuit)} edges (faithfulness {circuit.faithfulness:.2f}" in lines[2]
 
 
 def test_confirmed_gates_keep_what_found_them(world: World, trained: Any) -> None:

@@ -102,8 +102,7 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
 
     circuits: dict[str, Circuit] = keep("circuits", lambda: {
         name: cut(body, pairs[name], s, settings) for name, s in scores.items()})
-    say("circuits   " + ", ".join(f"{name} {len(c)} edges" + (
-        "" if c.faithfulness is None else f" (faithfulness {c.faithfulness:.2f})") for name, c in circuits.items()))
+    say("circuits   " + ", ".join(f"{name} {circuit.summary()}" for name, circuit in circuits.items()))
 
     assignment: Assignment = keep("assignment", lambda: solve(scores, circuits, settings))
     say(f"roles      conflict cost {assignment.cost}, {'proven least' if assignment.optimal else 'NOT proven least'}:"

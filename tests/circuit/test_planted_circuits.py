@@ -226,6 +226,8 @@ def test_patching_confirms_true_gates_and_contradicts_false_ones(name, inputs, g
     confirmed = confirm(planted(), PAIRS[name], circuit, settings)
     np.testing.assert_array_equal(confirmed.gate, circuit.gate)
     np.testing.assert_array_equal(confirmed.provenance ^ circuit.provenance, tested * Provenance.CONFIRMED.value)
+    assert confirmed.summary() == f"{len(circuit)} edges (inputs of gates: 2 confirmed, 0 contradicted)"
+    assert circuit.summary() == f"{len(circuit)} edges"
     false = relabelled(circuit)
     contradicted = confirm(planted(), PAIRS[name], false, settings)
     np.testing.assert_array_equal(contradicted.gate[tested], circuit.gate[tested])

@@ -230,6 +230,14 @@ class Circuit:
         found = {g.name.lower(): int(np.count_nonzero(scored & (self.gate == g))) for g in Gate}
         return {**found, "structural": int(np.count_nonzero(~scored)), "nodes": int(self.nodes.sum())}
 
+    def summary(self) -> str:
+        """Its size and, as far as somebody looked, its faithfulness and what exact patching says of its gates."""
+        said = [] if self.faithfulness is None else [f"faithfulness {self.faithfulness:.2f}"]
+        seen = {p.name: np.count_nonzero(self.provenance & p) for p in (Provenance.CONFIRMED, Provenance.CONTRADICTED)}
+        if any(seen.values()):
+            said.append("inputs of gates: " + ", ".join(f"{count} {str(name).lower()}" for name, count in seen.items()))
+        return f"{len(self)} edges" + (f" ({'; '.join(said)})" if said else "")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the circuit as one safetensors file."""
         from safetensors.numpy import save

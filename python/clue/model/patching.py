@@ -364,7 +364,7 @@ class _Patcher(_Pass):
         step = max(1, TILE_BYTES // ((len(chosen) + 2 * sets.shape[1]) * self.bytes))
         for start in range(0, len(base), step):
             rows = slice(start, start + step)
-            changes = self._expand(chosen, rows)
+            changes = self._expand(chosen, rows).to(base.device)  # layers may lie on several devices
             moved = (share @ changes.flatten(1)).view(-1, *changes.shape[1:])
             yield rows, base[rows].to(self.dtype) + moved
 
@@ -386,7 +386,9 @@ class _Patcher(_Pass):
                 parts.append(self._expand_heads(number, here[here < heads], rows))
             if here[-1] == heads:
                 parts.append(self.mlps[number][None, rows])
-        return torch.cat(parts) if parts else self.embed.new_zeros(0, len(self.embed[rows]), self.body.d_model)
+        if not parts:
+            return self.embed.new_zeros(0, len(self.embed[rows]), self.body.d_model)
+        return torch.cat([part.to(self.stream.device) for part in parts])
 
     def _expand_heads(self, number: int, chosen: Ints | None, rows: slice) -> Tensor:
         """What the chosen heads of a layer (all if ``None``) would change by if patched, [chosen, tokens, d_model]."""
