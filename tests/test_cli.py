@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from clue.circuit.graph import Circuit
 from clue.cli import _parser, _settings, main
 from clue.config import Settings
 from clue.jobs import load_model
@@ -166,6 +167,7 @@ def test_a_stage_takes_its_own_batch_size_without_prefix() -> None:
     ("[localize]\nedges = true\n", "localize.edges must be of type float, got True"),
     ("[localize]\nedges = 0.0\n", "edges = 0.0 must lie in (0, 1]"),
     ("[localize]\nedges = nan\n", "edges = nan must lie in (0, 1]"),
+    ("[localize]\nfaithfulness = 1.5\n", "faithfulness = 1.5 must lie in (0, 1], or be 0"),
     ("[unlearn]\nlr = -1.0\n", "lr = -1.0 must be finite and not negative"),
     ("[unlearn]\nobjective = 'forget'\n", "objective = 'forget' is not one of npo"),
     ("seed = 1.5\n", "seed must be of type int, got 1.5"),
@@ -321,6 +323,18 @@ def localized(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inputs(world: Path, **changed: str | Path) -> list[str]:
     given = {"model": world / "model", "forget": world / "forget.jsonl", "retain": world / "retain.jsonl"} | changed
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def test_localize_says_how_faithful_the_circuits_it_was_asked_for_are(world: Path, tmp_path: Path,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["localize", *inputs(world), "-o", str(tmp_path / "run"), *QUICK, "--faithfulness", "0.5", "--neurons", "1",
+                 "--confirm", "2"]) == 0
+    said = re.findall(r"(\w+) (\d+) edges \(faithfulness (\d\.\d\d)", capsys.readouterr().err)
+    assert [name for name, _, _ in said] == ["forget", "retain"]
+    for name, edges, faithfulness in said:
+        circuit = Circuit.load(tmp_path / "run" / "circuits" / f"{name}.safetensors")
+        assert (len(circuit), f"{circuit.faithfulness:.2f}") == (int(edges), faithfulness)
+        assert circuit.faithfulness is not None and circuit.faithfulness >= 0.5
 
 
 def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import clue
+from clue.circuit.faithfulness import evaluate_circuit
 from clue.config import EvaluateSettings, LocalizeSettings, UnlearnSettings
 from clue.data.world import World, build_world, train_model
 from clue.evaluate import EvaluationSets, evaluate
+from clue.model.anatomy import anatomy
 from clue.pipeline import locate
-from clue.types import Role
+from clue.types import Provenance, Role
 from clue.unlearn import unlearn
 
 LOCALIZE = LocalizeSettings(edges=0.3, neurons=0.3, batch_size=32)
@@ -82,3 +84,24 @@ def test_the_number_of_threads_does_not_change_the_plan(world: World, trained: A
         torch.set_num_threads(threads)
     assert all(found == files[0] for found in files[1:])
     assert (plan.role == Role.CONFLICT).any()
+
+
+def test_circuits_as_faithful_as_asked(world: World, trained: Any) -> None:
+    lines: list[str] = []
+    settings = replace(LOCALIZE, faithfulness=0.8, neurons=1.0)
+    found = locate(trained, world.tokenizer, world.forget, kept(world), settings, progress=lines.append)
+    body = anatomy(trained)
+    for name, circuit in found.circuits.items():
+        assert circuit.faithfulness is not None and circuit.faithfulness >= 0.8
+        assert evaluate_circuit(body, found.pairs[name], circuit, settings).faithfulness > 0.5  # all pairs, not a sample
+        assert f"{name} {len(circuit)} edges (faithfulness {circuit.faithfulness:.2f}" in lines[2]
+
+
+def test_confirmed_gates_keep_what_found_them(world: World, trained: Any) -> None:
+    settings = replace(LOCALIZE, neurons=0.1, confirm=20)
+    plain, tested = (locate(trained, world.tokenizer, world.forget, kept(world), s).circuits["retain"]
+                     for s in (replace(settings, confirm=0), settings))
+    added = tested.provenance - plain.provenance  # bits are only ever added
+    assert set(added.tolist()) <= {0, Provenance.CONFIRMED, Provenance.CONTRADICTED} and added.any()
+    np.testing.assert_array_equal(tested.gate != plain.gate, added == Provenance.CONTRADICTED)
+    assert np.isin(plain.provenance[added > 0], [Provenance.NOISING, Provenance.DENOISING]).all()

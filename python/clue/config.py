@@ -36,6 +36,10 @@ class LocalizeSettings:
     granularity: str = _option("neuron", "what a node of an MLP is: the whole block, or each hidden neuron",
                                choices=("neuron", "block"))
     neurons: float = _option(0.10, "share of all MLP neurons kept by each direction, in (0, 1]")
+    faithfulness: float = _option(0.0, "keep as few edges as reach this share of the model's target when the circuit runs"
+                                  " alone, in (0, 1], instead of a share of all edges; 0 turns this off")
+    confirm: int = _option(0, "check the AND and OR gates of this many receivers, strongest first, by exact patching; 0"
+                           " checks none")
     target: str = _option("margin", "what is attributed: margin (answer token against the corrupted run's top token)"
                           " or logprob", choices=("margin", "logprob"))
     path: str = _option("half", "where gradients are taken between the clean and the corrupted prompt: half (Ns next to the"
@@ -107,6 +111,8 @@ def check(settings: Any) -> None:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
         if f.name in {"edges", "neurons", "min_k"} and not 0.0 < value <= 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
+        if f.name == "faithfulness" and value > 1.0:
+            raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")
         if f.name == "path_steps" and (value < 2 or value % 2):
             raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")
         if f.name in {"batch_size", "steps", "check_every", "max_new_tokens"} and value < 1:

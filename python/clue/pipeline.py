@@ -84,7 +84,6 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
     ``keep(stage, make)`` returns the stage's value, from a store when it has one, else from ``make()``.
     """
     from .circuit.attribution import attribute
-    from .circuit.selection import build_circuit
     from .model.anatomy import anatomy, check_weights
 
     say = progress or (lambda line: None)
@@ -103,8 +102,8 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
     say(f"scores     conservation gap at most {max(max(s.gap_ns, s.gap_dn) for s in scores.values()):.1e}")
 
     circuits: dict[str, Circuit] = keep("circuits", lambda: {
-        name: build_circuit(s, settings) for name, s in scores.items()})
-    say("circuits   " + ", ".join(f"{name} {len(c)} edges" for name, c in circuits.items()))
+        name: cut(body, pairs[name], s, settings) for name, s in scores.items()})
+    say("circuits   " + ", ".join(f"{name} {circuit.summary()}" for name, circuit in circuits.items()))
 
     assignment: Assignment = keep("assignment", lambda: solve(scores, circuits, settings))
     say(f"roles      conflict cost {assignment.cost}, {'proven least' if assignment.optimal else 'NOT proven least'}:"
@@ -164,6 +163,16 @@ def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: Localiz
         raise ModelError(f"the tokenizer yields token {highest}, the model knows {vocabulary} tokens: use the tokenizer"
                          " that belongs to this model")
     return make_pairs(examples, tokenizer, corruption=settings.corruption, seed=seed, limit=settings.limit)
+
+
+def cut(body: Anatomy, pairs: Pairs, scores: Scores, settings: LocalizeSettings) -> Circuit:
+    """The circuit of one set; the model runs again only for a faithfulness target and to confirm gates."""
+    from .circuit.confirmation import confirm
+    from .circuit.faithfulness import judge
+    from .circuit.selection import build_circuit
+
+    circuit = build_circuit(scores, settings, faithful=judge(body, pairs, settings))
+    return confirm(body, pairs, circuit, settings) if settings.confirm else circuit
 
 
 def solve(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], settings: LocalizeSettings) -> Assignment:

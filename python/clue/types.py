@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, IntFlag
 
 
 class Direction(Enum):
@@ -26,16 +26,22 @@ class Gate(IntEnum):
     ADDER = 2
 
 
-class Provenance(IntEnum):
-    """Why an edge is in a circuit. Bits of the first two are combined; ``STRUCTURAL`` is q, k, v -> o inside a head
-    and reader -> neuron inside an MLP, which exist because of the architecture and carry no score of their own.
-    ``UNKNOWN``, no bit at all, is an edge from another tool's file that does not say which direction found it."""
+class Provenance(IntFlag):
+    """Why an edge is in a circuit, as bits that are only ever added.
+
+    ``NOISING`` and ``DENOISING`` say which direction found it. ``STRUCTURAL`` is q, k, v -> o inside a head and
+    reader -> neuron inside an MLP, which exist because of the architecture and carry no score of their own. ``UNKNOWN``,
+    no bit at all, is an edge from another tool's file that does not say which direction found it. ``CONFIRMED``: exact
+    patching saw the gate that the directions say; ``CONTRADICTED``: it saw another, which is the edge's gate now.
+    """
 
     UNKNOWN = 0
     NOISING = 1
     DENOISING = 2
     BOTH = 3
     STRUCTURAL = 4
+    CONFIRMED = 8
+    CONTRADICTED = 16
 
 
 class Role(IntEnum):

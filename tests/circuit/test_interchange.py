@@ -46,7 +46,7 @@ def circuits(draw) -> Circuit:
         pairs = pairs[~beside]
     scores = random.choice([np.nan, 0.0, -0.0, 1e-300, -5e9, 0.1, *random.normal(size=9)], (2, len(pairs)))
     columns = sort_edges(pairs[:, 0], pairs[:, 1], random.choice(list(Gate), len(pairs)).astype(np.uint8),
-                         random.choice(list(Provenance), len(pairs)).astype(np.uint8), *scores)
+                         random.integers(0, 2 * max(Provenance), len(pairs)).astype(np.uint8), *scores)
     return Circuit(draw(st.text(max_size=5)), graph, *columns)
 
 

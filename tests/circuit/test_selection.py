@@ -133,6 +133,23 @@ def test_scores_without_a_path_are_an_error_with_a_remedy():
         build_circuit(scores, LocalizeSettings(edges=0.01))
 
 
+@given(st.integers(0, 50), st.integers(1, 80))
+def test_the_least_number_of_edges_that_is_faithful_enough(seed, enough):
+    """Where faithfulness grows with the edges, bisection finds the least number that reaches the target."""
+    scores = make_scores(seed)
+    settings = LocalizeSettings(faithfulness=0.5, neurons=1.0, granularity="block")
+    available = int(scores.graph.residual_edges.sum())
+    circuit = build_circuit(scores, settings, faithful=lambda circuit: 0.5 if len(circuit) >= enough else 0.4)
+    assert circuit.faithfulness == 0.5
+    sizes = []
+    for count in range(1, available + 1):
+        sizes.append(build_circuit(scores, replace(settings, faithfulness=0.0, edges=count / available)))
+        if len(sizes[-1]) == len(circuit):
+            break
+    assert len(circuit) >= enough
+    assert len(sizes) == 1 or len(sizes[-2]) < enough
+
+
 def test_circuits_round_trip(tmp_path):
     circuit = build_circuit(make_scores(1), LocalizeSettings(edges=0.5, neurons=0.5))
     circuit.save(tmp_path / "c.safetensors")

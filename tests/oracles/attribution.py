@@ -101,12 +101,14 @@ def final_residual(body: Anatomy, ids: Tensor) -> Tensor:
     return seen[0]
 
 
-def with_injection(body: Anatomy, graph: Graph, reader: int, ids: Tensor, extra: Tensor) -> Tensor:
-    """Logits when ``extra`` [batch, seq, d_model] is added to the residual stream as this reader alone sees it."""
+@contextmanager
+def injecting(body: Anatomy, graph: Graph, reader: int, extra: Tensor) -> Iterator[None]:
+    """Add ``extra`` [batch, seq, d_model] to the residual stream as this reader alone sees it, in whatever runs inside."""
     kind, number = NodeKind(graph.kind[reader]), int(graph.layer[reader])
     if kind is NodeKind.LOGITS:
         with hooks(body.final_norm.module.register_forward_pre_hook(lambda m, args: (args[0] + extra,))):
-            return body.model(ids, use_cache=False).logits
+            yield
+        return
     layer = body.layers[number]
     seen: dict[str, Tensor] = {}
     handles = [layer.block.register_forward_pre_hook(
@@ -139,6 +141,12 @@ def with_injection(body: Anatomy, graph: Graph, reader: int, ids: Tensor, extra:
 
         handles.append(projection.module.register_forward_hook(replace))
     with hooks(*handles):
+        yield
+
+
+def with_injection(body: Anatomy, graph: Graph, reader: int, ids: Tensor, extra: Tensor) -> Tensor:
+    """Logits of a run inside :func:`injecting`."""
+    with injecting(body, graph, reader, extra):
         return body.model(ids, use_cache=False).logits
 
 

@@ -35,9 +35,11 @@ from ..model import capture
 from ..model.anatomy import Anatomy
 from .accumulation import GROUP, TILE_BYTES, Sums
 from .graph import Graph
-from .target import Target
+from .target import Prompts, batches
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..data.pairs import Pairs
 
 Floats = npt.NDArray[np.float64]
@@ -156,23 +158,21 @@ def attribute(
     """
     if len(pairs.clean) == 0:
         raise AttributionError(f"{name}: there are no pairs to attribute")
-    order = np.argsort([len(ids) for ids in pairs.clean], kind="stable")  # like lengths together: little padding
-    batches = [order[start:start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     rank, processes = _place()
     graph = graph_of(body)
     sums = Sums(body, graph, settings.norm)
     work = _Work(body, graph, pairs, settings, name, neurons_only)
     done = 0
     with capture.frozen(body.model):
-        for batch in batches[rank::processes]:
+        for batch in batches(pairs, settings.batch_size)[rank::processes]:
             work.add(batch, sums)
             done += len(batch)
             if on_batch is not None:
-                on_batch(min(done * processes, len(order)), len(order))
+                on_batch(min(done * processes, len(pairs.clean)), len(pairs.clean))
     if processes > 1:
         sums.all_reduce()
     if sums.informative == 0:
-        raise AttributionError(f"{name}: none of the {len(order)} corrupted prompts changes the model's answer, so"
+        raise AttributionError(f"{name}: none of the {len(pairs.clean)} corrupted prompts changes the model's answer, so"
                                " nothing can be attributed: the model does not know these records, or the corrupted"
                                " prompts ask for the same answer")
     scores = _scores(name, graph, sums)
@@ -240,21 +240,29 @@ class _Work:
 
     def _run(self, chosen: npt.NDArray[np.int64]) -> Sums:
         body, settings = self.body, self.settings
-        target = Target(self.pairs, chosen, settings.target, next(body.model.parameters()).device)
-        mask, positions = target.mask, target.positions
+        prompts = Prompts.of(self.pairs, chosen, next(body.model.parameters()).device)
+        mask, positions, contrast = prompts.mask, prompts.positions, torch.empty_like(prompts.answer)
+
+        def target(logits: Tensor, at: slice) -> Tensor:
+            return prompts.values(settings.target, logits, contrast[:, at], at).sum()
+
+        def named(logits: Tensor, at: slice) -> Tensor:
+            contrast[:, at] = prompts.contrast(logits)  # the corrupted run names the contrast for all
+            return target(logits, at)
+
         stream = self.stream or (settings.stream == "auto" and _too_large(body, mask.numel()))
-        away = capture.run(body, target.corrupted, mask, positions, target.contrasted, stream=stream)
-        points = [capture.run(body, target.clean, mask, positions, target, stream=stream)]
+        away = capture.run(body, prompts.corrupted, mask, positions, named, stream=stream)
+        points = [capture.run(body, prompts.clean, mask, positions, target, stream=stream)]
         for step in range(1, settings.path_steps - 1):
             between = torch.lerp(points[0].embed, away.embed, step / (settings.path_steps - 1))
-            points.append(capture.run(body, target.clean, mask, positions, target, embed=between, stream=stream))
+            points.append(capture.run(body, prompts.clean, mask, positions, target, embed=between, stream=stream))
             points[-1].written.clear()  # only its gradients are used
         points.append(away)
         every, middle = range(len(points)), len(points) // 2
         ends = (every, every) if settings.path == "full" else (every[:middle], every[middle:])
         sums = Sums(body, self.graph, settings.norm, self.tile_bytes)
-        sums.add(points, ends, target.live, 0 if self.neurons_only else GROUP if stream else body.n_layers)
-        sums.pairs, sums.informative = len(chosen), target.informative
+        sums.add(points, ends, prompts.live, 0 if self.neurons_only else GROUP if stream else body.n_layers)
+        sums.pairs, sums.informative = len(chosen), int(prompts.informative(contrast).sum())
         return sums
 
 

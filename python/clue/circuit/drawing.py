@@ -118,7 +118,7 @@ def _drawn(circuit: Circuit, roles: npt.ArrayLike | None,
             shown[circuit.src].tolist(), shown[circuit.dst].tolist(), circuit.gate.tolist(),
             circuit.provenance.tolist(), circuit.ns.tolist(), circuit.dn.tolist(), strict=True):
         if u != v:
-            values = {"gate": Gate(gate).name, "provenance": Provenance(provenance).name.lower()}
+            values = {"gate": Gate(gate).name, "provenance": str(Provenance(provenance).name).lower()}
             values |= {key: score for key, score in (("ns", ns), ("dn", dn)) if not math.isnan(score)}
             edges.append((names[u], names[v], values))
     return nodes, edges

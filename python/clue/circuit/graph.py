@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -181,9 +181,10 @@ class Circuit:
         graph: the nodes.
         src, dst: int32 [edges], sorted by (dst, src).
         gate: uint8 [edges], values of :class:`Gate`: how the edge enters its receiver.
-        provenance: uint8 [edges], values of :class:`Provenance`; never rewritten.
+        provenance: uint8 [edges], bits of :class:`Provenance`; added to, never taken away.
         ns, dn: float64 [edges]; NaN where there is no score: on structural edges, and in the direction another tool
             did not measure (the one score of an edge of ``UNKNOWN`` provenance stands in ``ns``).
+        faithfulness: what selection by a faithfulness target measured; ``None`` if nobody did.
     """
 
     name: str
@@ -194,6 +195,7 @@ class Circuit:
     provenance: npt.NDArray[np.uint8]
     ns: Floats
     dn: Floats
+    faithfulness: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         n = self.graph.n_nodes
@@ -228,6 +230,14 @@ class Circuit:
         found = {g.name.lower(): int(np.count_nonzero(scored & (self.gate == g))) for g in Gate}
         return {**found, "structural": int(np.count_nonzero(~scored)), "nodes": int(self.nodes.sum())}
 
+    def summary(self) -> str:
+        """Its size and, as far as somebody looked, its faithfulness and what exact patching says of its gates."""
+        said = [] if self.faithfulness is None else [f"faithfulness {self.faithfulness:.2f}"]
+        seen = {p.name: np.count_nonzero(self.provenance & p) for p in (Provenance.CONFIRMED, Provenance.CONTRADICTED)}
+        if any(seen.values()):
+            said.append("inputs of gates: " + ", ".join(f"{count} {str(name).lower()}" for name, count in seen.items()))
+        return f"{len(self)} edges" + (f" ({'; '.join(said)})" if said else "")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the circuit as one safetensors file."""
         from safetensors.numpy import save
@@ -235,6 +245,8 @@ class Circuit:
         arrays: dict[str, npt.NDArray[Any]] = {"src": self.src, "dst": self.dst, "gate": self.gate,
                                                "provenance": self.provenance, "ns": self.ns, "dn": self.dn}
         metadata = {"name": self.name, "graph": json.dumps(self.graph.to_json(), sort_keys=True)}
+        if self.faithfulness is not None:
+            metadata["faithfulness"] = repr(self.faithfulness)
         write_atomically(path, save(arrays, metadata))
 
     @classmethod
@@ -246,7 +258,9 @@ class Circuit:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata()
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-            return cls(metadata["name"], Graph(**json.loads(metadata["graph"])), **arrays)
+            measured = metadata.get("faithfulness")
+            return cls(metadata["name"], Graph(**json.loads(metadata["graph"])), **arrays,
+                       faithfulness=None if measured is None else float(measured))
         except FileNotFoundError:
             raise CircuitError(f"{path} does not exist: make it with `clue localize`") from None
         except CircuitError:

@@ -41,7 +41,7 @@ _Row = tuple[str, dict[str, object]]
 FORMAT = 1
 
 _GATES = {gate.name: gate.value for gate in Gate}
-_PROVENANCES = {provenance.name: provenance.value for provenance in Provenance}
+_PROVENANCES = {str(Provenance(bits).name): bits for bits in range(2 * max(Provenance))}
 _MADE_FOR = "read it into the graph of the model it was made for"
 _AGAIN = "write the file again, or remove the key 'clue' to read the flags alone"
 

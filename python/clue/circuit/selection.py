@@ -7,10 +7,12 @@
 4. Only edges on a path from embed to logits remain. Nothing is relabelled and no edge is invented: a gate left with a
    single input is a one-input gate, and a dead end is dropped.
 5. Where the strongest edges do not make a single path, as many more are taken as the first path needs.
+6. With a faithfulness target, the number of edges is the least whose circuit, run alone, reaches it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -26,34 +28,65 @@ _Bytes = npt.NDArray[np.uint8]
 _Columns = tuple[Ints, Ints, _Bytes, _Bytes, Floats, Floats]
 
 
-def build_circuit(scores: Scores, settings: LocalizeSettings = LocalizeSettings()) -> Circuit:
+def build_circuit(scores: Scores, settings: LocalizeSettings = LocalizeSettings(), *,
+                  faithful: Callable[[Circuit], float] | None = None) -> Circuit:
     """Cut a circuit out of the scores.
 
     Args:
         scores: Ns and Dn of one record set.
-        settings: ``edges``, ``neurons`` and ``granularity`` are used.
+        settings: ``edges``, ``neurons``, ``granularity`` and ``faithfulness`` are used.
+        faithful: the faithfulness of a circuit (:func:`clue.circuit.faithfulness.judge` makes one); needed if
+            ``settings.faithfulness`` is not 0, which replaces ``edges``. Called once per step of a bisection over the
+            number of edges, about log2 of all edges: where faithfulness falls as edges are added, the number found is
+            one that reaches the target and whose predecessor does not, and a smaller one may do so too.
 
     Raises:
-        CircuitError: no edge with a score lies on a path from embed to logits.
+        CircuitError: no edge with a score lies on a path from embed to logits, or no number of edges reaches the
+            faithfulness target.
     """
     graph = replace(scores.graph, neurons=settings.granularity == "neuron")
     available = int(graph.residual_edges.sum())
+
+    def cut(count: int) -> Circuit:
+        return Circuit(scores.name, graph, *_cut(scores, graph, count, settings.neurons))
+
+    if settings.faithfulness:
+        if faithful is None:
+            raise CircuitError(f"circuit {scores.name}: a faithfulness target needs the model and its pairs: give"
+                               " faithful, or leave faithfulness = 0")
+        found = {0: 0.0}
+
+        def reaches(count: int) -> bool:
+            circuit = cut(count)
+            found[count] = faithful(circuit) if len(circuit) else 0.0
+            return found[count] >= settings.faithfulness
+
+        if not reaches(available):
+            raise CircuitError(f"circuit {scores.name}: with every edge that has a score it reaches a faithfulness of"
+                               f" {found[available]:.2f}, not {settings.faithfulness}: keep more neurons (--neurons), or"
+                               " ask for less (--faithfulness)")
+        count = _least(0, available, reaches)
+        return replace(cut(count), faithfulness=found[count])
+
     wanted = max(1, round(settings.edges * available))
-    columns = _cut(scores, graph, wanted, settings.neurons)
-    if not len(columns[0]):
-        # Bisection: there is no path at `low`, and one at `high` unless there is none at all.
-        low, high = wanted, available
-        while high - low > 1:
-            middle = (low + high) // 2
-            if len(_cut(scores, graph, middle, settings.neurons)[0]):
-                high = middle
-            else:
-                low = middle
-        columns = _cut(scores, graph, high, settings.neurons)
-    if not len(columns[0]):
+    circuit = cut(wanted)
+    if not len(circuit):
+        circuit = cut(_least(wanted, available, lambda count: len(cut(count)) > 0))
+    if not len(circuit):
         raise CircuitError(f"circuit {scores.name}: no edges with a score lie on a path from embed to logits, so the"
                            " pairs say nothing of how the model answers: give more pairs, or other corrupted prompts")
-    return Circuit(scores.name, graph, *columns)
+    return circuit
+
+
+def _least(low: int, high: int, enough: Callable[[int], bool]) -> int:
+    """By bisection the least count above ``low`` that is enough; ``low`` is not, and ``high`` is unless nothing is."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        if enough(middle):
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def _cut(scores: Scores, graph: Graph, count: int, neurons: float) -> _Columns:

@@ -1,70 +1,98 @@
-"""Target: the number that attribution differentiates, read off the logits where a batch of answers is predicted."""
+"""Target: the number per pair that attribution differentiates and that a circuit is judged by.
+
+Both prompts of a pair are teacher-forced on the clean answer. ``margin`` is the logit of the true answer token less that
+of the corrupted run's top token; ``logprob`` is the log-probability of the true token. Either is averaged over the
+answer span of the pair, so that a long answer counts no more than a short one.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..data.pairs import Pairs
-
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data.pairs import Pairs
 
-class Target:
-    """A batch of pairs as tensors, and the target of their logits.
 
-    The margin is the logit of each answer token minus that of the *contrast*, the corrupted run's top token there, so it
-    is zero where corruption changes nothing; ``logprob`` is the answer token's log-probability, which saturates on
-    memorised text. Both are means over each pair's answer span, summed over the batch.
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of pairs, padded on the right, and where their answers are.
 
     Attributes:
-        clean, corrupted, mask: int64 [batch, seq], right-padded.
+        clean, corrupted, mask: int64 [batch, seq], token ids and the attention mask of both.
         positions: int64 [positions], the sequence positions that predict an answer token of some pair.
-        answer, contrast: int64 [batch, positions]; :meth:`contrasted` fills ``contrast`` in.
-        weight: float32 [batch, positions], rows add up to one.
-        live: bool [batch, seq], the tokens that can differ between the runs and that the target can depend on.
+        answer: int64 [batch, positions], the clean token that follows each position.
+        weight: float32 [batch, positions], 1 / answer length on a pair's own answer span and 0 elsewhere.
     """
 
-    def __init__(self, pairs: Pairs, chosen: npt.NDArray[np.int64], kind: str, device: torch.device) -> None:
+    clean: Tensor
+    corrupted: Tensor
+    mask: Tensor
+    positions: Tensor
+    answer: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, pairs: Pairs, chosen: npt.NDArray[np.int64], device: torch.device) -> Prompts:
+        """The pairs numbered ``chosen``."""
         lengths = [len(pairs.clean[i]) for i in chosen]
-        clean, corrupted = (torch.zeros(len(chosen), max(lengths), dtype=torch.int64) for _ in range(2))
-        mask = torch.zeros_like(clean)
+        clean, corrupted, mask = (torch.zeros(len(chosen), max(lengths), dtype=torch.int64) for _ in range(3))
         for row, i in enumerate(chosen):
             clean[row, :lengths[row]] = torch.from_numpy(pairs.clean[i])
             corrupted[row, :lengths[row]] = torch.from_numpy(pairs.corrupted[i])
             mask[row, :lengths[row]] = 1
-        starts, at = torch.from_numpy(pairs.answer_start[chosen]), torch.arange(max(lengths) - 1)
-        spans = (at[None] >= starts[:, None] - 1) & (at[None] < torch.tensor(lengths)[:, None] - 1)
+        starts, ends = torch.from_numpy(pairs.answer_start[chosen]), torch.tensor(lengths)
+        at = torch.arange(max(lengths) - 1)[None]
+        spans = (at >= starts[:, None] - 1) & (at < ends[:, None] - 1)  # a position predicts the token after it
         positions = torch.nonzero(spans.any(0)).ravel()
         weight = spans[:, positions].float()
-        self.kind = kind
-        self.clean, self.corrupted, self.mask, self.positions = (t.to(device) for t in (clean, corrupted, mask, positions))
-        self.answer = self.clean[:, self.positions + 1]
-        self.weight = (weight / weight.sum(1, keepdim=True)).to(device)
-        self.contrast = torch.full_like(self.answer, -1)
-        # In a causal model nothing differs before the first token that does, and nothing depends on the last token.
-        differs = ((self.clean != self.corrupted) & self.mask.bool()).cumsum(1) > 0
-        self.live = differs & torch.cat([self.mask[:, 1:], torch.zeros_like(self.mask[:, :1])], 1).bool()
-
-    def __call__(self, logits: Tensor, at: slice = slice(None)) -> Tensor:
-        """The target, summed over the batch and the positions ``at``, from logits [batch, positions, vocabulary]."""
-        if self.kind == "logprob":
-            logits = logits.log_softmax(-1)
-        value = logits.gather(-1, self.answer[:, at, None])[..., 0]
-        if self.kind == "margin":
-            value = value - logits.gather(-1, self.contrast[:, at, None])[..., 0]
-        return (value * self.weight[:, at]).sum()
-
-    def contrasted(self, logits: Tensor, at: slice = slice(None)) -> Tensor:
-        """The same for the corrupted run, which names the contrast for all runs after it."""
-        self.contrast[:, at] = logits.detach().argmax(-1)
-        return self(logits, at)
+        weight = weight / weight.sum(1, keepdim=True)
+        found = (clean, corrupted, mask, positions, clean[:, positions + 1], weight)
+        return cls(*(tensor.to(device) for tensor in found))
 
     @property
-    def informative(self) -> int:
-        """Number of pairs whose corruption changes the model's top token somewhere in the answer."""
-        return int((((self.contrast != self.answer) & (self.weight > 0)).any(1)).sum())
+    def live(self) -> Tensor:
+        """bool [batch, seq]: the tokens at which the runs can differ and on which the target can depend.
+
+        In a causal model nothing differs before the first token that does, and nothing depends on the last token.
+        """
+        differs = ((self.clean != self.corrupted) & self.mask.bool()).cumsum(1) > 0
+        followed = torch.nn.functional.pad(self.mask[:, 1:], (0, 1)).bool()
+        return differs & followed
+
+    def values(self, kind: str, logits: Tensor, contrast: Tensor, at: slice = slice(None)) -> Tensor:
+        """The target of each pair, [batch], differentiable in the logits; over a part of the positions, its share of it.
+
+        Args:
+            kind: ``margin`` or ``logprob``.
+            logits: [batch, positions, vocabulary].
+            at: which of the positions these are.
+            contrast: int64 [batch, positions], the corrupted run's top tokens (:meth:`contrast`). Where that is the
+                answer itself the margin is zero: corruption changed nothing there.
+        """
+        if kind == "margin":
+            other = logits.gather(-1, contrast[..., None])[..., 0]
+            terms = logits.gather(-1, self.answer[:, at, None])[..., 0] - other
+        else:
+            terms = logits.log_softmax(-1).gather(-1, self.answer[:, at, None])[..., 0]
+        return (terms * self.weight[:, at]).sum(1)
+
+    def contrast(self, logits: Tensor) -> Tensor:
+        """int64 [batch, positions], the top tokens of the corrupted run's logits."""
+        return logits.detach().argmax(-1)
+
+    def informative(self, contrast: Tensor) -> Tensor:
+        """bool [batch]: corruption changes the model's top token somewhere in the pair's answer."""
+        return ((contrast != self.answer) & (self.weight > 0)).any(1)
+
+
+def batches(pairs: Pairs, size: int) -> list[npt.NDArray[np.int64]]:
+    """Numbers of the pairs in batches of at most ``size``, like lengths together: little padding."""
+    order = np.argsort([len(ids) for ids in pairs.clean], kind="stable")
+    return [order[start:start + size] for start in range(0, len(order), size)]
