@@ -17,6 +17,7 @@ from clue.config import LocalizeSettings, UnlearnSettings
 from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, ModelError, PlanError, RecordError
+from clue.plan import Slice
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
 from tests.families import tiny
@@ -129,6 +130,25 @@ def test_joint_steps_match_a_plain_torch_loop(make_model: Any, make_plan: Any, t
         assert log.grad_norm[step] > settings.clip  # so that the clip was at work
     for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_planned_weights_outside_linear_layers_move_too(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                                                       bits: Any, moved: Any) -> None:
+    # Forget and retain records then run apart, which must change no other weight's step beyond rounding.
+    plain, model = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+    plan = mixed_plan(model)
+    row = tokenizer.convert_tokens_to_ids("live")
+    embedding = Slice("model.embed_tokens.weight", 0, Role.CONFLICT, np.array([row], dtype=np.int64))
+    wider = replace(plan, slices=(*plan.slices, embedding), shapes={**plan.shapes, embedding.parameter: (40, 32)})
+    settings = replace(PLAIN, steps=1, clip=0.0, retain_weight=0.7)
+    before = bits(model)
+    logs = [unlearn(m, tokenizer, sets["forget"], {"r": sets["retain"]}, p, settings)
+            for m, p in ((plain, plan), (model, wider))]
+    moved(before, bits(model), wider)
+    assert logs[0].retain_loss[0] == pytest.approx(logs[1].retain_loss[0], rel=1e-5)
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        if name != embedding.parameter:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_each_stage_starts_with_fresh_moments(make_model: Any, mixed_plan: Any, make_plan: Any, tokenizer: Any,

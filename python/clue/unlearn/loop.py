@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..config import DataSettings, UnlearnSettings, check
 from ..data.atomic import write_atomically
-from ..data.encoding import IGNORED, Batch, Example, batches, collate, encode, pad_id
+from ..data.encoding import IGNORED, Example, batches, collate, encode, pad_id
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..model.answers import answer_logits
 from ..plan import Plan
@@ -315,10 +315,10 @@ class _RoleGradient:
                 continue
             part = gradient.index_select(0, slices.conflict)
             before += float(part.double().square().sum())
-            if slices.axis == 1:  # the metric takes slices as they lie in the weight
-                part = self._metric.precondition(name, part.T).T
-            else:
-                part = self._metric.precondition(name, part)
+            # The metric takes slices as they lie in the weight.
+            turned = part.T if slices.axis == 1 else part
+            turned = self._metric.precondition(name, turned)
+            part = turned.T if slices.axis == 1 else turned
             after += float(part.double().square().sum())
             measured.append((gradient, slices.conflict, part))
         for gradient, conflict, part in measured:

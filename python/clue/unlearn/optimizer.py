@@ -53,8 +53,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Making one sets ``requires_grad`` on the planned parameters and clears it on every other parameter of the model.
     ``step`` reads ``parameter.grad`` on the slices, or takes the gradients of the slices alone
-    (:class:`clue.unlearn.sparse.SparseGradients` computes no others). Weights in bf16 or fp16 get a float32 master copy of the slices,
-    since at small learning rates plain bf16 loses most updates.
+    (:class:`clue.unlearn.sparse.SparseGradients` computes no others). Weights in bf16 or fp16 get a float32 master copy
+    of the slices, since at small learning rates plain bf16 loses most updates.
 
     Args:
         model: the model whose weights move.

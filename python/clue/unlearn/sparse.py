@@ -120,6 +120,7 @@ class SparseGradients:
         #: planned parameters outside plain linear layers
         self.dense = tuple(name for name in self.planned if name not in self._parts)
         self._flags: dict[nn.Parameter, bool] | None = None
+        self._input_grads = False
         #: forget samples, all samples, and positions of each; set by :meth:`split`
         self.samples: tuple[int, int, int] | None = None
 
@@ -132,11 +133,17 @@ class SparseGradients:
             self.planned[name].parameter.requires_grad_(True)
         for layer in self._layers:
             layer.attach()
+        # transformers makes embeddings differentiable for checkpointing, which only the reentrant kind needs.
+        self._input_grads = bool(getattr(self._model, "_require_grads_hooks", None)) and not _reentrant(self._model)
+        if self._input_grads:
+            self._model.disable_input_require_grads()  # type: ignore[operator]
         return self
 
     def __exit__(self, *error: object) -> None:
         for layer in self._layers:
             layer.detach()
+        if self._input_grads:
+            self._model.enable_input_require_grads()  # type: ignore[operator]
         for parameter, flag in (self._flags or {}).items():
             parameter.requires_grad_(flag)
         self._flags, self.samples = None, None
@@ -186,6 +193,12 @@ class SparseGradients:
 
 
 _MARK = "_clue_sparse_gradients"
+
+
+def _reentrant(model: nn.Module) -> bool:
+    """Whether some module checkpoints its activations in the reentrant way."""
+    return any(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", False)
+               for module in model.modules() if getattr(module, "gradient_checkpointing", False))
 
 
 class _Part:
