@@ -9,8 +9,12 @@ namespace {
 
 constexpr std::int64_t kGrain = 1 << 14;  // elements worth a thread
 constexpr std::int64_t kChunk = 1 << 12;  // elements of a row that go to one leaf call
-constexpr std::int64_t kTileSlices = 32;  // a tile of parameter and gradient stays in the L1 cache
-constexpr std::int64_t kTileLength = 64;
+#ifndef TS
+#define TS 64
+#define TL 64
+#endif
+constexpr std::int64_t kTileSlices = TS;
+constexpr std::int64_t kTileLength = TL;
 
 struct Step {
   const MaskedAdamWArguments& a;
@@ -45,30 +49,36 @@ struct Step {
     });
   }
 
-  // Slices whose elements lie apart: a tile at a time is turned, updated along its slices, and turned back. Walking a
-  // tile across its slices takes what it can from each cache line of the parameter.
+  // Slices whose elements lie apart: a tile at a time is turned, updated along its slices, and turned back. A tile is
+  // walked across its slices, many at once: that takes what it can from each cache line of the parameter, and goes
+  // forward through memory for long enough that the lines are fetched ahead. The tile's lines stay in the L2 cache.
   template <class P, class G>
   void across() const {
     const std::int64_t tiles = (a.length + kTileLength - 1) / kTileLength;
     const std::int64_t grain = std::max<std::int64_t>(1, kGrain / (kTileLength * a.slices));
     parallel_for(tiles, grain, [&](std::int64_t first, std::int64_t last) {
       alignas(64) P p[kTileSlices][kTileLength];
-      alignas(64) G g[kTileSlices][kTileLength];
+      alignas(64) G g[kTileLength];
       for (std::int64_t tile = first; tile < last; ++tile) {
         const std::int64_t element = tile * kTileLength, count = std::min(kTileLength, a.length - element);
         for (std::int64_t slice = 0; slice < a.slices; slice += kTileSlices) {
           const std::int64_t together = std::min(kTileSlices, a.slices - slice);
           for (std::int64_t e = 0; e < count; ++e) {
-            for (std::int64_t s = 0; s < together; ++s) {
-              p[s][e] = *reinterpret_cast<const P*>(param(slice + s, element + e));
-              g[s][e] = *reinterpret_cast<const G*>(grad(slice + s, element + e));
-            }
+            const P* const from = reinterpret_cast<const P*>(a.param) + (element + e) * a.param_element;
+            for (std::int64_t s = 0; s < together; ++s) p[s][e] = from[a.index[slice + s] * a.param_slice];
           }
           for (std::int64_t s = 0; s < together; ++s) {
-            update(reinterpret_cast<char*>(p[s]), reinterpret_cast<const char*>(g[s]), slice + s, element, count);
+            const char* gradient = grad(slice + s, element);
+            if (a.grad_element != 1) {
+              const G* const from = reinterpret_cast<const G*>(gradient);
+              for (std::int64_t e = 0; e < count; ++e) g[e] = from[e * a.grad_element];
+              gradient = reinterpret_cast<const char*>(g);
+            }
+            update(reinterpret_cast<char*>(p[s]), gradient, slice + s, element, count);
           }
           for (std::int64_t e = 0; e < count; ++e) {
-            for (std::int64_t s = 0; s < together; ++s) *reinterpret_cast<P*>(param(slice + s, element + e)) = p[s][e];
+            P* const to = reinterpret_cast<P*>(a.param) + (element + e) * a.param_element;
+            for (std::int64_t s = 0; s < together; ++s) to[a.index[slice + s] * a.param_slice] = p[s][e];
           }
         }
       }
