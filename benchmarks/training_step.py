@@ -149,23 +149,21 @@ def main() -> int:
                   f"all weights, torch fused AdamW: {t['everything']:.2f} s", "at most 0.75", ratio <= 0.75)
         given = [*steps.ours.state_dict().values(), *steps.theirs.state_dict().values(), *steps.ours.buffers(),
                  *steps.theirs.buffers(), ids, labels, batch.attention_mask]
-        idle = held(given)
+        # Both sides' states exist by now. A side's share is what goes away with its gradients and its optimizer.
         steps.planned_backward()
-        ours = held(given)
+        before = held(given)
         steps.sparse.take()
         del steps.masked
-        gc.collect()
-        rest = held(given)
+        ours = before - held(given)
         steps.backward(steps.theirs)
-        theirs = held(given)
-    # Before the peer's backward, ``rest`` holds the peer's moments; ``idle`` holds those of both sides.
-    ours -= rest
-    moments = sum(t.untyped_storage().nbytes() for s in steps.full.state.values() for t in s.values())
-    theirs = theirs - rest + moments
+        before = held(given)
+        steps.full.zero_grad()
+        del steps.full
+        theirs = before - held(given)
     ratio = ours / theirs
     found.add(f"gradients and optimizer state at {share:.1%} planned weights ({ours / 2**20:.1f} MiB)", ratio,
               "times the peer's", f"all weights, torch AdamW: {theirs / 2**20:.1f} MiB", "at most 0.08", ratio <= 0.08)
-    found.report(arguments.json, layers=arguments.layers, tokens=int(ids.numel()), idle=idle)
+    found.report(arguments.json, layers=arguments.layers, tokens=int(ids.numel()))
     return 0
 
 

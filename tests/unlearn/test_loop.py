@@ -179,6 +179,24 @@ def test_same_seed_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, s
     assert any(not np.array_equal(first[name], other[name]) for name in first)
 
 
+def test_activation_checkpointing_gives_the_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                                                      bits: Any) -> None:
+    found, calls = [], []
+    for enabled in (False, True):
+        model = make_model(attention_dropout=0.5)
+        if enabled:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        count: list[bool] = []
+        model.model.layers[1].mlp.register_forward_pre_hook(
+            lambda module, args, count=count: count.append(torch.is_grad_enabled()))
+        unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model), replace(PLAIN, steps=3))
+        found.append(bits(model))
+        calls.append(sum(count))
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert calls == [3, 6]  # a layer runs again when its gradients are needed
+    assert all(np.array_equal(found[1][name], now) for name, now in found[0].items())
+
+
 def everything(model: torch.nn.Module, make_plan: Any) -> Any:
     return make_plan(model, {n: (0, {Role.CONFLICT: None}) for n, _ in model.named_parameters() if "proj" in n})
 

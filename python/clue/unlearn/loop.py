@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import DataSettings, UnlearnSettings, check
 from ..data.atomic import write_atomically
@@ -116,8 +117,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
             on_step: Callable[[dict[str, Any]], None] | None = None) -> UnlearnLog:
     """Train the planned weights of a model in place; every other weight keeps every bit.
 
-    Dropout stays off. The same inputs, seed and machine give the same bits. The model's mode and ``requires_grad``
-    flags are restored at the end, also after an error.
+    Dropout stays off. Where the model has activation checkpointing enabled, it is used. The same inputs, seed and machine
+    give the same bits. The model's mode and ``requires_grad`` flags are restored at the end, also after an error.
 
     Args:
         model, tokenizer: a Hugging Face causal LM and its tokenizer.
@@ -162,7 +163,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     total = sum(stage.steps for stage in stages)
     stopped = False
 
-    with _restored(model):
+    with _restored(model), _checkpointed(model):
         model.eval()
         metric = None
         if settings.metric and needs_retain:
@@ -390,6 +391,34 @@ class _Pool:
 
     def take(self, count: int) -> list[Example]:
         return [self._examples[i] for i in self._order.take(count)]
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Checkpoint the layers that transformers was told to checkpoint, which it does in training mode only.
+
+    Training mode itself would turn dropout on.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+              and module.gradient_checkpointing and "forward" not in vars(module)]
+
+    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*arguments, **keywords)
+            return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+        return run
+
+    for layer in layers:
+        layer.forward = recomputed(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager
