@@ -1,4 +1,4 @@
-"""What the benchmarks share: claims and how they are printed, interleaved timing, and the plan of the peer that moves all."""
+"""What the benchmarks share: claims and how they are printed, interleaved timing, the plan that moves every weight."""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def make_plan(model: LlamaForCausalLM, share: float) -> Plan:
     slices = tuple(Slice(name, axis, Role.CONFLICT, np.unique(np.concatenate(index)))
                    for (name, axis), index in found.items())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return Plan(("all",), np.array([Role.CONFLICT], dtype=np.uint8), slices, {s.parameter: shapes[s.parameter] for s in slices})
+    planned = {s.parameter: shapes[s.parameter] for s in slices}
+    return Plan(("all",), np.array([Role.CONFLICT], dtype=np.uint8), slices, planned)
 
 
 def held(apart_from: Iterable[Tensor]) -> int:

@@ -1,13 +1,13 @@
 """The fused update: one AdamW step on 5% of the rows or columns of a [14336, 4096] weight, against what torch offers.
 
-- torch's fused AdamW on the whole weight after its gradient was multiplied by the mask, which is what training with masks
-  does (and which still decays and moves what the mask should hold still),
+- torch's fused AdamW on the whole weight after its gradient was multiplied by the mask, which is what training with
+  masks does (and which still decays and moves what the mask should hold still),
 - the same arithmetic on compact slices: gather, fused AdamW, scatter,
 - for rows the time it takes to read what the step reads (weights, gradient, both moments) once: two streams at a time,
   BLAS dot, one thread.
 
-The update takes the gradient of the slices alone, as clue.unlearn.SparseGradients computes it, slices first. One thread,
-CPU time, one process, interleaved, medians after a warm-up.
+The update takes the gradient of the slices alone, slices first, as clue.unlearn.SparseGradients computes it. One
+thread, CPU time, one process, interleaved, medians after a warm-up.
 
     python benchmarks/update.py [--json -]
 """

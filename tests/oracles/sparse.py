@@ -14,8 +14,8 @@ from clue.types import Role
 
 def slice_gradients(model: nn.Module, plan: Plan, forget: Callable[[], Tensor],
                     retain: Callable[[], Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """By parameter: the gradient of ``forget()`` on its planned slices, slices first in the order of their index, and that
-    of ``retain()`` on its conflict slices (None without any)."""
+    """By parameter: the gradient of ``forget()`` on its planned slices, slices first in the order of their index, and
+    that of ``retain()`` on its conflict slices (None without any)."""
     index = {name: np.unique(np.concatenate([s.index for s in plan.slices if s.parameter == name]))
              for name in plan.parameters()}
     axis = {s.parameter: s.axis for s in plan.slices}

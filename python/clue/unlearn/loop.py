@@ -117,8 +117,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
             on_step: Callable[[dict[str, Any]], None] | None = None) -> UnlearnLog:
     """Train the planned weights of a model in place; every other weight keeps every bit.
 
-    Dropout stays off. Where the model has activation checkpointing enabled, it is used. The same inputs, seed and machine
-    give the same bits. The model's mode and ``requires_grad`` flags are restored at the end, also after an error.
+    Dropout stays off. Where the model has activation checkpointing enabled, it is used. The same inputs, seed and
+    machine give the same bits. The model's mode and ``requires_grad`` flags are restored at the end, also after an error.
 
     Args:
         model, tokenizer: a Hugging Face causal LM and its tokenizer.

@@ -108,8 +108,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss.
             grad_scale: every gradient is multiplied by this first (for clipping, without a pass over the gradients).
-            gradients: by parameter name the gradient of its planned slices alone, slices first: [k, length] for rows and
-                columns alike, in the order of their sorted index, or [k]. ``parameter.grad`` is not looked at then.
+            gradients: by parameter name the gradient of its planned slices alone, slices first: [k, length] for rows
+                and columns alike, in the order of their sorted index, or [k]. ``parameter.grad`` is not looked at then.
 
         Raises:
             ClueError: a gradient belongs to a parameter that the plan does not name, or has another shape.
@@ -169,7 +169,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         found: dict[nn.Parameter, Tensor] = {}
         for name, gradient in gradients.items():
             if name not in planned:
-                raise ClueError(f"gradients: {name} is not a parameter that this optimizer moves: give planned ones only")
+                raise ClueError(f"gradients: {name} is not a parameter that this optimizer moves: give planned ones"
+                                " only")
             parameter, axis, index = planned[name]
             shape = (len(index), *(n for i, n in enumerate(parameter.shape) if i != axis))
             if tuple(gradient.shape) != shape:

@@ -5,7 +5,7 @@ A full fine-tune spends a third of its step on weight gradients and keeps one nu
 1. no parameter requires a gradient, so nothing below the lowest planned layer is differentiated, and layers without
    planned weights pass gradients on without computing their own;
 2. every linear layer with planned weights runs the forward it always ran, and its backward multiplies only the planned
-   channels: dW[rows] = dY[:, rows]^T X, dW[:, columns]^T = X[:, columns]^T dY, db[rows] = sum over tokens of dY[:, rows];
+   channels: dW[rows] = dY[:, rows]^T X, dW[:, columns]^T = X[:, columns]^T dY, db[rows] = the sum of dY[:, rows];
 3. a batch holds forget samples first and retain samples after them. A loss that is a sum of a forget and a retain part
    mixes nothing between samples, so the tokens of the first samples carry the forget gradient and the others carry the
    retain gradient: one forward and backward gives each role what it needs, in two tensors, since the retain metric
@@ -79,8 +79,8 @@ class SparseGradients:
 
     While it is entered, planned weights outside plain linear layers (rows of an embedding, say) are the only parameters
     that require a gradient, an ordinary one, which cannot be split by sample: :attr:`dense` names them, and with any of
-    them each pass must hold samples of one kind. Activation checkpointing must be the non-reentrant kind, which is the
-    default of transformers. A compiled model must be compiled after entering.
+    them each pass must hold samples of one kind. A compiled model must be compiled after entering. Activation
+    checkpointing works; its reentrant kind (not the default of transformers) differentiates down to the embedding.
 
     Args:
         model: any model; the modules keep their classes, and forward passes give the bits they always gave.
@@ -150,16 +150,19 @@ class SparseGradients:
         self._clear()
 
     def split(self, *, forget: int, retain: int, seq: int) -> None:
-        """Say what the next forward passes hold: ``forget`` samples, then ``retain`` samples, of ``seq`` positions each.
+        """Say what the next forward passes hold: ``forget`` samples, then ``retain`` samples, of ``seq`` positions.
 
         Raises:
-            PlanError: the samples are of both kinds, and some planned weights cannot tell them apart.
+            PlanError: the samples are of both kinds, and some planned weights (:attr:`dense`) cannot tell them apart.
         """
         if forget < 0 or retain < 0 or forget + retain == 0 or seq < 1:
             raise ClueError(f"forget = {forget}, retain = {retain} and seq = {seq} must not be negative or all zero")
-        if forget and retain and self.dense:
-            raise PlanError(f"{self.dense[0]} does not belong to a linear layer, so its gradient cannot be split by sample:"
-                            " run forget and retain batches apart")
+        mixed = forget and retain
+        if self.samples is not None and any(self.planned[name].parameter.grad is not None for name in self.dense):
+            mixed = mixed or bool(forget) != bool(self.samples[0])  # of one kind now, of the other kind before
+        if mixed and self.dense:
+            raise PlanError(f"{self.dense[0]} does not belong to a linear layer, so its gradient cannot be split by"
+                            " sample: run forget and retain batches apart, and take the gradients in between")
         self.samples = forget, forget + retain, seq
 
     def take(self) -> dict[str, SliceGradient]:
@@ -197,12 +200,13 @@ _MARK = "_clue_sparse_gradients"
 
 def _reentrant(model: nn.Module) -> bool:
     """Whether some module checkpoints its activations in the reentrant way."""
-    return any(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", False)
-               for module in model.modules() if getattr(module, "gradient_checkpointing", False))
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()
+                 if getattr(module, "gradient_checkpointing", False)]
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
 class _Part:
-    """The planned slices of a layer's weight or bias: the channels they select, and the leaves that gather gradients."""
+    """The planned slices of a weight or bias: the channels they select, and the leaves that gather gradients."""
 
     def __init__(self, slices: PlannedSlices, of_outputs: bool) -> None:
         self.of_outputs = of_outputs
@@ -267,14 +271,15 @@ class _Layer:
     def _cut(self, x: Tensor) -> int:
         """How many of the tokens in x [..., d_in] belong to forget samples."""
         if self._owner.samples is None:
-            raise ClueError("sparse gradients need to know which samples are to be forgotten: call split before the model")
+            raise ClueError("sparse gradients need to know which samples are forget samples: call split before the model")
         forget, total, seq = self._owner.samples
         tokens = x.numel() // x.shape[-1]
         if forget in (0, total):
             return tokens if forget else 0
         if not (x.shape[0] == total if x.ndim > 2 else x.shape[0] in (total, total * seq)):
-            raise ClueError(f"{self.path} got an input of shape {tuple(x.shape)} from {total} samples of {seq} positions,"
-                            " which does not say which sample a row belongs to: run forget and retain batches apart")
+            raise ClueError(f"{self.path} got an input of shape {tuple(x.shape)} from {total} samples of {seq}"
+                            " positions, which does not say which sample a row belongs to: run forget and retain batches"
+                            " apart")
         return tokens // total * forget
 
 
@@ -307,7 +312,8 @@ class _Linear(torch.autograd.Function):
             dx = (dy @ (weight.T if layer.transposed else weight)).view(ctx.shape).to(ctx.dtype)
         found: list[Tensor | None] = []
         for part in layer.parts:
-            for number, (leaf, (tokens, index)) in enumerate(zip(part.leaves, part.sides(ctx.cut, len(dy)), strict=True)):
+            sides = zip(part.leaves, part.sides(ctx.cut, len(dy)), strict=True)
+            for number, (leaf, (tokens, index)) in enumerate(sides):
                 mine = dy[tokens]
                 if len(mine) == 0:
                     found.append(None)
