@@ -271,15 +271,16 @@ class _Layer:
     def _cut(self, x: Tensor) -> int:
         """How many of the tokens in x [..., d_in] belong to forget samples."""
         if self._owner.samples is None:
-            raise ClueError("sparse gradients need to know which samples are forget samples: call split before the model")
+            raise ClueError("sparse gradients need to know which samples are to be forgotten: call split before the"
+                            " model")
         forget, total, seq = self._owner.samples
         tokens = x.numel() // x.shape[-1]
         if forget in (0, total):
             return tokens if forget else 0
         if not (x.shape[0] == total if x.ndim > 2 else x.shape[0] in (total, total * seq)):
             raise ClueError(f"{self.path} got an input of shape {tuple(x.shape)} from {total} samples of {seq}"
-                            " positions, which does not say which sample a row belongs to: run forget and retain batches"
-                            " apart")
+                            " positions, which does not say which sample a row belongs to: run forget and retain"
+                            " batches apart")
         return tokens // total * forget
 
 
