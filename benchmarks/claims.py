@@ -1,4 +1,4 @@
-"""What the benchmarks share: a list of claims and how it is printed, and the plan of the peer that moves every weight."""
+"""What the benchmarks share: claims and how they are printed, interleaved timing, the plan that moves every weight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,17 @@ class Claims:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The option every benchmark has."""
     parser.add_argument("--json", metavar="FILE", help="write the claims and what they were made from; - prints the claims")
+
+
+def medians(repeats: int, **functions: Callable[[], Any]) -> dict[str, float]:
+    """Median CPU seconds of each function; rounds are interleaved, and the first is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            seconds[name].append(time.process_time() - start)
+    return {name: float(np.median(found[1:])) for name, found in seconds.items()}
 
 
 def everything(model: torch.nn.Module) -> Plan:

@@ -17,6 +17,7 @@ from clue.config import LocalizeSettings, UnlearnSettings
 from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, ModelError, PlanError, RecordError
+from clue.plan import Slice
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
 from tests.families import tiny
@@ -131,6 +132,25 @@ def test_joint_steps_match_a_plain_torch_loop(make_model: Any, make_plan: Any, t
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5, msg=name)
 
 
+def test_planned_weights_outside_linear_layers_move_too(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                                                       bits: Any, moved: Any) -> None:
+    # Forget and retain records then run apart, which must change no other weight's step beyond rounding.
+    plain, model = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+    plan = mixed_plan(model)
+    row = tokenizer.convert_tokens_to_ids("live")
+    embedding = Slice("model.embed_tokens.weight", 0, Role.CONFLICT, np.array([row], dtype=np.int64))
+    wider = replace(plan, slices=(*plan.slices, embedding), shapes={**plan.shapes, embedding.parameter: (40, 32)})
+    settings = replace(PLAIN, steps=1, clip=0.0, retain_weight=0.7)
+    before = bits(model)
+    logs = [unlearn(m, tokenizer, sets["forget"], {"r": sets["retain"]}, p, settings)
+            for m, p in ((plain, plan), (model, wider))]
+    moved(before, bits(model), wider)
+    assert logs[0].retain_loss[0] == pytest.approx(logs[1].retain_loss[0], rel=1e-5)
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        if name != embedding.parameter:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_each_stage_starts_with_fresh_moments(make_model: Any, mixed_plan: Any, make_plan: Any, tokenizer: Any,
                                               bits: Any) -> None:
     # Two stages in one run are the same bits as two runs, each of which must make its own optimizer and schedule.
@@ -157,6 +177,24 @@ def test_same_seed_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, s
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert np.array_equal(log.forget_loss, again.forget_loss) and np.array_equal(log.retain_loss, again.retain_loss)
     assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_activation_checkpointing_gives_the_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                                                      bits: Any) -> None:
+    found, calls = [], []
+    for enabled in (False, True):
+        model = make_model(attention_dropout=0.5)
+        if enabled:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        count: list[bool] = []
+        model.model.layers[1].mlp.register_forward_pre_hook(
+            lambda module, args, count=count: count.append(torch.is_grad_enabled()))
+        unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model), replace(PLAIN, steps=3))
+        found.append(bits(model))
+        calls.append(sum(count))
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert calls == [3, 6]  # a layer runs again when its gradients are needed
+    assert all(np.array_equal(found[1][name], now) for name, now in found[0].items())
 
 
 def everything(model: torch.nn.Module, make_plan: Any) -> Any:

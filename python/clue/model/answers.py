@@ -20,9 +20,16 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     with a large vocabulary their logits cost as much as several layers. A model that cannot leave logits out
     (``logits_to_keep``) computes all of them. Labels are not shifted.
     """
+    import torch
+
     scored = (batch.labels[:, 1:] != IGNORED).any(0).nonzero()
-    n = batch.labels.shape[1] - (int(scored[0]) if len(scored) else 0)
-    partial = {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    seq = batch.labels.shape[1]
+    n = seq - (int(scored[0]) if len(scored) else 0)
+    partial = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # As positions, which are copied together; a number would make a view, and torch multiplies a view by a frozen
+        # weight record by record, reading the whole unembedding for each.
+        partial["logits_to_keep"] = torch.arange(seq - n, seq, device=batch.labels.device)
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
                            **partial).logits
     return logits[:, -n:], batch.labels[:, -n:]

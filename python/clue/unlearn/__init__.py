@@ -16,11 +16,13 @@ _HOME = {
     "MaskedAdamW": ".optimizer",
     "RetainMetric": ".metric",
     "PlanCallback": ".callback",
+    "SparseGradients": ".sparse",
     "OBJECTIVES": ".objectives",
     "answer_log_probs": ".objectives",
 }
 
-__all__ = ["OBJECTIVES", "MaskedAdamW", "PlanCallback", "RetainMetric", "UnlearnLog", "answer_log_probs", "unlearn"]
+__all__ = ["OBJECTIVES", "MaskedAdamW", "PlanCallback", "RetainMetric", "SparseGradients", "UnlearnLog",
+           "answer_log_probs", "unlearn"]
 
 if TYPE_CHECKING:
     from .callback import PlanCallback
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .metric import RetainMetric
     from .objectives import OBJECTIVES, answer_log_probs
     from .optimizer import MaskedAdamW
+    from .sparse import SparseGradients
 
 
 def __getattr__(name: str) -> Any:

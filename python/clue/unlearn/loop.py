@@ -1,7 +1,8 @@
 """The unlearning loop: forget weights get the forget gradient, conflict weights forget plus retain, others nothing.
 
-A step runs the forget batch, keeps its gradient on the planned slices (measured in the retain metric on conflict
-slices), runs a retain batch, adds its gradient on conflict slices, clips once, and updates the slices.
+A step is one forward and backward pass over forget and retain records together, which computes the gradients of planned
+slices only, forget and retain apart (:mod:`clue.unlearn.sparse`). On conflict slices the forget gradient is measured in
+the retain metric and the retain gradient added. The sum is clipped once, and the slices are updated.
 
 A record that is forgotten already gets no more gradient (:func:`_forgotten`). Pushed further, its answer would become
 more unlikely than one the model never saw, which gives it away as surely as being remembered does, and all that extra
@@ -23,18 +24,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import DataSettings, UnlearnSettings, check
 from ..data.atomic import write_atomically
-from ..data.encoding import IGNORED, Batch, Example, batches, collate, encode, pad_id
+from ..data.encoding import IGNORED, Example, batches, collate, encode, pad_id
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..types import Role
-from ..weights import view_of
 from .metric import RetainMetric
 from .objectives import OBJECTIVES, Objective, answer_log_probs, nll
 from .optimizer import MaskedAdamW, planned_parameters
+from .sparse import SliceGradient, SparseGradients
 
 if TYPE_CHECKING:
     from ..data.records import RecordSet
@@ -115,8 +117,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
             on_step: Callable[[dict[str, Any]], None] | None = None) -> UnlearnLog:
     """Train the planned weights of a model in place; every other weight keeps every bit.
 
-    Dropout stays off. The same inputs, seed and machine give the same bits. The model's mode and ``requires_grad``
-    flags are restored at the end, also after an error.
+    Dropout stays off. Where the model has activation checkpointing enabled, it is used. The same inputs, seed and
+    machine give the same bits. The model's mode and ``requires_grad`` flags are restored at the end, also after an error.
 
     Args:
         model, tokenizer: a Hugging Face causal LM and its tokenizer.
@@ -161,7 +163,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     total = sum(stage.steps for stage in stages)
     stopped = False
 
-    with _restored(model):
+    with _restored(model), _checkpointed(model):
         model.eval()
         metric = None
         if settings.metric and needs_retain:
@@ -177,36 +179,35 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         for stage in stages:
             # A fresh optimizer: the moments of one stage say nothing about the next.
             optimizer = MaskedAdamW(model, plan, lr=settings.lr, weight_decay=settings.weight_decay, roles=stage.roles)
-            gradient = _RoleGradient(model, plan, stage.roles, objective, settings, metric)
+            gradient = _RoleGradient(model, plan, stage.roles, objective, settings, metric, pad)
             stopped = False
-            for number in range(stage.steps):
-                chosen = forget_order.take(min(settings.batch_size, len(forget_examples)))
-                forget_batch = collate([forget_examples[i] for i in chosen], pad, device)
-                retain_batch = None
-                if gradient.retains:
-                    retain_batch = collate(retain_order.take(settings.batch_size), pad, device)
-                lr = _learning_rate(number, stage.steps, settings)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                losses = gradient(forget_batch, None if reference is None else reference[chosen], retain_batch)
-                norm = optimizer.grad_norm()
-                step = len(log["stage"]) + 1
-                if not all(math.isfinite(value) for value in (losses["forget_loss"], norm)):
-                    raise ModelError(f"unlearning diverged at step {step} (loss {losses['forget_loss']}, gradient norm"
-                                     f" {norm}): lower lr, or raise floor")
-                # Clipped once per optimizer step, over the planned weights.
-                optimizer.step(grad_scale=settings.clip / norm if 0 < settings.clip < norm else 1.0)
-                optimizer.zero_grad(set_to_none=True)
-                entry = {"stage": stage.number, **losses, "grad_norm": norm, "lr": lr}
-                for name, values in log.items():
-                    values.append(entry[name])
-                if on_step is not None:
-                    on_step({"step": step, "steps": total, **entry})
-                # The batch is asked first: looking at the whole set costs a pass over it.
-                if ((number + 1) % settings.check_every == 0 and losses["forgotten"] == 1.0
-                        and _whole(model, forget_examples, settings, pad, device)[1] == 1.0):
-                    stopped = True
-                    break
+            with gradient.sparse:
+                for number in range(stage.steps):
+                    chosen = forget_order.take(min(settings.batch_size, len(forget_examples)))
+                    retained = retain_order.take(settings.batch_size) if gradient.retains else []
+                    lr = _learning_rate(number, stage.steps, settings)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    losses, slices = gradient([forget_examples[i] for i in chosen],
+                                              None if reference is None else reference[chosen], retained)
+                    norm = optimizer.grad_norm(slices)
+                    step = len(log["stage"]) + 1
+                    if not all(math.isfinite(value) for value in (losses["forget_loss"], norm)):
+                        raise ModelError(f"unlearning diverged at step {step} (loss {losses['forget_loss']}, gradient"
+                                         f" norm {norm}): lower lr, or raise floor")
+                    # Clipped once per optimizer step, over the planned weights.
+                    scale = settings.clip / norm if 0 < settings.clip < norm else 1.0
+                    optimizer.step(grad_scale=scale, gradients=slices)
+                    entry = {"stage": stage.number, **losses, "grad_norm": norm, "lr": lr}
+                    for name, values in log.items():
+                        values.append(entry[name])
+                    if on_step is not None:
+                        on_step({"step": step, "steps": total, **entry})
+                    # The batch is asked first: looking at the whole set costs a pass over it.
+                    if ((number + 1) % settings.check_every == 0 and losses["forgotten"] == 1.0
+                            and _whole(model, forget_examples, settings, pad, device)[1] == 1.0):
+                        stopped = True
+                        break
         probability, forgotten = _whole(model, forget_examples, settings, pad, device)
     series = {name: np.array(log[name], dtype=np.float64) for name in _SERIES}
     return UnlearnLog(np.array(log["stage"], dtype=np.uint8), **series, stopped_early=stopped,
@@ -238,76 +239,91 @@ def _stages(plan: Plan, settings: UnlearnSettings) -> list[_Stage]:
 
 
 class _RoleGradient:
-    """Runs the batches of one step and leaves every slice's gradient, by its role, in ``parameter.grad``."""
+    """Runs the records of one step and combines the gradients of every slice by its role."""
 
     def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role], objective: Objective,
-                 settings: UnlearnSettings, metric: RetainMetric | None) -> None:
+                 settings: UnlearnSettings, metric: RetainMetric | None, pad: int) -> None:
         self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
-        self._parameters = planned_parameters(model, plan, roles)
-        self._slices = [(s.parameter, s.axis, s.role,
-                         torch.from_numpy(s.index).to(self._parameters[s.parameter].device))
-                        for s in plan.slices if s.role in roles]
-        #: whether a step needs a retain batch
+        self._pad, self._device = pad, next(model.parameters()).device
+        self.sparse = SparseGradients(model, plan, roles)
+        #: whether a step needs retain records
         self.retains = Role.CONFLICT in roles and objective.retain and settings.retain_weight > 0
 
-    def __call__(self, forget: Batch, reference: Tensor | None, retain: Batch | None) -> dict[str, float]:
-        settings = self._settings
-        logits, labels = answer_logits(self._model, forget)
+    def __call__(self, forget: Sequence[Example], reference: Tensor | None,
+                 retain: Sequence[Example]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The step's entries of the log, and the gradient of every parameter's planned slices, slices first."""
+        # The gradients of weights outside linear layers cannot be told apart within one pass.
+        passes = [(forget, retain)] if not self.sparse.dense else [(forget, ()), *([((), retain)] if retain else [])]
+        losses: dict[str, float] = {"retain_loss": math.nan}
+        taken: list[dict[str, SliceGradient]] = []
+        for forgets, retains in passes:
+            self._pass(forgets, reference, retains, losses)
+            taken.append(self.sparse.take())
+        forget_part = {name: gradient.forget for name, gradient in taken[0].items()}
+        self._measure(forget_part)
+        combined: dict[str, Tensor] = {}
+        for name, slices in self.sparse.planned.items():
+            gradient, kept = forget_part[name], taken[-1][name].retain
+            if gradient is None:  # nothing left to forget, or no record reaches these weights
+                shape = (len(slices.index), *(n for i, n in enumerate(slices.shape) if i != slices.axis))
+                dtype = slices.parameter.dtype if kept is None else kept.dtype
+                gradient = torch.zeros(shape, dtype=dtype, device=slices.index.device)
+            if kept is not None:
+                gradient.index_add_(0, slices.conflict, kept)
+            combined[name] = gradient
+        return losses, combined
+
+    def _pass(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
+              losses: dict[str, float]) -> None:
+        """Forward and backward over forget records and then retain records, in one batch."""
+        settings, n = self._settings, len(forget)
+        batch = collate([*forget, *retain], self._pad, self._device)
+        self.sparse.split(forget=n, retain=len(retain), seq=batch.input_ids.shape[1])
+        logits, labels = answer_logits(self._model, batch)
         log_p, n_tokens = answer_log_probs(logits, labels)
-        probability, forgotten = _forgotten(logits, labels, settings.floor)
-        left = ~forgotten
-        loss = self._objective.forget(log_p, n_tokens, reference, settings)
-        if bool(left.all()):
-            loss.backward()  # type: ignore[no-untyped-call]
-        elif bool(left.any()):
-            rest = None if reference is None else reference[left]
-            self._objective.forget(log_p[left], n_tokens[left], rest,
-                                   settings).backward()  # type: ignore[no-untyped-call]
-        forget_part = self._forget_parts()
-        retain_value = math.nan
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        if retain is not None:
-            retain_loss = nll(*answer_log_probs(*answer_logits(self._model, retain)))
-            (settings.retain_weight * retain_loss).backward()  # type: ignore[no-untyped-call]
-            retain_value = retain_loss.item()
-        with torch.no_grad():
-            for (name, axis, role, index), part in zip(self._slices, forget_part, strict=True):
-                parameter = self._parameters[name]
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                gradient = view_of(parameter.grad, name)
-                if role == Role.CONFLICT:
-                    gradient.index_add_(axis, index, part)
-                else:
-                    gradient.index_copy_(axis, index, part)
-        return {"forget_loss": loss.item(), "retain_loss": retain_value,
-                "forget_probability": float(probability.mean()), "forgotten": float(forgotten.double().mean())}
+        parts: list[Tensor] = []
+        if forget:
+            probability, forgotten = _forgotten(logits[:n], labels[:n], settings.floor)
+            left = ~forgotten
+            loss = self._objective.forget(log_p[:n], n_tokens[:n], reference, settings)
+            if bool(left.all()):
+                parts.append(loss)
+            elif bool(left.any()):
+                rest = None if reference is None else reference[left]
+                parts.append(self._objective.forget(log_p[:n][left], n_tokens[:n][left], rest, settings))
+            losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
+                       "forgotten": float(forgotten.double().mean())}
+        if retain:
+            loss = nll(log_p[n:], n_tokens[n:])
+            parts.append(settings.retain_weight * loss)
+            losses["retain_loss"] = loss.item()
+        if parts:
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def _forget_parts(self) -> list[Tensor]:
-        """The forget gradient of every slice; on conflict slices in the retain metric, at the raw gradient's norm.
+    def _measure(self, gradients: dict[str, Tensor | None]) -> None:
+        """Put the forget gradients of conflict slices into the retain metric, in place, at the norm they had.
 
         The metric is a filter of directions. What it lets through is small beside the retain gradient, so that without
         the one common factor that restores the norm a plan of conflict nodes alone would never forget.
         """
-        parts, before, after = [], 0.0, 0.0
-        for name, axis, role, index in self._slices:
-            parameter = self._parameters[name]
-            if parameter.grad is None:  # the batch does not reach this weight
-                parts.append(torch.zeros_like(view_of(parameter, name).index_select(axis, index)))
+        if self._metric is None:
+            return
+        measured, before, after = [], 0.0, 0.0
+        for name, slices in self.sparse.planned.items():
+            gradient = gradients[name]
+            if gradient is None or not len(slices.conflict):
                 continue
-            part = view_of(parameter.grad, name).index_select(axis, index)
-            if self._metric is not None and role == Role.CONFLICT:
-                before += float(part.double().square().sum())
-                part = self._metric.precondition(name, part)
-                after += float(part.double().square().sum())
-            parts.append(part)
-        if self._metric is None or not after > 0:
-            return parts
-        factor = math.sqrt(before / after)
-        return [part * factor if role == Role.CONFLICT else part
-                for (_, _, role, _), part in zip(self._slices, parts, strict=True)]
+            part = gradient.index_select(0, slices.conflict)
+            before += float(part.double().square().sum())
+            # The metric takes slices as they lie in the weight.
+            turned = part.T if slices.axis == 1 else part
+            turned = self._metric.precondition(name, turned)
+            part = turned.T if slices.axis == 1 else turned
+            after += float(part.double().square().sum())
+            measured.append((gradient, slices.conflict, part))
+        for gradient, conflict, part in measured:
+            gradient.index_copy_(0, conflict, part * math.sqrt(before / after) if after > 0 else part)
 
 
 @torch.no_grad()
@@ -375,6 +391,34 @@ class _Pool:
 
     def take(self, count: int) -> list[Example]:
         return [self._examples[i] for i in self._order.take(count)]
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Checkpoint the layers that transformers was told to checkpoint, which it does in training mode only.
+
+    Training mode itself would turn dropout on.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+              and module.gradient_checkpointing and "forward" not in vars(module)]
+
+    def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*arguments, **keywords)
+            return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+        return run
+
+    for layer in layers:
+        layer.forward = recomputed(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager

@@ -28,13 +28,13 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         log p of each label, [batch, seq - 1], zero where it is not scored, and the boolean mask of the scored ones.
     """
-    target = labels[:, 1:]
-    scored = target != IGNORED
-    logits = logits[:, :-1]
+    scored = labels[:, 1:] != IGNORED
+    # The last position predicts nothing. It is computed all the same: cutting it off would copy the logits' gradient.
+    target = F.pad(labels[:, 1:], (0, 1), value=0)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     chosen = logits.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    log_p = chosen - torch.logsumexp(logits, dim=-1)
+    log_p = (chosen - torch.logsumexp(logits, dim=-1))[:, :-1]
     return log_p.masked_fill(~scored, 0.0), scored
 
 

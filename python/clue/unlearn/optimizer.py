@@ -6,10 +6,11 @@ neither reads nor writes anything outside the slices: weight decay and momentum 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -45,12 +46,19 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
     return found
 
 
+def planned_index(plan: Plan, name: str, roles: Sequence[Role]) -> tuple[int, npt.NDArray[np.int64]]:
+    """The axis of a parameter's slices, and the sorted union of those of these roles, int64 [k]."""
+    slices = [s for s in plan.slices if s.parameter == name and s.role in roles]
+    return slices[0].axis, np.sort(np.concatenate([s.index for s in slices]))
+
+
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, as ``torch.optim.AdamW``) restricted to the slices a plan names.
 
     Making one sets ``requires_grad`` on the planned parameters and clears it on every other parameter of the model.
-    ``step`` reads ``parameter.grad`` on the slices. Weights in bf16 or fp16 get a float32 master copy of the slices,
-    since at small learning rates plain bf16 loses most updates.
+    ``step`` reads ``parameter.grad`` on the slices, or takes the gradients of the slices alone
+    (:class:`clue.unlearn.sparse.SparseGradients` computes no others). Weights in bf16 or fp16 get a float32 master copy
+    of the slices, since at small learning rates plain bf16 loses most updates.
 
     Args:
         model: the model whose weights move.
@@ -78,10 +86,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         #: parameter's device)
         self._planned: dict[nn.Parameter, list[tuple[str, int, Tensor]]] = {}
         for name, parameter in planned.items():
-            slices = [s for s in plan.slices if s.parameter == name and s.role in roles]
-            index = torch.from_numpy(np.sort(np.concatenate([s.index for s in slices]))).to(parameter.device)
+            axis, union = planned_index(plan, name, roles)
             parameter.requires_grad_(True)
-            self._planned.setdefault(parameter, []).append((name, slices[0].axis, index))
+            self._planned.setdefault(parameter, []).append((name, axis, torch.from_numpy(union).to(parameter.device)))
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(self._planned), defaults)
 
@@ -90,19 +97,30 @@ class MaskedAdamW(torch.optim.Optimizer):
         return [view_of(p.grad, name).index_select(axis, index) for p, parts in self._planned.items()
                 for name, axis, index in parts if p.grad is not None]
 
-    def grad_norm(self) -> float:
-        """Global 2-norm of the gradient over the planned slices, accumulated in float64."""
-        squares = [slice_.double().square().sum() for slice_ in self.gradients()]
+    def grad_norm(self, gradients: Mapping[str, Tensor] | None = None) -> float:
+        """Global 2-norm of the gradient over the planned slices, accumulated in float64.
+
+        ``gradients`` as for :meth:`step`; ``parameter.grad`` when None.
+        """
+        slices = self.gradients() if gradients is None else gradients.values()
+        squares = [torch.linalg.vector_norm(slice_, dtype=torch.float64).square() for slice_ in slices]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0,
+             gradients: Mapping[str, Tensor] | None = None) -> Any:
         """One update of the planned slices; parameters without a gradient are left alone.
 
         Args:
             closure: re-evaluates the model and returns the loss.
             grad_scale: every gradient is multiplied by this first (for clipping, without a pass over the gradients).
+            gradients: by parameter name the gradient of its planned slices alone, slices first: [k, length] for rows
+                and columns alike, in the order of their sorted index, or [k]. ``parameter.grad`` is not looked at then.
+
+        Raises:
+            ClueError: a gradient belongs to a parameter that the plan does not name, or has another shape.
         """
+        compact = self._checked(gradients)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,16 +128,21 @@ class MaskedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
                 for name, axis, index in self._planned[parameter]:
+                    if compact is not None:
+                        grad = compact.get(name)
+                    else:
+                        grad = None if parameter.grad is None else view_of(parameter.grad, name)
+                    if grad is None:
+                        continue
                     weight, state = view_of(parameter.detach(), name), self._state_of(parameter, name)
                     if not state:
                         self._begin(weight, axis, index, state)
                     state["step"] += 1
-                    grad = view_of(parameter.grad, name)
                     if grad.stride(-1) != 1:
                         grad = grad.contiguous()
+                    if compact is not None and axis == 1:
+                        grad = grad.T
                     _kernel(parameter.device)(
                         weight, grad, state["exp_avg"], state["exp_avg_sq"], index, axis, lr=float(group["lr"]),
                         beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
@@ -154,6 +177,23 @@ class MaskedAdamW(torch.optim.Optimizer):
         for number, parameter in enumerate(order):
             if number in saved:
                 self.state[parameter] = _copied(saved[number], parameter.device)
+
+    def _checked(self, gradients: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """The gradients as they were given, if every one is of a planned parameter and has its slices' shape."""
+        if gradients is None:
+            return None
+        planned = {name: (view_of(parameter, name), axis, index) for parameter, parts in self._planned.items()
+                   for name, axis, index in parts}
+        for name, gradient in gradients.items():
+            if name not in planned:
+                raise ClueError(f"gradients: {name} is not a parameter that this optimizer moves: give planned ones"
+                                " only")
+            weight, axis, index = planned[name]
+            shape = (len(index), *(n for i, n in enumerate(weight.shape) if i != axis))
+            if tuple(gradient.shape) != shape:
+                raise ClueError(f"gradients: {name} must have shape {shape}, one row for each planned slice, got"
+                                f" {tuple(gradient.shape)}")
+        return gradients
 
     def _begin(self, weight: Tensor, axis: int, index: Tensor, state: dict[str, Any]) -> None:
         slices = weight.index_select(axis, index)
