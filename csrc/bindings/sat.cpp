@@ -169,6 +169,7 @@ void register_sat(py::module_& module) {
              s.idle().write_proof(path, format == "drat" ? sat::ProofFormat::Drat : sat::ProofFormat::Lrat, binary);
            })
       .def("close_proof", [](Session& s) { s.idle().close_proof(); })
+      .def("discard_proof", [](Session& s) { s.idle().discard_proof(); })
       .def("variables", [](Session& s) { return s.idle().variables(); })
       .def("reserve", [](Session& s, int variables) { s.idle().reserve(variables); })
       .def("add_array", [](Session& s, const Literals& clauses) { s.idle().add(view(clauses, "clauses")); })
@@ -222,6 +223,7 @@ void register_sat(py::module_& module) {
     return found;
   });
 
+  module.def("flatten", [](const py::object& clauses) { return array(clauses_of(clauses)); });
   module.def("read_cnf", [](const py::bytes& text) {
     const std::string_view view_of = text;
     sat::Cnf cnf;
@@ -251,6 +253,9 @@ void register_sat(py::module_& module) {
              });
   module.def("largest_variable", [](const Literals& clauses, const std::string& name) {
     return sat::largest_variable(view(clauses, name.c_str()), name.c_str());
+  });
+  module.def("check_soft", [](const Literals& soft, const Weights& weights) {
+    return sat::check_soft(view(soft, "soft"), view(weights, "weights"));
   });
 
   module.def("minimize",

@@ -240,6 +240,7 @@ Wcnf read_wcnf(std::string_view text) {
 }
 
 std::string write_cnf(int n_variables, std::span<const std::int32_t> clauses) {
+  largest_variable(clauses, "clauses");
   std::string text = "p cnf " + std::to_string(n_variables) + " " + std::to_string(count(clauses)) + "\n";
   for (const std::int32_t* at = clauses.data(); at != clauses.data() + clauses.size();) at = append_clause(text, at);
   return text;
@@ -247,6 +248,8 @@ std::string write_cnf(int n_variables, std::span<const std::int32_t> clauses) {
 
 std::string write_wcnf(int n_variables, std::span<const std::int32_t> hard, std::span<const std::int32_t> soft,
                        std::span<const std::int64_t> weights, bool header) {
+  largest_variable(hard, "hard");
+  check_soft(soft, weights);
   std::string text;
   std::int64_t top = 1;
   for (const std::int64_t weight : weights) top += weight;
@@ -266,6 +269,22 @@ std::string write_wcnf(int n_variables, std::span<const std::int32_t> hard, std:
     at = append_clause(text, at);
   }
   return text;
+}
+
+int check_soft(std::span<const std::int32_t> soft, std::span<const std::int64_t> weights) {
+  const int largest = largest_variable(soft, "soft");
+  const std::int64_t clauses = count(soft);
+  if (clauses != static_cast<std::int64_t>(weights.size()))
+    throw std::invalid_argument("weights: expected one for each of " + std::to_string(clauses) + " soft clauses, got " +
+                                std::to_string(weights.size()));
+  std::int64_t sum = 0;
+  for (const std::int64_t weight : weights) {
+    if (weight < 0 || weight > kMostWeight - sum)
+      throw std::invalid_argument("weights: expected numbers >= 0 with a sum of at most 2^60, got " +
+                                  std::to_string(weight));
+    sum += weight;
+  }
+  return largest;
 }
 
 int largest_variable(std::span<const std::int32_t> clauses, const char* name) {

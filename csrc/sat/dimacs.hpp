@@ -37,7 +37,7 @@ struct FormatError : std::runtime_error {
 Cnf read_cnf(std::string_view text);
 Wcnf read_wcnf(std::string_view text);
 
-// `soft` and `weights` may be empty; `header` chooses the format before 2022.
+// `header` chooses the format before 2022. Throw std::invalid_argument as the checks below do.
 std::string write_cnf(int n_variables, std::span<const std::int32_t> clauses);
 std::string write_wcnf(int n_variables, std::span<const std::int32_t> hard, std::span<const std::int32_t> soft,
                        std::span<const std::int64_t> weights, bool header);
@@ -45,5 +45,8 @@ std::string write_wcnf(int n_variables, std::span<const std::int32_t> hard, std:
 // Checks clauses given as an array and returns the largest variable. Throws std::invalid_argument with `name` when a
 // literal is INT32_MIN or the last clause lacks its 0.
 int largest_variable(std::span<const std::int32_t> clauses, const char* name);
+
+// The same for soft clauses, and one weight >= 0 for each with a sum of at most kMostWeight.
+int check_soft(std::span<const std::int32_t> soft, std::span<const std::int64_t> weights);
 
 }  // namespace clue::sat

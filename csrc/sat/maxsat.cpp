@@ -28,22 +28,11 @@ bool satisfied(const std::int32_t*& at, const std::vector<std::uint8_t>& model) 
 
 Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<const std::int32_t> soft,
                  std::span<const std::int64_t> weights, logic::Limits& limits) {
-  const int largest = std::max(largest_variable(hard, "hard"), largest_variable(soft, "soft"));
+  const int largest = std::max(largest_variable(hard, "hard"), check_soft(soft, weights));
   if (largest > n_variables)
     throw std::invalid_argument("n_variables: expected at least " + std::to_string(largest) + ", got " +
                                 std::to_string(n_variables));
-  const auto n_soft = static_cast<std::size_t>(std::count(soft.begin(), soft.end(), 0));
-  if (n_soft != weights.size())
-    throw std::invalid_argument("weights: expected one for each of " + std::to_string(n_soft) + " soft clauses, got " +
-                                std::to_string(weights.size()));
-  std::int64_t sum = 0;
-  for (const std::int64_t weight : weights) {
-    if (weight < 0 || weight > kMostWeight - sum)
-      throw std::invalid_argument("weights: expected numbers >= 0 with a sum of at most 2^60, got " +
-                                  std::to_string(weight));
-    sum += weight;
-  }
-  const std::int64_t variables = std::int64_t{n_variables} + static_cast<std::int64_t>(n_soft);
+  const std::int64_t variables = std::int64_t{n_variables} + static_cast<std::int64_t>(weights.size());
   if (variables > (std::int64_t{1} << 30))
     throw OutOfMemory(std::to_string(variables) + " variables, soft clauses included, are more than 2^30");
   require_memory(static_cast<int>(variables));

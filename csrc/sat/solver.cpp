@@ -74,12 +74,15 @@ void Solver::write_proof(const std::string& path, ProofFormat format, bool binar
   solver_.connect_proof_tracer(proof_.get(), proof_->needs_antecedents());
 }
 
-void Solver::close_proof() {
+std::unique_ptr<Proof> Solver::take_proof() {
   if (!proof_) throw std::logic_error("no proof is being written");
   solver_.disconnect_proof_tracer(proof_.get());
-  const std::unique_ptr<Proof> proof = std::move(proof_);
-  proof->close();
+  return std::move(proof_);
 }
+
+void Solver::close_proof() { take_proof()->close(); }
+
+void Solver::discard_proof() { take_proof(); }
 
 // --- variables and clauses -------------------------------------------------------------------------------------------
 

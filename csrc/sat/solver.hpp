@@ -54,7 +54,8 @@ class Solver {
   int option(const std::string& name);
   void write_proof(const std::string& path, ProofFormat format, bool binary);
 
-  void close_proof();  // the file takes its name now
+  void close_proof();    // the file takes its name now
+  void discard_proof();  // nothing is left of it
 
   int variables() const { return variables_; }
   void reserve(int variables);                           // variables 1..variables exist from now on
@@ -82,6 +83,7 @@ class Solver {
   std::vector<std::pair<const char*, std::int64_t>> statistics() const;
 
  private:
+  std::unique_ptr<Proof> take_proof();
   enum class State { Open, Satisfiable, Unsatisfiable, Unknown };
 
   struct Stop : CaDiCaL::Terminator {
