@@ -100,7 +100,7 @@ void Solver::declare(int variable) {
   if (variable <= variables_) return;
   require_memory(variable);
   if (solver_.vars() > variables_) {
-    if (taken_.empty() || taken_.back().second < variables_ + 1) taken_.emplace_back(variables_ + 1, solver_.vars());
+    taken_.emplace_back(variables_ + 1, solver_.vars());
     variables_ = solver_.vars();
   }
   state_ = State::Open;

@@ -146,6 +146,9 @@ def check_lrat(formula: Iterable[Clause], proof: bytes, binary: bool, assumed: S
             continue
         assert number not in known
         true = {-literal for literal in clause}
+        if any(-literal in true for literal in true):  # always holds
+            known[number] = set(clause)
+            continue
         for antecedent in antecedents:
             open_ = {literal for literal in known[antecedent] if -literal not in true}
             if len(open_) > 1:
