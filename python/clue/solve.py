@@ -219,13 +219,14 @@ def _circuit(path: str) -> Circuit:
     if not path.lower().endswith(".json"):
         return Circuit.load(path)
     data = _json(path)
-    own, cfg = data.get("clue"), data.get("cfg")
+    own: Any = data.get("clue")
+    cfg: Any = data.get("cfg")
     dimensions = own.get("graph") if isinstance(own, dict) else None
     try:
         if dimensions is not None:
             graph = Graph(**dimensions)
         else:
-            heads = int(cfg["n_heads"])  # type: ignore[index]  # what is no object raises
+            heads = int(cfg["n_heads"])
             graph = Graph(int(cfg["n_layers"]), heads, heads, 0, False, bool(cfg.get("parallel_attn_mlp", False)))
         return read_eap_ig(path, graph)
     except (KeyError, TypeError, ValueError, ArithmeticError):
