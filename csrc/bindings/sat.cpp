@@ -3,8 +3,15 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <functional>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -106,38 +113,149 @@ std::vector<std::int32_t> clauses_of(const py::object& clauses) {
 }
 
 // A solver as Python holds it: one thread at a time, terminate() excepted.
+//
+// CaDiCaL has phases that do not look at their terminator, and on a million clauses they last for seconds. A large
+// formula is therefore solved in a thread of its own while the caller's looks for signals and at the clock: it returns
+// on time, and the call left behind winds down before the solver is used again.
 class Session {
  public:
+  Session() = default;
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  ~Session() {
+    if (left_ == nullptr) return;
+    solver_->terminate();
+    // An unfinished proof removes its file when the solver goes, which must not be cut short by the process's end.
+    if (solver_->writes_proof()) {
+      const py::gil_scoped_release released;
+      left_->wait();
+    }
+  }
+
   sat::Solver& idle() {
     if (busy_) throw std::logic_error("the solver is running in another thread: only terminate() may be called");
-    return solver_;
+    if (left_ != nullptr) {
+      busy_ = true;
+      do {
+        stop_ = false;  // terminate() has nothing to add: the call is ending
+      } while (!wait(*left_, kForever) && PyErr_Occurred() == nullptr);
+      busy_ = false;
+      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+      left_ = nullptr;
+      solver_->forget();
+    }
+    return *solver_;
   }
 
   bool terminate() {
-    if (busy_) solver_.terminate();
-    return busy_;
+    if (!busy_) return false;
+    stop_ = true;
+    solver_->terminate();
+    return true;
+  }
+
+  // `call` must own what it uses: it may outlive this.
+  template <typename Call>
+  py::object run(double seconds, Call call) {
+    sat::Solver& solver = idle();
+    solver.begin();
+    stop_ = false;
+    if (solver.size() < kLarge) return run_here(call);
+    auto work = std::make_shared<Work>();
+    std::thread([work, call, owned = solver_] {
+      sat::Verdict found = sat::Verdict::Unknown;
+      std::exception_ptr error;
+      try {
+        found = call(*owned, [] { return false; });
+      } catch (...) {
+        error = std::current_exception();
+      }
+      work->finish(found, error);
+    }).detach();
+    busy_ = true;
+    const bool over = wait(*work, seconds > 0 ? Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                                                   std::chrono::duration<double>(seconds))
+                                              : kForever);
+    busy_ = false;
+    if (!over) {
+      left_ = work;
+      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+      return py::none();
+    }
+    if (work->error) std::rethrow_exception(work->error);
+    return verdict(work->found);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr Clock::time_point kForever = Clock::time_point::max();
+  static constexpr std::chrono::milliseconds kPoll{50};
+  static constexpr std::int64_t kLarge = 50'000;  // literals; below, the unwatched phases are short
+
+  struct Work {
+    void finish(sat::Verdict verdict, std::exception_ptr thrown) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      found = verdict;
+      error = std::move(thrown);
+      done = true;
+      changed.notify_all();
+    }
+    void wait() {
+      std::unique_lock<std::mutex> lock(mutex);
+      changed.wait(lock, [this] { return done; });
+    }
+    bool wait_for(std::chrono::milliseconds time) {
+      std::unique_lock<std::mutex> lock(mutex);
+      return changed.wait_for(lock, time, [this] { return done; });
+    }
+
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool done = false;
+    sat::Verdict found = sat::Verdict::Unknown;
+    std::exception_ptr error;
+  };
+
+  // True when the work is done. False after the deadline, after terminate(), and, with a Python error set, after a
+  // signal whose handler raised; each gives the solver one more poll to stop by itself.
+  bool wait(Work& work, Clock::time_point deadline) {
+    for (bool last = false;;) {
+      bool done;
+      {
+        const py::gil_scoped_release released;
+        done = work.wait_for(kPoll);
+      }
+      if (done) return true;
+      if (last) return false;
+      if (PyErr_CheckSignals() != 0) {
+        solver_->terminate();
+        return false;
+      }
+      last = stop_ || Clock::now() >= deadline;
+      if (last) solver_->terminate();
+    }
   }
 
   template <typename Call>
-  py::object run(Call call) {
-    sat::Solver& solver = idle();
+  py::object run_here(Call call) {
     busy_ = true;
     sat::Verdict found;
     try {
       const py::gil_scoped_release released;
-      found = call(solver);
+      found = call(*solver_, signalled);
     } catch (...) {
       busy_ = false;
       throw;
     }
     busy_ = false;
-    if (solver.was_interrupted()) throw py::error_already_set();  // what the signal handler raised
+    if (solver_->was_interrupted()) throw py::error_already_set();  // what the signal handler raised
     return verdict(found);
   }
 
- private:
-  sat::Solver solver_;
-  bool busy_ = false;  // read and written with the GIL held
+  std::shared_ptr<sat::Solver> solver_ = std::make_shared<sat::Solver>();
+  std::shared_ptr<Work> left_;        // a call that was left behind
+  bool busy_ = false, stop_ = false;  // read and written with the GIL held
 };
 
 // Sets the errors that pybind11 does not know.
@@ -185,11 +303,15 @@ void register_sat(py::module_& module) {
            [](Session& s, const py::object& assumptions, double seconds, int conflicts, int decisions) {
              const std::vector<std::int32_t> assumed = literals_of(assumptions, "assumptions");
              const sat::SearchLimits limits{seconds, conflicts, decisions};
-             return s.run([&](sat::Solver& solver) { return solver.solve(assumed, limits, signalled); });
+             return s.run(seconds, [assumed, limits](sat::Solver& solver, const std::function<bool()>& interrupted) {
+               return solver.solve(assumed, limits, interrupted);
+             });
            })
       .def("simplify",
            [](Session& s, int rounds, double seconds) {
-             return s.run([&](sat::Solver& solver) { return solver.simplify(rounds, {seconds}, signalled); });
+             return s.run(seconds, [rounds, seconds](sat::Solver& solver, const std::function<bool()>& interrupted) {
+               return solver.simplify(rounds, {seconds}, interrupted);
+             });
            })
       .def("terminate", &Session::terminate)
       .def("propagate",

@@ -125,9 +125,12 @@ void Solver::add(std::span<const std::int32_t> clauses) {
       if (literal != 0) check_literal(literal, "clauses");
   state_ = State::Open;
   for (const std::int32_t literal : clauses) solver_.add(literal);
+  size_ += static_cast<std::int64_t>(clauses.size());
 }
 
 void Solver::constrain(std::span<const std::int32_t> clause) {
+  // The proof would not be one of the formula, and CaDiCaL 3.0.0 crashes on concluding one with an empty constraint.
+  if (proof_) throw std::logic_error("a constraint cannot go with a proof: assume literals instead");
   int largest = 0;
   for (const std::int32_t literal : clause) {
     check_literal(literal, "clause");
@@ -153,7 +156,6 @@ Verdict Solver::run(const SearchLimits& limits, const std::function<bool()>& int
   state_ = State::Open;
   const auto ended = [&] {
     limits_ = nullptr;
-    stop_ = false;
     interrupted_ = clock.interrupted();
   };
   int status = 0;

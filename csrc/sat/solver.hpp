@@ -67,7 +67,11 @@ class Solver {
                 const std::function<bool()>& interrupted);
   Verdict simplify(int rounds, const SearchLimits& limits, const std::function<bool()>& interrupted);
   bool was_interrupted() const { return interrupted_; }
-  void terminate() { stop_ = true; }  // from any thread; ends the call that is running, or the next one
+  void terminate() { stop_ = true; }       // from any thread; ends the running call soon
+  void begin() { stop_ = false; }          // before a call: an earlier terminate() is over
+  void forget() { state_ = State::Open; }  // the answer of the last call is not wanted
+  bool writes_proof() const { return proof_ != nullptr; }
+  std::int64_t size() const { return size_; }  // literals added
 
   // What follows from the formula and the assumptions by unit propagation; nothing on a conflict.
   std::optional<std::vector<std::int32_t>> propagate(std::span<const std::int32_t> assumptions);
@@ -105,6 +109,7 @@ class Solver {
   std::unique_ptr<Proof> proof_;
   State state_ = State::Open;
   int variables_ = 0;
+  std::int64_t size_ = 0;
   std::vector<std::pair<int, int>> taken_;  // ranges of variables that the solver made for itself
   std::vector<std::int32_t> assumptions_;   // of the last solve
   logic::Limits* limits_ = nullptr;

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 INTERRUPTED = """
 from clue.sat import Solver
-from tests.sat.test_solver import pigeons
-solver = Solver(pigeons(13))
+from tests.sat.test_solver import pigeons, random_clauses
+large = {large}
+solver = Solver(random_clauses(3, 100_000, 420_000) if large else pigeons(13))
 for call in (solver.solve, lambda: solver.solve([1]), lambda: solver.simplify(10**6)):
     print("running", flush=True)
     try:
         print("answer", call(), flush=True)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
-print(solver.solve(conflicts=1))
+print(solver.solve(conflicts=0 if large else 1))
 solver.add([[1], [-1]])
 print(solver.solve())
 """
@@ -41,8 +44,9 @@ def python(program: str, *arguments: str) -> subprocess.Popen[str]:
                             text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])})
 
 
-def test_interrupt_ends_every_call_and_the_solver_goes_on() -> None:
-    with python(INTERRUPTED) as process:
+@pytest.mark.parametrize("large", [False, True])
+def test_interrupt_ends_every_call_and_the_solver_goes_on(large: bool) -> None:
+    with python(INTERRUPTED.replace("{large}", str(large))) as process:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:

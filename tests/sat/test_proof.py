@@ -107,6 +107,8 @@ def test_arguments_and_files(tmp_path: Path) -> None:
     solver.proof(tmp_path / "p")
     with pytest.raises(RuntimeError, match="a proof is being written already"):
         solver.proof(tmp_path / "q")
+    with pytest.raises(RuntimeError, match="a constraint cannot go with a proof"):
+        solver.constrain([1])
     solver.discard_proof()
     with pytest.raises(RuntimeError, match="no proof is being written"):
         solver.discard_proof()

@@ -321,6 +321,30 @@ def test_a_running_solver_is_left_alone() -> None:
     assert solver.statistics()["clauses"] > 0
 
 
+def test_limits_on_a_large_formula() -> None:
+    # Solved in a thread of its own, which may be left behind when the limit strikes.
+    solver = Solver(random_clauses(3, 60_000, 250_000))
+    for _ in range(3):
+        assert solver.solve(time_limit=0.05) is None
+    with pytest.raises(RuntimeError, match="no model"):
+        solver.model()
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(solver.solve()))
+    thread.start()
+    while thread.is_alive() and not solver.terminate():
+        pass
+    thread.join(120)
+    assert answers == [None]
+    assert solver.solve([1, -1]) is False
+    with pytest.raises(ValueError, match="assumptions: expected literals, got 0"):
+        solver.solve([0])
+    solver.add([[1], [-1]])
+    assert solver.solve() is False and solver.core().tolist() == []
+    late = Solver(random_clauses(4, 60_000, 250_000))
+    assert late.solve(time_limit=0.05) is None
+    del late  # while it may still be winding down
+
+
 def test_many_clauses() -> None:
     flat = random_clauses(1, 20_000, 60_000)
     solver = Solver(flat)

@@ -131,7 +131,11 @@ class Solver:
         self._native.add_clause(clause)
 
     def constrain(self, clause: Iterable[int]) -> None:
-        """Add a clause for the next :meth:`solve` only; a second one replaces it (Froleyks and Biere, FMCAD 2021)."""
+        """Add a clause for the next :meth:`solve` only; a second one replaces it (Froleyks and Biere, FMCAD 2021).
+
+        Raises:
+            RuntimeError: a proof is being written: it would not be one of the formula.
+        """
         self._native.constrain(clause)
 
     # --- search -----------------------------------------------------------------------------------------------------
