@@ -42,7 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
 bench: $(VENV)/.dev
-	@for file in benchmarks/attribution.py benchmarks/world.py benchmarks/tofu_smollm2.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/attribution.py benchmarks/sat.py benchmarks/world.py benchmarks/tofu_smollm2.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -90,8 +90,8 @@ def cadical(given: str | None, scratch: Path) -> Path | None:
     """A built CaDiCaL, or None."""
     if given is not None:
         return Path(given)
-    cache = Path(os.environ.get("CLUE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clue")
-    archive = cache / ARCHIVE
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    archive = Path(os.environ.get("CLUE_CACHE") or home / "clue") / ARCHIVE
     if not archive.exists() or not all(map(shutil.which, ("c++", "make"))):
         return None
     with tarfile.open(archive) as file:
@@ -170,8 +170,8 @@ def main() -> int:
             print("left out, for want of a compiler or the sources: CaDiCaL's own add and program", file=sys.stderr)
         else:
             rng = np.random.default_rng(1)
-            n = 262  # at the threshold of random 3-SAT
-            variables = np.argsort(rng.random((int(4.26 * n), n)), axis=1)[:, :3] + 1
+            n = 300  # just above the threshold of random 3-SAT
+            variables = np.argsort(rng.random((int(4.4 * n), n)), axis=1)[:, :3] + 1
             hard = np.column_stack([variables * rng.choice([-1, 1], variables.shape), np.zeros(len(variables), int)])
             whole(found, built, scratch, "a hard formula", CNF(n, hard.ravel()), 3)
             easy = random_clauses(arguments.variables, 3 * arguments.variables, 1)

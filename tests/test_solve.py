@@ -124,8 +124,8 @@ def test_wcnf_limit_and_interrupt_print_the_best_so_far(tmp_path: Path, capsys: 
     write_wcnf(path, WCNF.from_lists(hard, soft, weights))
     status, lines = solve(capsys, path, "--time-limit", "0.3")
     assert status == 10 and lines[1] == "s SATISFIABLE" and 0 < int(lines[0][2:]) <= leaves
-    process = subprocess.Popen([sys.executable, "-m", "clue.cli", "solve", str(path)], stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    process = subprocess.Popen([sys.executable, "-m", "clue.cli", "solve", str(path)], text=True,
+                               stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert process.stdout is not None and process.stdout.readline().startswith("c ")
     time.sleep(1)  # for the first model, which takes milliseconds
     process.send_signal(signal.SIGINT)
@@ -205,7 +205,8 @@ def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     ]:
         assert expected in failure(capsys, *argv)
     text.write_text('{"cfg": {"n_layers": "x"}}')
-    assert "is neither a question (clue.logic.question) nor a circuit of EAP-IG" in failure(capsys, text, "--retain", text)
+    refusal = failure(capsys, text, "--retain", text)
+    assert "is neither a question (clue.logic.question) nor a circuit of EAP-IG" in refusal
     cnf.write_text("p cnf 2147483647 1\n2147483647 0\n")
     assert "a.cnf: variable 2147483647 needs tables of about" in failure(capsys, cnf)
     cnf.write_text("p cnf 1 1\n1 0\n")

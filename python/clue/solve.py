@@ -151,7 +151,8 @@ def _wcnf(arguments: argparse.Namespace) -> int:
     from .sat import minimize, read_wcnf
 
     formula = read_wcnf(arguments.file)
-    _say(f"c {formula.n_variables} variables, {int((formula.hard == 0).sum())} hard and {len(formula.weights)} soft clauses")
+    n_hard = int((formula.hard == 0).sum())
+    _say(f"c {formula.n_variables} variables, {n_hard} hard and {len(formula.weights)} soft clauses")
     found = minimize(formula, time_limit=arguments.time_limit, keep_on_interrupt=True)
     _say(f"c {found.statistics['cores']} cores, {found.statistics['solves']} calls of the SAT solver")
     if found.satisfiable is False:

@@ -25,7 +25,8 @@ def test_a_question_is_read_whole(tmp_path: Path) -> None:
     path.write_text(json.dumps(GOOD))
     question = read_question(path)
     assert question.graph.names == ("in", "a", "b", "out") and question.graph.editable.tolist() == [0, 1, 1, 0]
-    assert [(c.name, c.src.tolist(), c.dst.tolist(), c.gate.tolist()) for c in (*question.forget, *question.retain)] == [
+    circuits = (*question.forget, *question.retain)
+    assert [(c.name, c.src.tolist(), c.dst.tolist(), c.gate.tolist()) for c in circuits] == [
         ("f", [0, 1, 2], [1, 3, 3], [Gate.AND] * 3), ("r", [1], [3], [Gate.OR]), ("s", [2], [3], [Gate.ADDER])]
     assert question.weights.tolist() == [1, 5, 1, 1]
     found = assign(question.forget, question.retain, weights=question.weights)  # type: ignore[arg-type]
@@ -58,8 +59,8 @@ def test_mistakes_are_named(change: dict[str, Any], text: str) -> None:
         read_question("q.json", GOOD | change)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["in", "a", "out", "AND"]),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "r"]), inner),
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["in", "a", "out", "AND"])
+JSON = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "r"]), inner),
                     max_leaves=8)
 
 

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue.sat import Solver
+from clue.sat import CNF, Solver
 
 from ..oracles.sat import check_drat, check_lrat
 from .test_solver import CLAUSES, LITERAL, pigeons, random_clauses
@@ -21,14 +20,10 @@ FORMATS = [("drat", False), ("drat", True), ("lrat", False), ("lrat", True)]
 CHECK = {"drat": check_drat, "lrat": check_lrat}
 
 
-def clauses_of(flat: np.ndarray) -> list[list[int]]:
-    return [clause[:-1] for clause in (part.tolist() for part in np.split(flat, np.flatnonzero(flat == 0) + 1)) if clause]
-
-
 @pytest.mark.parametrize(("format", "binary"), FORMATS)
 @pytest.mark.parametrize("name", ["pigeons", "random", "trivial"])
 def test_proofs_check(tmp_path: Path, format: str, binary: bool, name: str) -> None:
-    clauses = {"pigeons": pigeons(4), "random": clauses_of(random_clauses(5, 30, 180)),
+    clauses = {"pigeons": pigeons(4), "random": CNF(30, random_clauses(5, 30, 180)).lists(),
                "trivial": [[1, 1, 2], [-1, -1], [-2, 1], [3, -3, 4], [3, 4, 3]]}[name]
     path = tmp_path / "p.proof"
     with Solver() as solver:
@@ -90,8 +85,10 @@ def test_lrat_is_of_one_formula(tmp_path: Path) -> None:
 
 
 def test_arguments_and_files(tmp_path: Path) -> None:
-    for error, text, path, keywords in [(ValueError, "format: expected 'drat' or 'lrat', got 'x'", "p", {"format": "x"}),
-                                        (FileNotFoundError, "no/p", "no/p", {}), (IsADirectoryError, "", "folder", {})]:
+    for error, text, path, keywords in [
+        (ValueError, "format: expected 'drat' or 'lrat', got 'x'", "p", {"format": "x"}),
+        (FileNotFoundError, "no/p", "no/p", {}), (IsADirectoryError, "", "folder", {}),
+    ]:
         solver = Solver()
         (tmp_path / "folder").mkdir(exist_ok=True)
         if error is IsADirectoryError:
@@ -123,7 +120,7 @@ def test_arguments_and_files(tmp_path: Path) -> None:
 
 FULL = """
 import resource, sys
-from clue.sat import Solver
+from clue.sat import CNF, Solver
 sys.path.insert(0, {tests!r})
 from tests.sat.test_solver import pigeons
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

@@ -251,11 +251,12 @@ def test_options() -> None:
 
 
 def test_variables_that_the_solver_made_are_not_the_users() -> None:
-    # All pairs of two sets of variables: a fresh one makes them shorter (bounded variable addition). The rest keeps them
-    # from being eliminated first.
+    # All pairs of two sets of variables: a fresh one makes them shorter (bounded variable addition). The rest keeps
+    # them from being eliminated first.
     rng, n = np.random.default_rng(0), 30
     clauses = [[i, n + j] for i in range(1, n + 1) for j in range(1, n + 1)]
-    clauses += [[-v, int(a), -int(b)] for v in range(1, 2 * n + 1) for a, b in rng.integers(2 * n + 1, 3 * n + 1, (6, 2))]
+    clauses += [[-v, int(a), -int(b)] for v in range(1, 2 * n + 1)
+                for a, b in rng.integers(2 * n + 1, 3 * n + 1, (6, 2))]
     clauses += rng.integers(2 * n + 1, 3 * n + 1, (60, 3)).tolist()
     solver = Solver(clauses, factor=1)
     assert solver.simplify(5) is None and solver.n_variables == 3 * n

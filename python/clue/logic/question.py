@@ -131,7 +131,8 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != "" and not any(c.isspace() for c in value)
 
 
-def _circuit(name: str, edges: Any, graph: NamedNodes, known: Mapping[str, int], refuse: Any, side: str) -> NamedCircuit:
+def _circuit(name: str, edges: Any, graph: NamedNodes, known: Mapping[str, int], refuse: Any,
+             side: str) -> NamedCircuit:
     if not isinstance(edges, list):
         refuse(f"{side} {name}: expected a list of edges")
     columns: Sequence[list[int]] = ([], [], [])

@@ -83,8 +83,8 @@ class WCNF:
         _check_variables(self.n_variables, largest)
 
     @classmethod
-    def from_lists(cls, hard: Iterable[Iterable[int]], soft: Iterable[Iterable[int]], weights: Sequence[int] | None = None,
-                   n_variables: int | None = None) -> WCNF:
+    def from_lists(cls, hard: Iterable[Iterable[int]], soft: Iterable[Iterable[int]],
+                   weights: Sequence[int] | None = None, n_variables: int | None = None) -> WCNF:
         """A formula from clauses of literals; weights are 1 and there are as many variables as used, if not given."""
         flat, soft_flat = flatten(hard), flatten(soft)
         largest = max(_core.largest_variable(flat, "hard"), _core.largest_variable(soft_flat, "soft"))

@@ -41,7 +41,8 @@ def minimize(formula: WCNF, *, time_limit: float | None = None, keep_on_interrup
         keep_on_interrupt: on Ctrl-C, too, return the best so far instead of raising.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C, within about 0.1 s.
+        KeyboardInterrupt: on Ctrl-C, within about 0.1 s; on a million clauses preprocessing may go on for seconds
+            first, as after the time limit.
         MemoryError: a variable is so large that its tables cannot fit into memory.
     """
     found = _core.minimize(formula.n_variables, formula.hard, formula.soft, formula.weights, seconds(time_limit))

@@ -18,6 +18,9 @@ import numpy.typing as npt
 from .. import _core
 from .formula import CNF, Literals, as_literals
 
+#: What :meth:`Solver.add` takes.
+Clauses = CNF | npt.NDArray[Any] | Iterable[Iterable[int]]
+
 
 class Option(NamedTuple):
     """One option of CaDiCaL: its default here, its range, and what it does."""
@@ -77,7 +80,7 @@ class Solver:
         ValueError: an option does not exist, or its value is out of range.
     """
 
-    def __init__(self, clauses: CNF | npt.NDArray[Any] | Iterable[Iterable[int]] | None = None, **options: int) -> None:
+    def __init__(self, clauses: Clauses | None = None, **options: int) -> None:
         self._native = _core.SatSolver()
         self.options = Options(self._native)
         for name, value in options.items():
@@ -103,7 +106,7 @@ class Solver:
         """Have variables 1 .. ``n_variables`` exist, which is faster than one by one; values are then in the model."""
         self._native.reserve(n_variables)
 
-    def add(self, clauses: CNF | npt.NDArray[Any] | Iterable[Iterable[int]], offsets: npt.ArrayLike | None = None) -> None:
+    def add(self, clauses: Clauses, offsets: npt.ArrayLike | None = None) -> None:
         """Add clauses: all of them, or none if there is an error.
 
         Args:
@@ -267,7 +270,8 @@ def _with_zeros(literals: Literals, offsets: npt.ArrayLike) -> Literals:
     if literals.ndim != 1 or starts[0] != 0 or starts[-1] != len(literals) or np.any(starts[1:] < starts[:-1]):
         raise ValueError(f"offsets: expected to rise from 0 to the number of literals, {literals.size}")
     if not np.all(literals):
-        raise ValueError(f"clauses: expected literals without 0 beside offsets, got 0 at {int(np.argmin(literals != 0))}")
+        at = int(np.argmin(literals != 0))
+        raise ValueError(f"clauses: expected literals without 0 beside offsets, got 0 at {at}")
     n_clauses = len(starts) - 1
     flat = np.zeros(len(literals) + n_clauses, dtype=np.int32)
     inside = np.ones(len(flat), dtype=bool)
