@@ -173,9 +173,9 @@ def main() -> int:
             n = 300  # just above the threshold of random 3-SAT
             variables = np.argsort(rng.random((int(4.4 * n), n)), axis=1)[:, :3] + 1
             hard = np.column_stack([variables * rng.choice([-1, 1], variables.shape), np.zeros(len(variables), int)])
-            whole(found, built, scratch, "a hard formula", CNF(n, hard.ravel()), 3)
+            whole(found, built, scratch, "a hard formula", CNF(n, hard.ravel()), 2)
             easy = random_clauses(arguments.variables, 3 * arguments.variables, 1)
-            whole(found, built, scratch, "a large formula", CNF(arguments.variables, easy), 3)
+            whole(found, built, scratch, "a large formula", CNF(arguments.variables, easy), 2)
     found.report(arguments.json)
     return 0
 
