@@ -42,7 +42,8 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
 bench: $(VENV)/.dev
-	@for file in benchmarks/attribution.py benchmarks/update.py benchmarks/training_step.py benchmarks/world.py benchmarks/tofu_smollm2.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for name in attribution update training_step sat world tofu_smollm2; do \
+	  echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

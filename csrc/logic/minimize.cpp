@@ -95,7 +95,9 @@ class Minimizer {
         n_original_(formula.n_variables),
         n_variables_(formula.n_variables),
         totalizers_(solver_, n_variables_),
-        model_(std::move(start)) {
+        model_(std::move(start)),
+        known_(!model_.empty()) {
+    model_.resize(static_cast<std::size_t>(n_original_) + 1);
     for (auto first = formula.clauses.begin(); first != formula.clauses.end();) {
       const auto last = std::find(first, formula.clauses.end(), 0);
       solver_.clause({first, last});
@@ -105,8 +107,13 @@ class Minimizer {
 
   void phase(int literal) { solver_.phase(literal); }
 
-  // Replaces the starting model by one that follows the phases. False when a limit ended the search.
-  bool search() { return solve({}); }
+  // Replaces the starting model by one that follows the phases.
+  Verdict search() {
+    const Verdict verdict = run({});
+    if (verdict == Verdict::Unsatisfiable && known_) throw std::logic_error("the formula has no model");
+    known_ = known_ || verdict == Verdict::Satisfiable;
+    return verdict;
+  }
 
   // Closes one level. False when a limit ended the search; `bound` is then still a lower bound.
   bool close(const Level& level, std::int64_t& bound) {
@@ -157,7 +164,7 @@ class Minimizer {
     return true;
   }
 
-  std::vector<std::uint8_t> take_model() { return std::move(model_); }
+  std::vector<std::uint8_t> take_model() { return known_ ? std::move(model_) : std::vector<std::uint8_t>(); }
   std::int64_t cores() const { return cores_; }
   std::int64_t solves() const { return solver_.solves(); }
 
@@ -181,12 +188,6 @@ class Minimizer {
     if (verdict == Verdict::Satisfiable)
       for (int v = 1; v <= n_original_; ++v) model_[static_cast<std::size_t>(v)] = solver_.value(v);
     return verdict;
-  }
-
-  bool solve(std::span<const int> assumptions) {
-    const Verdict verdict = run(assumptions);
-    if (verdict == Verdict::Unsatisfiable) throw std::logic_error("the formula has no model");
-    return verdict == Verdict::Satisfiable;
   }
 
   void add_soft(int literal, std::int64_t weight, int totalizer, int count) {
@@ -300,6 +301,7 @@ class Minimizer {
   int n_variables_;
   Totalizers totalizers_;
   std::vector<std::uint8_t> model_;
+  bool known_;   // model_ is a model
   Level level_;  // as it was given
   std::vector<State> softs_;
   std::vector<int> position_;  // of a literal in softs_, plus one; 0 where it is none
@@ -318,7 +320,9 @@ Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const
     for (const Soft& soft : levels[i]) minimizer.phase(soft.literal);
 
   Optimum optimum;
-  bool going = minimizer.search();
+  const Verdict first = minimizer.search();
+  optimum.satisfiable = first != Verdict::Unsatisfiable;
+  bool going = first == Verdict::Satisfiable;
   for (std::size_t i = 0; going && i < levels.size(); ++i) {
     std::int64_t bound = 0;
     going = minimizer.close(levels[i], bound);

@@ -24,15 +24,16 @@ struct Soft {
 using Level = std::vector<Soft>;
 
 struct Optimum {
-  std::vector<std::uint8_t> model;  // [n_variables + 1] value of each variable; entry 0 unused
+  std::vector<std::uint8_t> model;  // [n_variables + 1] value of each variable; entry 0 unused; empty if none is known
+  bool satisfiable = true;          // false: the formula was proven to have no model
   std::int64_t lower_bound = 0;     // of the first level
   std::size_t levels_closed = 0;    // levels proven optimal, the final preference included as the last one
   std::int64_t cores = 0, solves = 0;
 };
 
 // Minimises the levels in order, then prefers the literals of `preference` to be true, the earlier ones first. With
-// every variable in `preference` the model is unique. `start` must be a model; it is returned, improved as far as it
-// went, when the limits end the search.
+// every variable in `preference` the model is unique. `start` must be a model, which is returned, improved as far as it
+// went, when the limits end the search; or empty, where none is known.
 Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
                  std::vector<std::uint8_t> start, Limits& limits);
 

@@ -2,7 +2,8 @@
 
 Every option of a stage is generated from its dataclass in :mod:`clue.config`; a TOML file (``--config``) may set the
 same, and the command line wins. Progress goes to stderr, results to stdout. Exit status: 0 done, 1 ``plan verify``
-found a change outside the plan, 2 anything the user can put right (one sentence on stderr), 130 interrupted.
+found a change outside the plan, 2 anything the user can put right (one sentence on stderr), 130 interrupted; ``solve``
+has those of the competitions.
 A command that fails leaves nothing behind that was not there before, apart from finished stages of a run.
 Heavy imports (torch, transformers, the jobs themselves) happen inside the commands and after the cheap checks, so
 ``clue --help`` and a mistyped command answer at once.
@@ -22,7 +23,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
+from . import __version__, solve
 from .config import Settings
 from .errors import ClueError, RunError
 
@@ -432,6 +433,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("after", metavar="AFTER", help="folder of the model as it is now")
     verify.add_argument("run", metavar="RUN", help="run directory, or the folder of a plan")
     verify.add_argument("--json", action="store_true", help="as JSON")
+
+    solve.add_to(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, kernels and extras of this installation")
     doctor.set_defaults(command=_doctor)

@@ -27,6 +27,10 @@ class CircuitError(ClueError):
     """A circuit is malformed: a cycle, an unknown node id, an output that nothing reaches."""
 
 
+class FormulaError(ClueError):
+    """A formula file is malformed, cut short, or its header lies; the message names file and line."""
+
+
 class PlanError(ClueError):
     """A plan does not fit the model, or its file is damaged."""
 

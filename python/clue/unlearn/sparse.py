@@ -184,7 +184,8 @@ class SparseGradients:
             forget = retain = None
             gradient = slices.parameter.grad
             if gradient is not None and self.samples is not None:
-                chosen = view_of(gradient, name).index_select(slices.axis, slices.index).movedim(slices.axis, 0)
+                chosen = view_of(gradient, name).index_select(slices.axis, slices.index)
+                chosen = chosen.movedim(slices.axis, 0).contiguous()
                 chosen = chosen.float() if chosen.dtype in _HALF else chosen
                 if self.samples[0]:
                     forget = chosen

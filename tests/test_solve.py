@@ -1,0 +1,213 @@
+"""``clue solve``: the lines and exit codes of the competitions, for every kind of file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clue.circuit.graph import Circuit, Graph
+from clue.circuit.interchange import write_eap_ig
+from clue.cli import main
+from clue.sat import CNF, WCNF, write_dimacs, write_wcnf
+from clue.types import Gate, NodeKind, Provenance, Role
+
+from .oracles.sat import check_drat, check_lrat, holds, least_cost, satisfiable
+from .sat.test_minimize import hitting_sets, random_wcnf
+from .sat.test_solver import pigeons
+
+
+def solve(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, list[str]]:
+    """Exit status, and the lines that are no comments."""
+    status = main(["solve", *map(str, argv)])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert all(line[:2] in ("c ", "s ", "v ", "o ") for line in lines)
+    return status, [line for line in lines if not line.startswith("c ")]
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """The sentence with which the command refuses."""
+    assert main(["solve", *map(str, argv)]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err.removeprefix("clue: error: ").strip()
+
+
+def values(lines: list[str]) -> list[bool]:
+    """The model of ``v`` lines of literals; entry 0 is unused."""
+    words = [word for line in lines if line.startswith("v ") for word in line.split()[1:]]
+    assert words[-1] == "0"
+    literals = [int(word) for word in words[:-1]]
+    assert [abs(literal) for literal in literals] == list(range(1, len(literals) + 1))
+    return [False, *(literal > 0 for literal in literals)]
+
+
+def test_cnf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    answers = set()
+    for seed in range(30):
+        n, clauses = 8, [[int(v * rng.choice([-1, 1])) for v in rng.integers(1, 9, 3)] for _ in range(25 + seed)]
+        path = tmp_path / "a.cnf"
+        write_dimacs(path, CNF.from_lists(clauses, n_variables=n))
+        status, lines = solve(capsys, path)
+        answers.add(status)
+        if satisfiable(n, clauses):
+            assert status == 10 and lines[0] == "s SATISFIABLE"
+            model = values(lines)
+            assert all(holds(clause, model) for clause in clauses)
+        else:
+            assert (status, lines) == (20, ["s UNSATISFIABLE"])
+    assert answers == {10, 20}
+
+
+def test_cnf_limits_assumptions_and_compression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "A.CNF.gz"
+    write_dimacs(tmp_path / "a.cnf", CNF.from_lists(pigeons(12)))
+    path.write_bytes(gzip.compress((tmp_path / "a.cnf").read_bytes()))
+    assert solve(capsys, path, "--time-limit", "0.2") == (0, ["s UNKNOWN"])
+    write_dimacs(tmp_path / "b.cnf", CNF.from_lists([[1, 2], [-1, 2], [-3, 4]], n_variables=2**31 - 1))
+    status, lines = solve(capsys, tmp_path / "b.cnf", "--assume", "3", "1")
+    assert status == 10 and values(lines)[1] and values(lines)[3:] == [True, True]
+    assert main(["solve", str(tmp_path / "b.cnf"), "--assume", "3", "-2", "--assume", "1"]) == 20
+    assert capsys.readouterr().out.splitlines()[-2:] == ["c core of the assumptions: -2", "s UNSATISFIABLE"]
+    (tmp_path / "c.cnf").write_text("p cnf 0 0\n")
+    assert solve(capsys, tmp_path / "c.cnf") == (10, ["s SATISFIABLE", "v 0"])
+
+
+@pytest.mark.parametrize("options", [[], ["--proof-text"], ["--proof-format", "lrat"],
+                                     ["--proof-format", "lrat", "--proof-text"]])
+def test_proofs(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    clauses = pigeons(4)
+    write_dimacs(tmp_path / "a.cnf", CNF.from_lists(clauses))
+    assert solve(capsys, tmp_path / "a.cnf", "--proof", tmp_path / "p", *options) == (20, ["s UNSATISFIABLE"])
+    check = check_lrat if "lrat" in options else check_drat
+    assert check(clauses, (tmp_path / "p").read_bytes(), "--proof-text" not in options)
+    write_dimacs(tmp_path / "a.cnf", CNF.from_lists(clauses[1:]))
+    assert solve(capsys, tmp_path / "a.cnf", "--proof", tmp_path / "q", *options)[0] == 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.cnf", "p"]
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_wcnf(tmp_path: Path, capsys: pytest.CaptureFixture[str], header: bool) -> None:
+    rng = np.random.default_rng(4)
+    answers = set()
+    for _ in range(40):
+        n, hard, soft, weights = random_wcnf(rng)
+        write_wcnf(tmp_path / "a.wcnf", WCNF.from_lists(hard, soft, weights, n_variables=n), header=header)
+        status, lines = solve(capsys, tmp_path / "a.wcnf")
+        answers.add(status)
+        least = least_cost(n, hard, soft, weights)
+        if least is None:
+            assert (status, lines) == (20, ["s UNSATISFIABLE"])
+            continue
+        assert status == 30 and lines[:2] == [f"o {least}", "s OPTIMUM FOUND"]
+        model = values(lines) if header else [False, *(bit == "1" for bit in lines[2][2:])]
+        model += [False] * (n + 1 - len(model))
+        assert all(holds(clause, model) for clause in hard)
+        assert sum(w for c, w in zip(soft, weights, strict=True) if not holds(c, model)) == least
+    assert answers == {20, 30}
+
+
+def test_wcnf_limit_and_interrupt_print_the_best_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leaves, hard, soft, weights = hitting_sets()
+    path = tmp_path / "a.wcnf"
+    write_wcnf(path, WCNF.from_lists(hard, soft, weights))
+    status, lines = solve(capsys, path, "--time-limit", "0.3")
+    assert status == 10 and lines[1] == "s SATISFIABLE" and 0 < int(lines[0][2:]) <= leaves
+    process = subprocess.Popen([sys.executable, "-m", "clue.cli", "solve", str(path)], text=True,
+                               stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert process.stdout is not None and process.stdout.readline().startswith("c ")
+    time.sleep(1)  # for the first model, which takes milliseconds
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 10 and "s SATISFIABLE" in out.splitlines()
+
+
+QUESTION = {"nodes": ["embed", "h0", "h1", "h2", "logits"],
+            "forget": {"facts": [["embed", "h0", "ADDER"], ["h0", "logits", "AND"], ["h1", "logits", "AND"]]},
+            "retain": {"text": [["h0", "logits", "ADDER"], ["h1", "logits", "ADDER"], ["h2", "logits", "ADDER"]]},
+            "weights": {"h1": 3, "h0": 2}}
+
+
+def test_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "question.json"
+    path.write_text(json.dumps(QUESTION))
+    roles = ["v free embed", "v conflict h0", "v retain h1", "v retain h2", "v free logits"]
+    assert solve(capsys, path) == (30, ["o 2", "s OPTIMUM FOUND", *roles])
+    assert solve(capsys, path, "--semantics", "authors")[0] == 30
+    path.write_text(json.dumps(QUESTION | {"editable": ["h1", "h2"]}))
+    assert solve(capsys, path)[1][0] == "o 0"
+    assert "has its own retain circuits" in failure(capsys, path, "--retain", path)
+    path.write_text(json.dumps(QUESTION | {"retain": {}}))
+    assert "there is no retain circuit" in failure(capsys, path)
+    path.write_text(json.dumps(QUESTION | {"retain": {"text": [["h1", "h0", "OR"], ["h0", "logits", "OR"]]}}))
+    assert "edge h1 -> h0 closes a cycle" in failure(capsys, path)
+
+
+def test_circuit_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = Graph(n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=4, neurons=False)
+    heads = np.flatnonzero(graph.kind == NodeKind.HEAD)
+
+    def circuit(name: str, gate: Gate) -> Circuit:
+        n = len(heads)
+        return Circuit(name, graph, heads.astype(np.int32), np.full(n, graph.logits, np.int32),
+                       np.full(n, gate, np.uint8), np.full(n, Provenance.BOTH, np.uint8), np.ones(n), np.ones(n))
+
+    forget, retain = circuit("forget", Gate.AND), circuit("retain", Gate.ADDER)
+    for ending in ("json", "safetensors"):
+        for one in (forget, retain):
+            if ending == "json":
+                write_eap_ig(tmp_path / f"{one.name}.json", one)
+            else:
+                one.save(tmp_path / f"{one.name}.safetensors")
+        status, lines = solve(capsys, tmp_path / f"forget.{ending}", "--retain", tmp_path / f"retain.{ending}")
+        assert (status, lines[:2]) == (30, ["o 1", "s OPTIMUM FOUND"])
+        assert len(lines) == 2 + graph.n_nodes
+        assert [line.split()[2] for line in lines[2:]] == list(graph.names)
+        assert [line for line in lines if line.startswith("v conflict")] == [f"v conflict {graph.name(heads[-1])}"]
+        assert {line.split()[1] for line in lines[2:]} <= {role.name.lower() for role in Role}
+        assert "is one circuit: give at least one other with --retain" in failure(capsys, tmp_path / f"forget.{ending}")
+    # A file of EAP-IG itself: flags only, and every edge an ADDER.
+    for name in ("forget.json", "retain.json"):
+        data = json.loads((tmp_path / name).read_text())
+        del data["clue"]
+        (tmp_path / name).write_text(json.dumps(data))
+    assert solve(capsys, tmp_path / "forget.json", "--retain", tmp_path / "retain.json")[1][0] == f"o {len(heads)}"
+
+
+def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cnf, wcnf, text = tmp_path / "a.cnf", tmp_path / "a.wcnf", tmp_path / "a.json"
+    cnf.write_text("p cnf 2 1\n1 2\n")
+    wcnf.write_text("h 1 0\n-3 1 0\n")
+    text.write_text("[")
+    for argv, expected in [
+        ([cnf], f"{cnf}: line 3: the file ends within a clause: its 0 is missing"),
+        ([wcnf], f"{wcnf}: line 2: expected a weight or 'h', got '-3'"),
+        ([text], f"{text} is no JSON"),
+        ([tmp_path / "none.cnf"], "No such file or directory"),
+        (["a.txt"], "a.txt: expected a name that ends in .cnf, .wcnf, .json or .safetensors"),
+        ([wcnf, "--assume", "1"], "--assume goes with .cnf or .dimacs files only"),
+        ([wcnf, "--proof", "p"], "--proof goes with .cnf or .dimacs files only"),
+        ([cnf, "--retain", "p"], "--retain goes with .json or .safetensors files only"),
+        ([cnf, "--time-limit", "0"], "argument --time-limit: invalid number of seconds value: '0'"),
+        ([cnf, "--time-limit", "nan"], "invalid number of seconds"),
+        ([cnf, "--assume", "0"], "argument --assume: invalid literal value: '0'"),
+    ]:
+        assert expected in failure(capsys, *argv)
+    text.write_text('{"cfg": {"n_layers": "x"}}')
+    refusal = failure(capsys, text, "--retain", text)
+    assert "is neither a question (clue.logic.question) nor a circuit of EAP-IG" in refusal
+    cnf.write_text("p cnf 2147483647 1\n2147483647 0\n")
+    assert "a.cnf: variable 2147483647 needs tables of about" in failure(capsys, cnf)
+    cnf.write_text("p cnf 1 1\n1 0\n")
+    assert "No such file or directory" in failure(capsys, cnf, "--proof", tmp_path / "none" / "p")
