@@ -146,8 +146,8 @@ class Sums:
                 scale = take(away.head_scale - here.head_scale)
             written.append(_Writers(take(away.heads - here.heads), scale, take(away.mlp - here.mlp)))
         size = body.n_heads + 2 * body.n_kv_heads + 1
-        top: list[_Readers] = [_Readers(body.n_layers * size, 1, body.final_norm, (), [take(run.final_residual) for run in points],
-                                        [(take(run.grad_final),) for run in points])]
+        top = [_Readers(body.n_layers * size, 1, body.final_norm, (), [take(run.final_residual) for run in points],
+                        [(take(run.grad_final),) for run in points])]
         kept: list[_Layer] = []
         for number in reversed(range(body.n_layers)):
             layer = body.layers[number]

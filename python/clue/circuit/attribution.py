@@ -204,7 +204,8 @@ class _Work:
     def __init__(self, body: Anatomy, graph: Graph, pairs: Pairs, settings: LocalizeSettings, name: str,
                  neurons_only: bool) -> None:
         self.body, self.graph, self.pairs, self.settings, self.name = body, graph, pairs, settings, name
-        self.neurons_only, self.most, self.tile_bytes, self.stream = neurons_only, settings.batch_size, TILE_BYTES, settings.stream == "always"
+        self.neurons_only, self.most, self.tile_bytes = neurons_only, settings.batch_size, TILE_BYTES
+        self.stream = settings.stream == "always"
 
     def add(self, batch: npt.NDArray[np.int64], sums: Sums) -> None:
         """Add the scores of a batch: all of it, or nothing and an error."""
