@@ -1,13 +1,15 @@
-"""Attribution: what scoring every edge and neuron costs beyond the model's own passes, and the neuron kernel against torch.
+"""Attribution: what scoring every edge and neuron costs beyond the model's own passes, in time and in memory.
 
-- The whole: :func:`clue.circuit.attribution.attribute` over a set of pairs, against two forward and two backward passes of
-  the same batches by the same model (activation gradients only, logits at answer positions only). The model has the shape
-  of SmolLM2-135M and random weights, which take the same time.
-- The neuron kernel against torch and against reading its inputs: see ``neuron_kernel.py``.
+- Time: :func:`clue.circuit.attribution.attribute` over a set of pairs, against two forward and two backward passes of the
+  same batches by the same model (activation gradients only, logits at answer positions only). The model has the shape of
+  SmolLM2-135M and random weights, which take the same time. Expected from operations alone: 1.26 times the passes, for
+  prompts that differ from their first token on; the part of a prompt that both share (a template) costs nothing extra.
+- Scaling: seconds beyond the passes over four numbers of tokens and over four depths.
+- Memory: see ``memory.py``; the neuron kernel against torch and against reading its inputs: see ``neuron_kernel.py``.
 
-CPU time, one process, interleaved, medians after a warm-up.
+CPU time, one process, one thread, interleaved, medians after a warm-up.
 
-    python benchmarks/attribution.py [--layers 30] [--json -]
+    python benchmarks/attribution.py [--layers 30] [--memory-width 1] [--json -]
 """
 
 from __future__ import annotations
@@ -15,79 +17,115 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import memory
 import neuron_kernel
 import numpy as np
 import torch
-from claims import Claims, add_json
+from claims import Claims, add_json, medians
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clue import _core
-from clue.circuit.attribution import attribute
+from clue.circuit.attribution import attribute, graph_of
 from clue.config import LocalizeSettings
 from clue.data.pairs import Pairs
 from clue.model.anatomy import anatomy
 from clue.model.capture import frozen
 
-
-def medians(repeats: int, **functions: Callable[[], Any]) -> dict[str, float]:
-    """Median CPU seconds of each function; rounds are interleaved, and the first is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            seconds[name].append(time.process_time() - start)
-    return {name: float(np.median(found[1:])) for name, found in seconds.items()}
+VOCABULARY = 49152
 
 
-def make_pairs(count: int, prompt: int, answer: int, vocabulary: int) -> Pairs:
+def smollm2_shape(layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True)).eval()
+
+
+def make_pairs(count: int, prompt: int, answer: int, shared: int = 0) -> Pairs:
+    """Random prompts of which the first ``shared`` tokens are the same in both runs."""
     random = np.random.default_rng(0)
-    clean = [random.integers(0, vocabulary, prompt + answer) for _ in range(count)]
-    corrupted = [np.concatenate([random.integers(0, vocabulary, prompt), ids[prompt:]]) for ids in clean]
+    clean = [random.integers(0, VOCABULARY, prompt + answer) for _ in range(count)]
+    corrupted = [np.concatenate([ids[:shared], random.integers(0, VOCABULARY, prompt - shared), ids[prompt:]]) for ids in clean]
     return Pairs(tuple(clean), tuple(corrupted), np.full(count, prompt), ("given",) * count, ("",) * count)
 
 
-def whole(layers: int, repeats: int) -> dict[str, float]:
-    """Seconds of attribution and of the model's own passes, on 8 pairs of 64 tokens."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
-                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True)
-    model = LlamaForCausalLM(config).eval()
+def passes(model: LlamaForCausalLM, pairs: Pairs) -> None:
+    """Two forward and two backward passes, and nothing else."""
+    clean, corrupted = (torch.from_numpy(np.stack(rows)) for rows in (pairs.clean, pairs.corrupted))
+    first = int(pairs.answer_start[0])
+    answer, keep = clean[:, first:], torch.arange(first - 1, clean.shape[1] - 1)
+    with frozen(model):
+        for tokens in (clean, corrupted):
+            start = model.model.embed_tokens(tokens).requires_grad_()
+            logits = model(inputs_embeds=start, use_cache=False, logits_to_keep=keep).logits
+            target = logits.gather(-1, answer[..., None]).sum() - logits.amax(-1).sum()
+            torch.autograd.grad(target, start)
+
+
+def time_of_scores(found: Claims, layers: int, repeats: int) -> None:
+    """8 pairs of 64 tokens."""
+    model = smollm2_shape(layers)
     body = anatomy(model)
-    pairs = make_pairs(8, 32, 32, config.vocab_size)
-    ids = [torch.from_numpy(np.stack(rows)) for rows in (pairs.clean, pairs.corrupted)]
-    answer = ids[0][:, 32:]
+    differing, templated = make_pairs(8, 32, 32), make_pairs(8, 32, 32, shared=16)
+    settings = LocalizeSettings(batch_size=8, stream="never")
+    seconds = medians(
+        repeats, passes=partial(passes, model, differing), edges=partial(attribute, body, differing, settings),
+        templated=partial(attribute, body, templated, settings),
+        neurons=partial(attribute, body, differing, settings, neurons_only=True),
+        streamed=partial(attribute, body, differing, LocalizeSettings(batch_size=8, stream="always")))
+    peer = f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s"
+    for name, claim, goal in (
+            ("edges", "all edges and neurons, Ns and Dn, prompts that differ from the first token on", 1.3),
+            ("templated", "the same, prompts that share the first quarter of their tokens", 1.3),
+            ("neurons", "all neurons alone, Ns and Dn", 1.1),
+            ("streamed", "all edges and neurons, streamed: one more forward pass, and the least memory", 0.0)):
+        ratio = seconds[name] / seconds["passes"]
+        found.add(claim, ratio, "times the passes", peer, f"at most {goal}" if goal else "", not goal or ratio <= goal)
 
-    def passes() -> None:
-        with frozen(model):
-            for tokens in ids:
-                start = model.model.embed_tokens(tokens).requires_grad_()
-                logits = model(inputs_embeds=start, use_cache=False, logits_to_keep=torch.arange(31, 63)).logits
-                target = logits.gather(-1, answer[..., None]).sum() - logits.amax(-1).sum()
-                torch.autograd.grad(target, start)
 
-    settings = LocalizeSettings(batch_size=8)
-    return medians(repeats, attribution=lambda: attribute(body, pairs, settings), passes=passes)
+def scaling(found: Claims, repeats: int) -> None:
+    """Seconds beyond the passes, against tokens at 6 layers, and against edges at 256 tokens."""
+    def beyond(layers: int, pairs: Pairs) -> float:
+        model = smollm2_shape(layers)
+        settings = LocalizeSettings(batch_size=8, stream="never")
+        both = medians(repeats, passes=partial(passes, model, pairs), whole=partial(attribute, anatomy(model), pairs, settings))
+        return both["whole"] - both["passes"]
+
+    def table(title: str, sizes: list[int], seconds: list[float], unit: str) -> None:
+        slope = float(np.polyfit(np.log(sizes), np.log(np.maximum(seconds, 1e-9)), 1)[0])
+        rows = ", ".join(f"{size}: {second:.3f} s" for size, second in zip(sizes, seconds, strict=True))
+        found.add(f"time beyond the passes grows with {title} to the power of", slope, f"({unit})", rows, "at most 1.1",
+                  slope <= 1.1)
+
+    tokens = [128, 256, 512, 1024]
+    table("tokens", tokens, [beyond(6, make_pairs(count // 32, 16, 16)) for count in tokens], "6 layers")
+    depths = [4, 8, 16, 30]
+    edges = [int(graph_of(anatomy(smollm2_shape(depth))).residual_edges.sum()) for depth in depths]
+    table("edges", edges, [beyond(depth, make_pairs(8, 16, 16)) for depth in depths], "256 tokens")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=30, help="layers of the model; SmolLM2-135M has 30")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory-width", type=int, default=1, help="divide the 8B widths by this; 0 leaves memory out")
     add_json(parser)
     arguments = parser.parse_args()
     found = Claims()
-    seconds = whole(arguments.layers, arguments.repeats)
-    ratio = seconds["attribution"] / seconds["passes"]
-    found.add("scores of all edges and neurons, Ns and Dn", ratio, "times the passes",
-              f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s", "at most 1.3", ratio <= 1.3)
-    neuron_kernel.measure(found, arguments.repeats)
+    torch.set_num_threads(1)
+    parts: list[Callable[[], Any]] = [
+        partial(time_of_scores, found, arguments.layers, arguments.repeats), partial(scaling, found, arguments.repeats),
+        partial(neuron_kernel.measure, found, arguments.repeats)]
+    if arguments.memory_width:
+        parts.append(partial(memory.measure, found, width=arguments.memory_width))
+    for part in parts:
+        part()
     found.report(arguments.json, isa=_core.kernels()["neuron_attribution"])
     return 0
 

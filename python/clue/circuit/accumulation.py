@@ -33,7 +33,7 @@ TILE_BYTES = 32 << 20
 #: Columns that make a matrix product efficient: a product takes the readers of so many layers as it needs.
 COLUMNS = 64
 #: Layers whose readers are contracted together when runs are streamed: writers are expanded anew for each group.
-GROUP = 8
+GROUP = 4
 
 
 @dataclass(frozen=True)

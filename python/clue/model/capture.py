@@ -166,20 +166,26 @@ def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, position
     def downwards() -> Iterator[LayerRun]:
         nonlocal above
         while calls:
-            number = len(calls) - 1
-            layer, (start, args, kwargs) = body.layers[number], calls.pop()
-            with torch.enable_grad(), _watch(body, [number]) as (found, _):
-                start = start.detach().requires_grad_()
-                args, kwargs = _with_first(args, kwargs, start)
-                output = layer.block(*args, **kwargs)
-                output = output[0] if isinstance(output, tuple) else output
-                at = _differentiated(found)
-                grads = torch.autograd.grad(output, [*at, start], above, allow_unused=True, materialize_grads=True)
-            above = grads[-1]
-            found = {name: _detached(value) for name, value in found.items()}
-            yield _layer_run(body, layer, found, grads[:-1])
+            # Nothing of the layer stays in this frame while it waits.
+            made, above = _replayed(body, len(calls) - 1, *calls.pop(), above)
+            yield made.pop()
 
     return Run(calls[0][0], written, residual, grad_final, downwards())
+
+
+def _replayed(body: Anatomy, number: int, start: Tensor, args: Any, kwargs: Any,
+              above: Tensor) -> tuple[list[LayerRun], Tensor]:
+    """Run one layer again: what it carried, in a list, and the gradient at its input from that at its output."""
+    layer = body.layers[number]
+    with torch.enable_grad(), _watch(body, [number]) as (found, _):
+        start = start.detach().requires_grad_()
+        args, kwargs = _with_first(args, kwargs, start)
+        output = layer.block(*args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        at = _differentiated(found)
+        grads = torch.autograd.grad(output, [*at, start], above, allow_unused=True, materialize_grads=True)
+    found = {name: _detached(value) for name, value in found.items()}
+    return [_layer_run(body, layer, found, grads[:-1])], grads[-1]
 
 
 def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in_tuple: bool) -> tuple[Tensor, Tensor]:
