@@ -62,11 +62,11 @@ def test_the_scale_runs_from_the_corrupted_run_to_the_model():
 
 
 @pytest.mark.parametrize("granularity", LEVELS)
-@pytest.mark.parametrize("target", ["margin", "logprob"])
-def test_evaluation_is_its_definition(granularity, target):
+@pytest.mark.parametrize(("name", "target"), [("llama", "margin"), ("llama", "logprob"), ("qwen2_moe", "margin")])
+def test_evaluation_is_its_definition(granularity, name, target):
     """One pair at a time, its circuit run by the slow oracle, targets and divergences written out."""
-    body, scores = scored()
-    circuit = circuit_of(0.4, granularity)
+    body, scores = scored(name)
+    circuit = circuit_of(0.4, granularity, name)
     own = Part.of(circuit)
     graph = scores.graph
     every = np.ones((graph.n_layers, graph.d_mlp), dtype=bool)

@@ -12,7 +12,7 @@ from clue.circuit.attribution import attribute, graph_of
 from clue.config import LocalizeSettings
 from clue.errors import ModelError, PlanError
 from clue.model.anatomy import anatomy
-from clue.model.experts import Routed, linear_traffic, neuron_attribution
+from clue.model.experts import Routed, exchange, linear_traffic, neuron_attribution
 from clue.pipeline import make_plan
 from clue.types import NodeKind, Role
 from tests.circuit.test_attribution import PAIRS
@@ -52,6 +52,22 @@ def test_neurons_equal_their_definition(name, among, tile, monkeypatch):
         neuron_attribution(layer.experts, clean, corrupted, gradients, found, rows, _core)
     for got, wanted in zip(found, want, strict=True):
         torch.testing.assert_close(got - 1, wanted)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(("among", "tile"), [(None, 2048), (2, 3)])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
+def test_an_exchange_of_units_is_the_difference_of_what_they_write(name, among, tile, share, monkeypatch):
+    monkeypatch.setattr("clue.model.experts.TILE", tile)
+    layer = anatomy(tiny(name)).layers[1]
+    generator = torch.Generator().manual_seed(1)
+    now, other = (routed(layer, 9, 2, generator, among) for _ in range(2))
+    columns = oracle.columns(layer).detach()
+    chosen = torch.rand(columns.shape[1], generator=generator) < share
+    z, wanted = (oracle.hidden(layer, run.x, run.index, run.weights).detach() for run in (now, other))
+    with torch.no_grad():
+        found = exchange(layer.experts, now, other, chosen)
+    torch.testing.assert_close(found, torch.where(chosen, wanted, z) @ columns.T - z @ columns.T)
 
 
 def test_an_expert_that_overflows_elsewhere_does_not_matter():

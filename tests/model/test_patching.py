@@ -14,10 +14,11 @@ from clue.circuit.target import Prompts
 from clue.errors import CircuitError
 from clue.model import patching
 from clue.model.anatomy import anatomy
+from clue.model.experts import Routed
 from clue.model.patching import Recording, patched, record
 from tests.circuit.test_attribution import PAIRS, measured
 from tests.families import VARIANTS, tiny
-from tests.oracles.attribution import InDouble, with_injection, writer_outputs
+from tests.oracles.attribution import InDouble, hooks, with_injection, writer_outputs
 from tests.oracles.patching import patched_logits
 
 CLEAN, CORRUPTED = (torch.tensor([[1, 5, 7, 9, 4, 3], [1, 8, 6, 12, 3, 2]]),
@@ -35,9 +36,14 @@ def bound(name: str):
 
 
 def between(a: Recording, b: Recording, share: float) -> Recording:
-    """What a run would carry whose difference from ``a`` is ``share`` times that of ``b``."""
-    values = {}
+    """What a run would carry whose difference from ``a`` is ``share`` times that of ``b``.
+
+    Nothing lies between two routings: ``routed``, which only patched hidden units look at, stays that of ``a``.
+    """
+    values = {"routed": a.routed}
     for f in fields(Recording):
+        if f.name in values:
+            continue
         x, y = getattr(a, f.name), getattr(b, f.name)
         values[f.name] = torch.lerp(x, y, share) if isinstance(x, torch.Tensor) else [
             torch.lerp(i, j, share) for i, j in zip(x, y, strict=True)]
@@ -85,6 +91,26 @@ def test_many_patched_edges_and_neurons_equal_the_oracle(name, share, in_double)
     torch.testing.assert_close(patched(body, CLEAN, *EVERYTHING, corrupted, edges, units), want)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_patched_run_routes_for_itself(name, in_double):
+    """Some tokens go to experts that neither run alone sends them to, and the oracle is met there too."""
+    body, graph, clean, corrupted = bound(name)
+    own = 0
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        edges = random.random(graph.residual_edges.shape) < 0.5
+        units = random.random((body.n_layers, body.d_mlp)) < 0.5
+        seen = []
+        with hooks(*(layer.experts.module.register_forward_pre_hook(
+                lambda module, args, seen=seen: seen.append(Routed.of(args, {}))) for layer in body.layers)):
+            found = patched(body, CLEAN, *EVERYTHING, corrupted, edges, units)
+        torch.testing.assert_close(found, patched_logits(body, graph, CLEAN, CORRUPTED, edges, units))
+        here, now, away = (torch.stack([run.index for run in runs]).sort(-1).values
+                           for runs in (clean.routed, seen, corrupted.routed))
+        own += int(((now != here).any(-1) & (now != away).any(-1)).sum())
+    assert own > 0
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_small_patch_does_what_the_score_says(name, in_double):
     """To first order the effect of an edge that carries eps times its difference is eps times its Ns."""
@@ -128,18 +154,19 @@ def test_padding_and_positions_do_not_matter(in_double):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "qwen2_moe"])
 def test_coarser_dtypes_stay_exact_at_the_ends_and_near_between(name, dtype):
     body, graph, _, corrupted = bound(name)
-    fine_edges = np.random.default_rng(7).random(graph.residual_edges.shape) < 0.5
+    random = np.random.default_rng(7)
+    some, units = (random.random(shape) < 0.5 for shape in (graph.residual_edges.shape, (body.n_layers, body.d_mlp)))
     coarse = anatomy(tiny(name).to(dtype))
     other = record(coarse, CORRUPTED, *EVERYTHING)
     none = np.zeros(graph.residual_edges.shape, dtype=bool)
     assert torch.equal(patched(coarse, CLEAN, *EVERYTHING, other, ~none), other.logits)
     assert torch.equal(patched(coarse, CLEAN, *EVERYTHING, other, none), record(coarse, CLEAN, *EVERYTHING).logits)
     with InDouble():
-        want = patched(body, CLEAN, *EVERYTHING, corrupted, fine_edges)
-    found = patched(coarse, CLEAN, *EVERYTHING, other, fine_edges).double()
+        want = patched(body, CLEAN, *EVERYTHING, corrupted, some, units)
+    found = patched(coarse, CLEAN, *EVERYTHING, other, some, units).double()
     assert (found - want).norm() < (1e-4 if dtype == torch.float32 else 0.1) * want.norm()
 
 

@@ -17,7 +17,7 @@ nothing of the experts' own forward, so it holds for whichever implementation th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -168,18 +168,62 @@ def neuron_attribution(experts: Experts, clean: Routed, corrupted: Routed, gradi
         kernels: the native module of this device.
     """
     for number in experts.numbers:
-        shares = [experts.share(number, run) for run in (clean, corrupted)]
-        moving = (rows & ((shares[0] != 0) | (shares[1] != 0))).nonzero()[:, 0]
         down, (start, stop) = experts.down(number), experts.span(number)
         own = [total[start:stop] for total in sums]
-        for chosen in moving.split(TILE) if len(moving) else ():
-            units = []
-            for run, share in zip((clean, corrupted), shares, strict=True):
-                z = run.x.new_zeros(len(chosen), stop - start)
-                here = share[chosen] != 0
-                z[here] = experts.hidden(number, run.x[chosen[here]], share[chosen[here]])
-                units.append(z)
+        for chosen, units in _activations(experts, number, (clean, corrupted), rows):
             kernels.neuron_attribution(*units, *(gradient[chosen] @ down for gradient in gradients), *own)
+
+
+def exchange(experts: Experts, now: Routed, other: Routed, units: Tensor) -> Tensor:
+    """What the MLP would write more if some of its hidden units had their activations of another run.
+
+    Each unit's difference times its column of W_down. A unit of an expert that a token is routed to in one run alone
+    comes from, or falls to, zero.
+
+    Args:
+        now, other: what the experts are called with, and were in the other run.
+        units: bool [units], true for those that change.
+
+    Returns:
+        float32 or finer [tokens, d_model].
+    """
+    import torch
+
+    fine = torch.promote_types(now.x.dtype, torch.float32)
+    more = torch.zeros_like(now.x, dtype=fine)
+    for number in experts.numbers:
+        start, stop = experts.span(number)
+        own = units[start:stop].nonzero()[:, 0]
+        if len(own) == 0:
+            continue
+        down = experts.down(number)[:, own].to(fine)
+        for chosen, (z, wanted) in _activations(experts, number, (now, other)):
+            more[chosen] += (wanted[:, own].to(fine) - z[:, own].to(fine)) @ down.T
+    return more
+
+
+def _activations(experts: Experts, number: int, runs: tuple[Routed, Routed],
+                 rows: Tensor | None = None) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Activations of one expert's units in two runs, [chosen, its units], on the tokens routed to it in either.
+
+    Args:
+        rows: bool [tokens], the tokens that count; ``None`` means all.
+
+    Yields:
+        at most ``TILE`` tokens, int64 [chosen], and their activations.
+    """
+    shares = [experts.share(number, run) for run in runs]
+    routed = (shares[0] != 0) | (shares[1] != 0)
+    moving = (routed if rows is None else routed & rows).nonzero()[:, 0]
+    start, stop = experts.span(number)
+    for chosen in moving.split(TILE) if len(moving) else ():
+        units = []
+        for run, share in zip(runs, shares, strict=True):
+            z = run.x.new_zeros(len(chosen), stop - start)
+            here = share[chosen] != 0
+            z[here] = experts.hidden(number, run.x[chosen[here]], share[chosen[here]])
+            units.append(z)
+        yield chosen, units
 
 
 def linear_traffic(module: nn.Module, number: int, routed: Routed, gradient: Tensor,

@@ -13,7 +13,8 @@ its value in the other run (path patching, arXiv 2304.05969; ACDC, arXiv 2304.14
    :data:`EXPANDED_BYTES`, and otherwise for each layer again, a tile of tokens at a time. The same sum read backwards is
    input of v = residual stream of the other run - sum over the *kept* u of the same differences; whichever needs fewer
    writers is taken, so small circuits and small patches are both cheap.
-4. A patched hidden unit is set to its activation in the other run.
+4. A patched hidden unit is set to its activation in the other run. Where there are experts, what the MLP writes gains
+   the unit's difference times its column of W_down, which is the same (:mod:`clue.model.experts`).
 
 Nothing of size [batch, seq, writers, readers] ever exists.
 """
@@ -29,6 +30,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import CircuitError, ModelError
+from .experts import Routed, exchange
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,7 +59,9 @@ class Recording:
         heads: [tokens, n_heads * d_head], head outputs before W_o; times ``scale`` where there is an output norm.
         scale: [tokens, 1], 1 / rms at the attention output norm; empty without one.
         mlps: [tokens, d_model], what each MLP adds to the residual stream.
-        hidden: [tokens, d_mlp], activations of the hidden units (input of the down projection).
+        hidden: [tokens, d_mlp], activations of the hidden units (input of the down projection); empty where there are
+            experts.
+        routed: what the experts were called with, from which their hidden units follow; empty without experts.
         attention_residual, mlp_residual: [tokens, d_model], the residual stream that attention and MLP read, before
             their norms; the first of ``attention_residual`` is what the embedding adds.
         final_residual: [tokens, d_model], the residual stream that the final norm reads.
@@ -68,6 +72,7 @@ class Recording:
     scale: list[Tensor]
     mlps: list[Tensor]
     hidden: list[Tensor]
+    routed: list[Routed]
     attention_residual: list[Tensor]
     mlp_residual: list[Tensor]
     final_residual: Tensor
@@ -78,11 +83,12 @@ def record(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
     """Run the model once and keep what its writers add. Arguments as in :func:`patched`."""
     recorder = _Recorder(body)
     logits = recorder.run(input_ids, attention_mask, positions)
-    if len(recorder.mlps) != body.n_layers or len(recorder.heads) != body.n_layers:
-        raise ModelError(f"{len(recorder.mlps)} of {body.n_layers} layers passed through the modules that the"
+    passed = min(len(recorder.mlps), len(recorder.heads), len(recorder.hidden) + len(recorder.routed))
+    if passed != body.n_layers:
+        raise ModelError(f"{passed} of {body.n_layers} layers passed through the modules that the"
                          f" {body.family} entry names: the entry does not fit this model")
-    return Recording(recorder.heads, recorder.scale, recorder.mlps, recorder.hidden, recorder.attention_residual,
-                     recorder.mlp_residual, recorder.final_residual[0], logits)
+    return Recording(recorder.heads, recorder.scale, recorder.mlps, recorder.hidden, recorder.routed,
+                     recorder.attention_residual, recorder.mlp_residual, recorder.final_residual[0], logits)
 
 
 def patched(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, other: Recording,
@@ -148,6 +154,9 @@ class _Pass:
     def units(self, number: int, hidden: Tensor) -> Tensor | None:
         """Activations of the hidden units."""
 
+    def experts(self, number: int, routed: Routed) -> Tensor | None:
+        """What the experts are called with; what is returned, [tokens, d_model], is added to the MLP's output."""
+
     def written(self, number: int, mlp: Tensor) -> None:
         """What the MLP adds to the residual stream; a tensor nobody else holds."""
 
@@ -190,8 +199,23 @@ class _Pass:
         plain = layer.mlp_norm is None and not self.body.parallel
         if layer.mlp_norm is not None and not self.body.parallel:
             before.append((layer.mlp_norm.module, lambda x: None, True))
-        before += [(layer.mlp, lambda x: self.mlp(number), plain),
-                   (layer.down.module, lambda x: self.units(number, x), False)]
+        before.append((layer.mlp, lambda x: self.mlp(number), plain))
+        handles: list[Any] = []
+        if layer.down is not None:
+            before.append((layer.down.module, lambda x: self.units(number, x), False))
+        if layer.experts is not None:
+            more: list[Tensor] = []  # what the MLP is to write beside what it does, until it has
+
+            def called(module: nn.Module, args: Any, kwargs: Any) -> None:
+                change = self.experts(number, Routed.of(args, kwargs))
+                if change is not None:
+                    more.append(change)
+
+            def gained(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+                return (output + more.pop().view(output.shape)).to(output.dtype) if more else None
+
+            handles.append(layer.experts.module.register_forward_pre_hook(called, with_kwargs=True))
+            after.append((layer.mlp, gained))  # before its output is taken for what the MLP writes
 
         def project(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             new = self.projected(module)
@@ -206,10 +230,10 @@ class _Pass:
             before += [(layer.o.module, lambda x: kept.__setitem__(0, x), False),
                        (norm.module, lambda x: self.factors(number, kept.pop(0), _scale(norm, x)), False)]
         # The product is a copy: Falcon adds the attention output to the MLP's in place.
-        after.append(((layer.mlp_output_norm or layer.down).module, lambda module, args, output: self.written(
+        after.append((layer.mlp_writer, lambda module, args, output: self.written(
             number, _flat(output) * layer.multiplier)))
-        handles: list[Any] = [module.register_forward_pre_hook(self._replacing(what, keep=keep), with_kwargs=True)
-                              for module, what, keep in before]
+        handles += [module.register_forward_pre_hook(self._replacing(what, keep=keep), with_kwargs=True)
+                    for module, what, keep in before]
         return handles + [module.register_forward_hook(hook) for module, hook in after]
 
 
@@ -222,6 +246,7 @@ class _Recorder(_Pass):
         self.scale: list[Tensor] = []
         self.mlps: list[Tensor] = []
         self.hidden: list[Tensor] = []
+        self.routed: list[Routed] = []
         self.attention_residual: list[Tensor] = []
         self.mlp_residual: list[Tensor] = []
         self.final_residual: list[Tensor] = []
@@ -240,6 +265,10 @@ class _Recorder(_Pass):
 
     def units(self, number: int, hidden: Tensor) -> Tensor | None:
         self.hidden.append(hidden)
+        return None
+
+    def experts(self, number: int, routed: Routed) -> Tensor | None:
+        self.routed.append(routed)
         return None
 
     def written(self, number: int, mlp: Tensor) -> None:
@@ -286,6 +315,13 @@ class _Patcher(_Pass):
             return None
         chosen = torch.from_numpy(self.neurons[number]).to(hidden.device)
         return torch.where(chosen, self.other.hidden[number].to(hidden.dtype), hidden)
+
+    def experts(self, number: int, routed: Routed) -> Tensor | None:
+        experts = self.body.layers[number].experts
+        if experts is None or self.neurons is None or not self.neurons[number].any():
+            return None
+        chosen = torch.from_numpy(self.neurons[number]).to(routed.x.device)
+        return exchange(experts, routed, self.other.routed[number], chosen)
 
     def attention(self, number: int) -> None:
         if number == 0:
