@@ -173,7 +173,8 @@ template <class T>
   for (std::int64_t i = 0; i < count; ++i) x[i] *= y[i];
 }
 
-constexpr int kPartial = 32;  // partial sums of a reduction: fixed, so that every instruction set adds in the same order
+constexpr int kPartial =
+    32;  // partial sums of a reduction: fixed, so that every instruction set adds in the same order
 
 template <class T>
 inline T folded(T* partial) {
@@ -206,7 +207,8 @@ template <class T>
 }
 
 template <class T>
-[[gnu::noinline]] void less_along(T* __restrict x, const T* __restrict y, T along, T mean, T scale, std::int64_t count) {
+[[gnu::noinline]] void less_along(T* __restrict x, const T* __restrict y, T along, T mean, T scale,
+                                  std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) x[i] = scale * (x[i] - y[i] * along - mean);
 }
 

@@ -1,5 +1,5 @@
-// Norm backward on CUDA: a warp owns a row; the sums over its width are a fixed tree of shuffles, so a call gives the same
-// bits every time. No workspace, no synchronization, capturable in a graph.
+// Norm backward on CUDA: a warp owns a row; the sums over its width are a fixed tree of shuffles, so a call gives the
+// same bits every time. No workspace, no synchronization, capturable in a graph.
 #include "attribution/norm.hpp"
 #include "launch.cuh"
 

@@ -96,8 +96,8 @@ inline NormArguments norm_arguments(Borrower& borrower, py::handle grad_object,
   };
   arguments.scale = read(scale, {arguments.tokens});
   if (normal_object) {
-    arguments.normal = read({"normal", borrower.borrow(*normal_object, "normal", Access::kRead)},
-                            {arguments.tokens, arguments.width});
+    arguments.normal =
+        read({"normal", borrower.borrow(*normal_object, "normal", Access::kRead)}, {arguments.tokens, arguments.width});
   }
   if (gain_object) {
     arguments.gain = read({"gain", borrower.borrow(*gain_object, "gain", Access::kRead)}, {arguments.width});

@@ -89,7 +89,8 @@ void register_kernels(py::module_& module) {
       "kernels",
       [] {
         py::dict found;
-        for (const char* kernel : {"neuron_attribution", "norm_backward", "masked_adamw"}) found[kernel] = clue::kernels().isa;
+        for (const char* kernel : {"neuron_attribution", "norm_backward", "masked_adamw"})
+          found[kernel] = clue::kernels().isa;
         return found;
       },
       "The instruction set in use, by kernel.");

@@ -17,7 +17,7 @@ from .records import Record, RecordSet
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 IGNORED = -100  # label of a token that no loss counts, torch's own convention
 
@@ -49,6 +49,13 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+
+
+def length_limit(model: nn.Module, wanted: int) -> int:
+    """The longest record a model takes: ``wanted``, or what its configuration allows where that is less or ``wanted`` is 0;
+    0, no limit, where the configuration names none (models without position embeddings)."""
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)  # type: ignore[operator, union-attr]
+    return min(wanted or context, context) if context else wanted
 
 
 def encode(records: RecordSet | Sequence[Record], tokenizer: Any, *, chat: str = "auto", append_eos: bool = True,

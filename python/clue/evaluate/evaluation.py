@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import DataSettings, EvaluateSettings
 from ..data.atomic import write_atomically
-from ..data.encoding import encode, pad_id
+from ..data.encoding import encode, length_limit, pad_id
 from ..errors import ClueError, ModelError, RecordError, RunError
 from . import memorization
 from .generation import generate, prompt_length, rouge_l_recall
@@ -222,8 +222,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
 
     settings, data = settings or EvaluateSettings(), data or DataSettings()
     pad = pad_id(tokenizer)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(data.max_length or context, context) if context else data.max_length
+    max_length = length_limit(model, data.max_length)
     encoded = {name: encode(records, tokenizer, chat=data.chat, append_eos=data.append_eos, max_length=max_length)
                for name, _, records in sets}
     examples = [example for some in encoded.values() for example in some]

@@ -211,6 +211,10 @@ def anatomy(model: nn.Module) -> Anatomy:
             " out"
         )
     family = _variant(kind, config)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(f"{name} is not in memory (offloaded, or never loaded): load the model with a device_map that"
+                             " keeps every layer on a device")
     if getattr(cast(Any, model), "get_output_embeddings", lambda: None)() is None:
         raise ModelError(f"this {type(model).__name__} has no language modelling head: load it as a causal language model")
     d_model, n_heads = int(config.hidden_size), int(config.num_attention_heads)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import DataSettings, UnlearnSettings, check
 from ..data.atomic import write_atomically
-from ..data.encoding import IGNORED, Example, batches, collate, encode, pad_id
+from ..data.encoding import IGNORED, Example, batches, collate, encode, length_limit, pad_id
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..model.answers import answer_logits
 from ..plan import Plan
@@ -141,7 +141,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     stages = _stages(plan, settings)
     planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
     device = next(model.parameters()).device
-    limit = data.max_length or int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    limit = length_limit(model, data.max_length)
     pad = pad_id(tokenizer)
 
     def encoded(records: RecordSet, append_eos: bool) -> list[Example]:
