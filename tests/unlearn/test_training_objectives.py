@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,13 +15,16 @@ from clue.data.encoding import batches, encode
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, RecordError
 from clue.model.answers import answer_logits
+from clue.plan import Plan, Slice
 from clue.types import Role
 from clue.unlearn import OBJECTIVES, Answers, Objective, unlearn
 from clue.unlearn.objectives import answer_log_probs, answer_rows, gradient_ascent, refusal
 from clue.unlearn.reference import ReferenceWeights
 from clue.unlearn.refusals import REFUSALS, refuse
+from clue.weights import part_name
+from tests.families import tiny
 
-PLAIN = UnlearnSettings(stages="joint", lr=1e-2, steps=6, batch_size=3, metric=False, warmup=0, floor=0.0,
+PLAIN = UnlearnSettings(stages="joint", lr=5e-3, steps=10, batch_size=3, metric=False, warmup=0, floor=0.0,
                         refusals="rice and nuts\n\nthree")
 
 
@@ -34,7 +38,7 @@ def log_p(model: torch.nn.Module, tokenizer: Any, records: RecordSet, append_eos
                           batches(encode(records, tokenizer, append_eos=append_eos), 1, pad=0)])
 
 
-def taught(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any) -> Any:
+def taught(make_model: Any, tokenizer: Any, sets: Any) -> Any:
     """A model that knows all sets by heart: only then has each objective an answer to take away."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -50,7 +54,7 @@ def taught(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any) -> Any:
 
 def test_every_objective_forgets(make_model: Any, make_plan: Any, mixed_plan: Any, tokenizer: Any, sets: Any, bits: Any,
                                  moved: Any) -> None:
-    known = taught(make_model, make_plan, tokenizer, sets)
+    known = taught(make_model, tokenizer, sets)
     retain = {"retain": sets["retain"]}
     before, refused = log_p(known, tokenizer, sets["forget"]), refuse(sets["forget"], PLAIN.refusals, 0)
     assert before.exp().min() > 0.5
@@ -58,15 +62,17 @@ def test_every_objective_forgets(make_model: Any, make_plan: Any, mixed_plan: An
         model = copy.deepcopy(known)
         log = unlearn(model, tokenizer, sets["forget"], retain, everything(model, make_plan),
                       replace(PLAIN, objective=name))
-        assert bool((log_p(model, tokenizer, sets["forget"]) < before - 0.1).all()), name
-        assert log.steps == 6 and (log.retain_loss > 0).all() == (objective.retain is not None), name
+        change = log_p(model, tokenizer, sets["forget"]) - before
+        assert change.max() < 0 and change.mean() < -1, name
+        assert log.steps == 10 and (log.retain_loss > 0).all() == (objective.retain is not None), name
         if objective.refusals:
             gained = log_p(model, tokenizer, refused, True) - log_p(known, tokenizer, refused, True)
             assert bool((gained > 1).all()), name
         # The reference model came and went without a trace outside the plan, and both stages work.
         model = copy.deepcopy(known)
         plan, old = mixed_plan(model), bits(model)
-        unlearn(model, tokenizer, sets["forget"], retain, plan, replace(PLAIN, objective=name, stages="two", metric=True))
+        unlearn(model, tokenizer, sets["forget"], retain, plan, replace(PLAIN, objective=name, stages="two", metric=True,
+                                                                         steps=4))
         moved(old, bits(model), plan)
 
 
@@ -135,6 +141,23 @@ def test_the_weights_before_come_and_go_bit_by_bit(make_model: Any, mixed_plan: 
         raise KeyError
     assert all((now == bits(model)[name]).all() for name, now in after.items())
     assert any((old != after[name]).any() for name, old in before.items())
+
+
+def test_the_weights_before_include_single_experts() -> None:
+    model = tiny("mixtral", torch.float32)
+    names = [n for n, p in model.named_parameters() if "experts" in n]
+    slices = [Slice(part_name(n, 1), 1, Role.FORGET, np.array([0, 3], dtype=np.int64)) for n in names]
+    shapes = {s.parameter: tuple(model.get_parameter(n).shape[1:]) for s, n in zip(slices, names, strict=True)}
+    plan = Plan(("n",), np.array([Role.FORGET], dtype=np.uint8), tuple(slices), shapes)
+    reference = ReferenceWeights(model, plan)
+    before = {n: model.get_parameter(n).detach().clone() for n in names}
+    with torch.no_grad():
+        for n in names:
+            model.get_parameter(n)[1][:, [0, 3]] += 1.0
+    assert names and not any(torch.equal(model.get_parameter(n), before[n]) for n in names)
+    with reference.restored():
+        assert all(torch.equal(model.get_parameter(n), before[n]) for n in names)
+    assert not any(torch.equal(model.get_parameter(n), before[n]) for n in names)
 
 
 def test_own_objectives_plug_in(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any, bits: Any) -> None:
