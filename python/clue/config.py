@@ -192,11 +192,16 @@ class Settings:
     def to_toml(self) -> str:
         """The same settings as a TOML document that :meth:`from_toml` reads back."""
         values = self.to_dict()
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+        lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
         for table, group in values.items():
             if isinstance(group, dict):
-                lines += ["", f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in group.items())]
+                lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in group.items())]
         return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    # As in JSON, apart from the escapes: TOML has no surrogate pairs, and wants DEL escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _known(settings: Any, key: str, source: str, name: str) -> Any:
