@@ -35,14 +35,13 @@ from claims import Claims, add_json, medians
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from clue.config import UnlearnSettings
 from clue.data.encoding import IGNORED, Batch
 from clue.model.anatomy import anatomy
 from clue.model.answers import answer_logits
 from clue.plan import Plan, Slice
 from clue.types import NodeKind, Role
 from clue.unlearn import MaskedAdamW, SparseGradients, answer_log_probs
-from clue.unlearn.objectives import gradient_ascent, nll
+from clue.unlearn.objectives import nll
 
 SHARE = 0.05
 
@@ -103,7 +102,7 @@ class Steps:
 
     def backward(self, model: nn.Module) -> None:
         log_p, n_tokens = answer_log_probs(*answer_logits(model, self.batch))
-        forget = gradient_ascent(log_p[:self.n], n_tokens[:self.n], None, UnlearnSettings())
+        forget = -nll(log_p[:self.n], n_tokens[:self.n])
         (forget + nll(log_p[self.n:], n_tokens[self.n:])).backward()
 
     def planned(self) -> None:

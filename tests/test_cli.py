@@ -115,6 +115,8 @@ def values(default: object, choices: tuple[str, ...] | None) -> st.SearchStrateg
         return st.booleans()
     if isinstance(default, int):
         return st.integers(1, 10**6).map(lambda n: 2 * n)  # path_steps must be even
+    if isinstance(default, str):  # a leading dash would be an option
+        return st.text(st.characters(exclude_categories=["Cs"]), max_size=8).map(lambda text: "no" + text)
     return st.floats(0.001, 1.0)
 
 
@@ -143,7 +145,7 @@ def test_every_setting_survives_the_command_line_and_toml(
     assert given_settings.to_dict() == wanted
     assert parsed(*options) == given_settings
     file = tmp_path_factory.mktemp("toml") / "settings.toml"
-    file.write_text(given_settings.to_toml())
+    file.write_text(given_settings.to_toml(), encoding="utf-8", newline="")
     assert parsed("--config", str(file)) == given_settings
 
 

@@ -68,7 +68,11 @@ class LocalizeSettings:
 class UnlearnSettings:
     """How the planned weights are trained."""
 
-    objective: str = _option("npo", "what forgetting minimises", choices=("npo", "graddiff", "ga"))
+    objective: str = _option("npo", "what forgetting minimises: npo, ga (gradient ascent, without retention), graddiff (ga"
+                             " with it), npo-kl, ga-kl (retention by KL divergence to the model before unlearning), simnpo,"
+                             " wga, undial, or, which teach refusals, dpo and refusal",
+                             choices=("npo", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal", "undial",
+                                      "wga"))
     stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper) or joint",
                           choices=("two", "joint"))
     lr: float = _option(1e-4, "learning rate at the top of the schedule")
@@ -76,7 +80,13 @@ class UnlearnSettings:
     forget_share: float = _option(0.2, "share of the steps given to the forget stage when stages = two")
     batch_size: int = _option(16, "forget records per step; as many retain records go with them")
     retain_weight: float = _option(1.0, "lambda: weight of the retain loss on conflict weights")
-    beta: float = _option(0.1, "NPO's inverse temperature")
+    beta: float = _option(0.1, "inverse temperature of npo, npo-kl and dpo")
+    simnpo_beta: float = _option(2.5, "inverse temperature of simnpo, whose log-probabilities are means over tokens")
+    simnpo_gamma: float = _option(0.0, "reward margin of simnpo")
+    wga_alpha: float = _option(1.0, "wga weighs every token by its probability to this power; 0 is gradient ascent")
+    undial_strength: float = _option(10.0, "undial lowers the answer token's logit by this much")
+    refusals: str = _option("", "what dpo and refusal teach instead of the answer, one refusal per line; empty means a"
+                            " built-in list")
     metric: bool = _option(True, "precondition the forget gradient of conflict weights by the retain set's Kronecker"
                            " curvature")
     damping: float = _option(0.02, "lambda of that preconditioner, relative to the factors' mean diagonal")
@@ -115,6 +125,8 @@ def check(settings: Any) -> None:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")
         if f.name == "path_steps" and (value < 2 or value % 2):
             raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")
+        if f.name in {"beta", "simnpo_beta"} and not value > 0.0:
+            raise ClueError(f"{f.name} = {value} must be greater than 0")
         if f.name in {"batch_size", "steps", "check_every", "max_new_tokens"} and value < 1:
             raise ClueError(f"{f.name} = {value} must be at least 1")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not (0 <= value < float("inf")):
@@ -180,11 +192,16 @@ class Settings:
     def to_toml(self) -> str:
         """The same settings as a TOML document that :meth:`from_toml` reads back."""
         values = self.to_dict()
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+        lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
         for table, group in values.items():
             if isinstance(group, dict):
-                lines += ["", f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in group.items())]
+                lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in group.items())]
         return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    # As in JSON, apart from the escapes: TOML has no surrogate pairs, and wants DEL escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _known(settings: Any, key: str, source: str, name: str) -> Any:

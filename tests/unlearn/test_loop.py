@@ -132,15 +132,16 @@ def test_joint_steps_match_a_plain_torch_loop(make_model: Any, make_plan: Any, t
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_planned_weights_outside_linear_layers_move_too(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
-                                                       bits: Any, moved: Any) -> None:
+@pytest.mark.parametrize("objective", ["graddiff", "dpo", "npo-kl", "undial"])
+def test_planned_weights_outside_linear_layers_move_too(objective: str, make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                                       sets: Any, bits: Any, moved: Any) -> None:
     # Forget and retain records then run apart, which must change no other weight's step beyond rounding.
     plain, model = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
     plan = mixed_plan(model)
     row = tokenizer.convert_tokens_to_ids("live")
     embedding = Slice("model.embed_tokens.weight", 0, Role.CONFLICT, np.array([row], dtype=np.int64))
     wider = replace(plan, slices=(*plan.slices, embedding), shapes={**plan.shapes, embedding.parameter: (40, 32)})
-    settings = replace(PLAIN, steps=1, clip=0.0, retain_weight=0.7)
+    settings = replace(PLAIN, objective=objective, steps=1, clip=0.0, retain_weight=0.7, refusals="nuts and figs")
     before = bits(model)
     logs = [unlearn(m, tokenizer, sets["forget"], {"r": sets["retain"]}, p, settings)
             for m, p in ((plain, plan), (model, wider))]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from clue.config import UnlearnSettings
-from clue.unlearn.objectives import OBJECTIVES, answer_log_probs, nll
+from clue.config import UnlearnSettings, check
+from clue.errors import ClueError
+from clue.unlearn.objectives import OBJECTIVES, Answers, answer_log_probs, answer_rows, objective_of, token_log_probs
 
-SETTINGS = UnlearnSettings(beta=0.3)
+SETTINGS = UnlearnSettings(beta=0.3, simnpo_beta=1.7, simnpo_gamma=0.4, wga_alpha=0.6, undial_strength=2.5)
 
 
 def test_labels_are_shifted_once_by_hand() -> None:
@@ -49,19 +53,98 @@ def numpy_log_probs(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
     return sums, counts
 
 
+def answers(logits: torch.Tensor, labels: torch.Tensor, reference: Any = None, before: Any = None) -> Answers:
+    rows, targets = answer_rows(logits, labels)
+    found = None if before is None else answer_rows(before, labels)[0]
+    return Answers(*token_log_probs(logits, labels), None if reference is None else torch.as_tensor(reference),
+                   targets, rows, found)
+
+
+def by_token(logits: np.ndarray, labels: np.ndarray) -> list[tuple[int, np.ndarray, int]]:
+    """(record, distribution over the vocabulary, answer token), one by one."""
+    found = []
+    for i, row in enumerate(labels):
+        for t, label in enumerate(row):
+            if label != -100:
+                e = np.exp(logits[i, t - 1])
+                found.append((i, e / e.sum(), int(label)))
+    return found
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def expected_losses(logits: np.ndarray, labels: np.ndarray, before: np.ndarray, other: np.ndarray,
+                    reference: np.ndarray, other_reference: np.ndarray) -> dict[str, float]:
+    """Every forget loss written out as its paper has it, from one token to the next. ``other``: logits of refusals."""
+    sums, counts = numpy_log_probs(logits, labels)
+    refused, _ = numpy_log_probs(other, labels)
+    s = SETTINGS
+    ascent = sums.sum() / counts.sum()
+    npo = np.mean(-2 / s.beta * np.log(sigmoid(-s.beta * (sums - reference))))
+    weighted, distilled = [], []
+    for (_, p, y), (_, q, _) in zip(by_token(logits, labels), by_token(before, labels), strict=True):
+        weighted.append(p[y] ** s.wga_alpha * np.log(p[y]))
+        q = q * np.where(np.arange(len(q)) == y, np.exp(-s.undial_strength), 1.0)  # a logit lowered scales its odds
+        distilled.append(-np.sum(q / q.sum() * np.log(p)))
+    return {
+        "ga": ascent, "graddiff": ascent, "ga-kl": ascent, "npo": npo, "npo-kl": npo,
+        "simnpo": np.mean(-2 / s.simnpo_beta * np.log(sigmoid(-s.simnpo_beta / counts * sums - s.simnpo_gamma))),
+        "dpo": np.mean(-1 / s.beta * np.log(sigmoid(s.beta * (refused - other_reference)
+                                                    - s.beta * (sums - reference)))),
+        "refusal": -refused.sum() / counts.sum(),
+        "wga": np.mean(weighted),
+        "undial": np.mean(distilled),
+    }
+
+
 def test_objectives_match_their_formulas(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, labels = batch
-    log_p, n_tokens = answer_log_probs(logits, labels)
+    before, other = logits.flip(1) + 1, logits.roll(1, -1)
+    reference, other_reference = np.array([-1.0, -4.0, -30.0]), np.array([-7.0, -2.0, -11.0])
+    seen = answers(logits, labels, reference, before)
+    refusals = answers(other, labels, other_reference)
     sums, counts = numpy_log_probs(logits.numpy(), labels.numpy())
-    np.testing.assert_allclose(log_p.numpy(), sums, rtol=1e-12)
-    assert n_tokens.tolist() == counts.tolist() == [3, 1, 4]
-    reference = np.array([-1.0, -4.0, -30.0])
-    beta = SETTINGS.beta
-    npo = np.mean(-2 / beta * np.log(1 / (1 + np.exp(beta * (sums - reference)))))
-    assert nll(log_p, n_tokens).item() == pytest.approx(-sums.sum() / counts.sum(), rel=1e-12)
-    for name, expected in (("npo", npo), ("ga", sums.sum() / counts.sum()), ("graddiff", sums.sum() / counts.sum())):
-        got = OBJECTIVES[name].forget(log_p, n_tokens, torch.from_numpy(reference), SETTINGS)
-        assert got.item() == pytest.approx(expected, rel=1e-12), name
+    np.testing.assert_allclose(seen.log_p.numpy(), sums, rtol=1e-12)
+    assert torch.equal(seen.log_p, answer_log_probs(logits, labels)[0])
+    assert seen.n_tokens.tolist() == counts.tolist() == [3, 1, 4]
+    expected = expected_losses(*(a.numpy() for a in (logits, labels, before, other)), reference, other_reference)
+    assert expected.keys() == OBJECTIVES.keys()
+    for name, value in expected.items():
+        got = OBJECTIVES[name].forget(seen, refusals, SETTINGS)
+        assert got.item() == pytest.approx(value, rel=1e-10), name
+
+
+def test_retain_losses_match_their_formulas(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    before = logits.flip(1)
+    seen = answers(logits, labels, before=before)
+    sums, counts = numpy_log_probs(logits.numpy(), labels.numpy())
+    pairs = zip(by_token(logits.numpy(), labels.numpy()), by_token(before.numpy(), labels.numpy()), strict=True)
+    divergence = np.mean([np.sum(q * np.log(q / p)) for (_, p, _), (_, q, _) in pairs])
+    for name, objective in OBJECTIVES.items():
+        if objective.retain is not None:
+            value = divergence if name.endswith("-kl") else -sums.sum() / counts.sum()
+            assert objective.retain(seen, SETTINGS).item() == pytest.approx(value, rel=1e-10), name
+    same = OBJECTIVES["ga-kl"].retain
+    assert same is not None
+    assert same(answers(logits, labels, before=logits), SETTINGS).item() == pytest.approx(0.0, abs=1e-14)
+
+
+def test_known_values() -> None:
+    # One answer of two tokens with p = 1/2 and 1/4 in a vocabulary of two, by hand.
+    labels = torch.tensor([[-100, 0, 0]])
+    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.5, 0.5]]], dtype=torch.float64))
+    settings = UnlearnSettings(simnpo_beta=2.0, simnpo_gamma=np.log(2.0), undial_strength=np.log(3.0))
+    seen = answers(logits, labels, before=torch.zeros_like(logits))
+    # Their product is 1/8, so -beta/2 log p - gamma = log 8 - log 2 = log 4, and sigmoid(log 4) = 4/5.
+    assert OBJECTIVES["simnpo"].forget(seen, None, settings).item() == pytest.approx(-np.log(0.8))
+    assert OBJECTIVES["wga"].forget(seen, None, settings).item() == pytest.approx(
+        0.5 * (0.5 * np.log(0.5) + 0.25 * np.log(0.25)))
+    # The teacher is even; a third of the odds on the answer leaves it 1/4, and 3/4 for the other token.
+    undial = -0.5 * (np.log(0.5) + 0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    assert OBJECTIVES["undial"].forget(seen, None, settings).item() == pytest.approx(undial)
 
 
 def test_npo_weighs_each_answer_as_its_paper_says() -> None:
@@ -69,11 +152,56 @@ def test_npo_weighs_each_answer_as_its_paper_says() -> None:
     # reference and vanishes once an answer is forgotten.
     log_p = torch.tensor([-2.0, -2.0, -200.0], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-2.0, -1.0, -1.0], dtype=torch.float64)
-    OBJECTIVES["npo"].forget(log_p, torch.ones(3), reference, SETTINGS).backward()
+    seen = Answers(log_p.unsqueeze(1), torch.ones(3, 1, dtype=torch.bool), reference)
+    OBJECTIVES["npo"].forget(seen, None, SETTINGS).backward()
     ratio = np.exp(SETTINGS.beta * (log_p.detach().numpy() - reference.numpy()))
     assert log_p.grad is not None
     np.testing.assert_allclose(3 * log_p.grad.numpy(), 2 * ratio / (ratio + 1), rtol=1e-10)
     assert 3 * log_p.grad[0].item() == pytest.approx(1.0) and log_p.grad[2].item() < 1e-20
+
+
+def test_wga_takes_its_weight_for_a_constant() -> None:
+    log_p = torch.tensor([[-1.0, -3.0]], dtype=torch.float64, requires_grad=True)
+    OBJECTIVES["wga"].forget(Answers(log_p, torch.ones(1, 2, dtype=torch.bool)), None,
+                             UnlearnSettings(wga_alpha=2.0)).backward()
+    assert log_p.grad is not None
+    np.testing.assert_allclose(log_p.grad.numpy(), np.exp([[-2.0, -6.0]]) / 2)
+
+
+def test_selected_records_are_a_batch_of_their_own(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    reference, chosen = np.array([-1.0, -4.0, -30.0]), torch.tensor([True, False, True])
+    some = answers(logits, labels, reference, logits.flip(1)).select(chosen)
+    alone = answers(logits[chosen], labels[chosen], reference[chosen.numpy()], logits.flip(1)[chosen])
+    for field in fields(Answers):
+        assert torch.equal(getattr(some, field.name), getattr(alone, field.name)), field.name
+    assert Answers(*token_log_probs(logits, labels)).select(chosen).logits is None
+
+
+def test_what_an_objective_lacks_is_named(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    bare = Answers(*token_log_probs(*batch))
+    for name, objective in OBJECTIVES.items():
+        for needed, message in ((objective.reference and not objective.refusals, "log-probabilities"),
+                                (objective.refusals, "refusals=True"), (objective.forget_logits, "needs logits")):
+            if needed:
+                with pytest.raises(ClueError, match=message):
+                    objective.forget(bare, None, SETTINGS)
+        if objective.retain_logits and objective.retain is not None:
+            with pytest.raises(ClueError, match="needs logits"):
+                objective.retain(bare, SETTINGS)
+        assert objective_of(name) is objective is objective_of(objective)
+    with pytest.raises(ClueError, match="'forget' is neither one of npo, .* nor an Objective"):
+        objective_of("forget")
+    with pytest.raises(ClueError, match="neither"):
+        objective_of(3)
+
+
+def test_every_objective_can_be_chosen() -> None:
+    (field,) = (f for f in fields(UnlearnSettings) if f.name == "objective")
+    assert field.metadata["choices"] == tuple(OBJECTIVES)
+    for wrong in (UnlearnSettings(beta=0.0), UnlearnSettings(simnpo_beta=0.0)):
+        with pytest.raises(ClueError, match="beta = 0.0 must be greater than 0"):
+            check(wrong)
 
 
 def test_half_precision_is_scored_in_float32() -> None:
@@ -83,4 +211,4 @@ def test_half_precision_is_scored_in_float32() -> None:
 
 
 def test_only_ga_goes_without_retention() -> None:
-    assert {name for name, objective in OBJECTIVES.items() if not objective.retain} == {"ga"}
+    assert {name for name, objective in OBJECTIVES.items() if objective.retain is None} == {"ga"}

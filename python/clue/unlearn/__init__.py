@@ -17,18 +17,20 @@ _HOME = {
     "RetainMetric": ".metric",
     "PlanCallback": ".callback",
     "SparseGradients": ".sparse",
+    "Answers": ".objectives",
     "OBJECTIVES": ".objectives",
+    "Objective": ".objectives",
     "answer_log_probs": ".objectives",
 }
 
-__all__ = ["OBJECTIVES", "MaskedAdamW", "PlanCallback", "RetainMetric", "SparseGradients", "UnlearnLog",
-           "answer_log_probs", "unlearn"]
+__all__ = ["OBJECTIVES", "Answers", "MaskedAdamW", "Objective", "PlanCallback", "RetainMetric", "SparseGradients",
+           "UnlearnLog", "answer_log_probs", "unlearn"]
 
 if TYPE_CHECKING:
     from .callback import PlanCallback
     from .loop import UnlearnLog, unlearn
     from .metric import RetainMetric
-    from .objectives import OBJECTIVES, answer_log_probs
+    from .objectives import OBJECTIVES, Answers, Objective, answer_log_probs
     from .optimizer import MaskedAdamW
     from .sparse import SparseGradients
 

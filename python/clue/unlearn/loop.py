@@ -34,8 +34,10 @@ from ..model.answers import answer_logits
 from ..plan import Plan
 from ..types import Role
 from .metric import RetainMetric
-from .objectives import OBJECTIVES, Objective, answer_log_probs, nll
+from .objectives import Answers, Forget, Objective, answer_log_probs, answer_rows, nll, objective_of, token_log_probs
 from .optimizer import MaskedAdamW, planned_parameters
+from .reference import ReferenceWeights
+from .refusals import refuse
 from .sparse import SliceGradient, SparseGradients
 
 if TYPE_CHECKING:
@@ -113,7 +115,8 @@ _SERIES = ("forget_loss", "retain_loss", "forget_probability", "forgotten", "gra
 
 
 def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[str, RecordSet], plan: Plan,
-            settings: UnlearnSettings | None = None, *, data: DataSettings | None = None, seed: int = 0,
+            settings: UnlearnSettings | None = None, *, objective: str | Objective | Forget | None = None,
+            data: DataSettings | None = None, seed: int = 0,
             on_step: Callable[[dict[str, Any]], None] | None = None) -> UnlearnLog:
     """Train the planned weights of a model in place; every other weight keeps every bit.
 
@@ -126,18 +129,22 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         retain: named sets to keep; retain batches are drawn from all their records, shuffled together.
         plan: which weights move, and in which role.
         settings: objective, stages, optimizer and stopping rule; the defaults when None.
+        objective: in place of ``settings.objective``, and not of the named ones only: an :class:`Objective`, or a forget
+            loss alone (:func:`~clue.unlearn.objectives.objective_of`).
         data: how records become tokens, which must be how the model was taught; the defaults when None.
         seed: of the order of forget and retain records.
         on_step: called after every step with the step's entry of the log, plus ``step`` (from 1) and ``steps``.
 
     Raises:
         PlanError: the plan names no weight, or does not fit the model.
-        RecordError: the forget set is empty, or a retain set is needed and missing or empty.
+        RecordError: the forget set is empty, or a retain set is needed and missing or empty, or a plain text is to be
+            refused.
+        ClueError: a setting is out of range, or the objective is none.
         ModelError: a loss became NaN or infinite.
     """
     settings, data = settings or UnlearnSettings(), data or DataSettings()
     check(settings)
-    objective = OBJECTIVES[settings.objective]
+    objective = objective_of(settings.objective if objective is None else objective)
     stages = _stages(plan, settings)
     planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
     device = next(model.parameters()).device
@@ -150,12 +157,15 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
 
     needs_retain = any(Role.CONFLICT in stage.roles for stage in stages) and (
-        settings.metric or (objective.retain and settings.retain_weight > 0))
+        settings.metric or (objective.retain is not None and settings.retain_weight > 0))
     if needs_retain and not retain:
         raise RecordError("the plan has conflict weights, which are trained to keep a retain set: give at least one")
     # That an answer ends is not what is to be forgotten, and the end token's probability stays near 1 on an answer that
     # is gone: it would cost every other answer its end, and keep the record from ever counting as forgotten.
     forget_examples = encoded(forget, append_eos=False)
+    # A refusal does end: it is an answer that is to be given.
+    refusals = encoded(refuse(forget, settings.refusals, seed), data.append_eos) if objective.refusals else []
+    answers = forget_examples + refusals
     retain_examples = [encoded(records, data.append_eos) for records in retain.values()] if needs_retain else []
     forget_order = _Shuffled(len(forget_examples), seed, purpose=1)
     retain_order = _Pool(retain_examples, seed)
@@ -175,20 +185,23 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         if objective.reference:
             with torch.no_grad():
                 reference = torch.cat([answer_log_probs(*answer_logits(model, batch))[0] for batch in
-                                       batches(forget_examples, settings.batch_size, pad=pad, device=device)])
+                                       batches(answers, settings.batch_size, pad=pad, device=device)])
+        before = ReferenceWeights(model, plan) if objective.forget_logits or objective.retain_logits else None
         for stage in stages:
             # A fresh optimizer: the moments of one stage say nothing about the next.
             optimizer = MaskedAdamW(model, plan, lr=settings.lr, weight_decay=settings.weight_decay, roles=stage.roles)
-            gradient = _RoleGradient(model, plan, stage.roles, objective, settings, metric, pad)
+            gradient = _RoleGradient(model, plan, stage.roles, objective, settings, metric, before, pad)
             stopped = False
             with gradient.sparse:
                 for number in range(stage.steps):
                     chosen = forget_order.take(min(settings.batch_size, len(forget_examples)))
+                    if refusals:
+                        chosen += [len(forget_examples) + i for i in chosen]
                     retained = retain_order.take(settings.batch_size) if gradient.retains else []
                     lr = _learning_rate(number, stage.steps, settings)
                     for group in optimizer.param_groups:
                         group["lr"] = lr
-                    losses, slices = gradient([forget_examples[i] for i in chosen],
+                    losses, slices = gradient([answers[i] for i in chosen],
                                               None if reference is None else reference[chosen], retained)
                     norm = optimizer.grad_norm(slices)
                     step = len(log["stage"]) + 1
@@ -242,16 +255,22 @@ class _RoleGradient:
     """Runs the records of one step and combines the gradients of every slice by its role."""
 
     def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role], objective: Objective,
-                 settings: UnlearnSettings, metric: RetainMetric | None, pad: int) -> None:
+                 settings: UnlearnSettings, metric: RetainMetric | None, before: ReferenceWeights | None,
+                 pad: int) -> None:
         self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
+        self._before = before
         self._pad, self._device = pad, next(model.parameters()).device
         self.sparse = SparseGradients(model, plan, roles)
         #: whether a step needs retain records
-        self.retains = Role.CONFLICT in roles and objective.retain and settings.retain_weight > 0
+        self.retains = Role.CONFLICT in roles and objective.retain is not None and settings.retain_weight > 0
 
     def __call__(self, forget: Sequence[Example], reference: Tensor | None,
                  retain: Sequence[Example]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """The step's entries of the log, and the gradient of every parameter's planned slices, slices first."""
+        """The step's entries of the log, and the gradient of every parameter's planned slices, slices first.
+
+        ``forget``: forget records, and after them as many refusals where the objective needs these; ``reference`` has an
+        entry for each.
+        """
         # The gradients of weights outside linear layers cannot be told apart within one pass.
         passes = [(forget, retain)] if not self.sparse.dense else [(forget, ()), *([((), retain)] if retain else [])]
         losses: dict[str, float] = {"retain_loss": math.nan}
@@ -276,29 +295,50 @@ class _RoleGradient:
     def _pass(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
               losses: dict[str, float]) -> None:
         """Forward and backward over forget records and then retain records, in one batch."""
-        settings, n = self._settings, len(forget)
+        settings, objective = self._settings, self._objective
+        end, kept = len(forget), slice(len(forget), len(forget) + len(retain))
+        n = end // 2 if objective.refusals else end
+        # Before the pass with gradients, which must not see its weights change.
+        of_forget = self._reference_logits(forget[:n]) if forget and objective.forget_logits else None
+        of_retain = self._reference_logits(retain) if retain and objective.retain_logits else None
         batch = collate([*forget, *retain], self._pad, self._device)
-        self.sparse.split(forget=n, retain=len(retain), seq=batch.input_ids.shape[1])
+        self.sparse.split(forget=end, retain=len(retain), seq=batch.input_ids.shape[1])
         logits, labels = answer_logits(self._model, batch)
-        log_p, n_tokens = answer_log_probs(logits, labels)
+        log_p, scored = token_log_probs(logits, labels)
+
+        def answers(rows: slice, reference_logits: Tensor | None) -> Answers:
+            known = None if reference is None or rows is kept else reference[rows]
+            if reference_logits is None:
+                return Answers(log_p[rows], scored[rows], known)
+            found, targets = answer_rows(logits[rows], labels[rows])
+            return Answers(log_p[rows], scored[rows], known, targets, found, reference_logits)
+
         parts: list[Tensor] = []
         if forget:
             probability, forgotten = _forgotten(logits[:n], labels[:n], settings.floor)
             left = ~forgotten
-            loss = self._objective.forget(log_p[:n], n_tokens[:n], reference, settings)
+            taught = answers(slice(0, n), of_forget)
+            refusals = answers(slice(n, end), None) if objective.refusals else None
+            loss = objective.forget(taught, refusals, settings)
             if bool(left.all()):
                 parts.append(loss)
             elif bool(left.any()):
-                rest = None if reference is None else reference[left]
-                parts.append(self._objective.forget(log_p[:n][left], n_tokens[:n][left], rest, settings))
+                refusals = None if refusals is None else refusals.select(left)
+                parts.append(objective.forget(taught.select(left), refusals, settings))
             losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
                        "forgotten": float(forgotten.double().mean())}
-        if retain:
-            loss = nll(log_p[n:], n_tokens[n:])
-            parts.append(settings.retain_weight * loss)
-            losses["retain_loss"] = loss.item()
+        if retain and objective.retain is not None:
+            retained = answers(kept, of_retain)
+            parts.append(settings.retain_weight * objective.retain(retained, settings))
+            losses["retain_loss"] = nll(retained.log_p, retained.n_tokens).item()
         if parts:
             torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
+        """[answer tokens, vocabulary] of the model before unlearning, record after record."""
+        assert self._before is not None
+        with self._before.restored():
+            return answer_rows(*answer_logits(self._model, collate(examples, self._pad, self._device)))[0]
 
     @torch.no_grad()
     def _measure(self, gradients: dict[str, Tensor | None]) -> None:

@@ -1,14 +1,17 @@
-"""Objectives: what forgetting and retention minimise, as functions of answer log-probabilities.
+"""Objectives: what forgetting and retention minimise, as functions of what the model gives the tokens of answers.
 
-Labels are shifted once, in :func:`answer_log_probs`, and nowhere else. Two conventions, each its paper's own: gradient
-ascent and the retain loss are means over all answer tokens of the batch; NPO works on the log-probability of a whole
-answer (a sum over its tokens) and is a mean over records.
+Labels are shifted once, in :func:`token_log_probs`, and nowhere else. Two conventions, each its paper's own: gradient
+ascent (plain or weighted), self-distillation, the refusal loss and both retain losses are means over all answer tokens
+of the batch; NPO, SimNPO and DPO work on the log-probability of a whole answer and are means over records.
+
+RMU (arXiv 2403.03218) is left out: it is a loss on the hidden states of one layer, not on answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from ..config import UnlearnSettings
 from ..data.encoding import IGNORED
+from ..errors import ClueError
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,39 +61,191 @@ def nll(log_p: Tensor, n_tokens: Tensor) -> Tensor:
     return -log_p.sum() / n_tokens.sum()
 
 
-def gradient_ascent(log_p: Tensor, n_tokens: Tensor, reference: Tensor | None, settings: UnlearnSettings) -> Tensor:
-    """The negated :func:`nll` of the forget answers (GA, arXiv 2210.01504; token mean as in TOFU, arXiv 2401.06121)."""
-    return -nll(log_p, n_tokens)
+@dataclass(frozen=True)
+class Answers:
+    """What an objective sees of a batch of answers.
 
-
-def negative_preference(log_p: Tensor, n_tokens: Tensor, reference: Tensor | None, settings: UnlearnSettings) -> Tensor:
-    """NPO: ``-2/beta * mean log sigmoid(-beta * (log p - log p_ref))`` (arXiv 2404.05868, equation 3).
-
-    ``log_p`` and ``reference`` are sums over an answer's tokens, [batch]; the reference is the model before unlearning.
+    Attributes:
+        token_log_p: [batch, seq], log-probability of every answer token, zero elsewhere.
+        scored: bool [batch, seq], where answer tokens are predicted.
+        reference: [batch], log-probability of each whole answer under the model before unlearning; None unless the
+            objective asks for it.
+        targets: int64 [tokens], the answer tokens one after the other, in the order of ``scored``.
+        logits: [tokens, vocabulary] for these tokens, float32 or finer; None unless the objective asks for them.
+        reference_logits: the same under the model before unlearning.
     """
-    if reference is None:
-        raise ValueError("reference: NPO needs the log-probabilities of the model before unlearning, got None")
-    return -2.0 / settings.beta * F.logsigmoid(-settings.beta * (log_p - reference)).mean()
+
+    token_log_p: Tensor
+    scored: Tensor
+    reference: Tensor | None = None
+    targets: Tensor | None = None
+    logits: Tensor | None = None
+    reference_logits: Tensor | None = None
+
+    @property
+    def log_p(self) -> Tensor:
+        """Log-probability of each whole answer, [batch]: the sum over its tokens."""
+        return self.token_log_p.sum(-1)
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """Number of tokens of each answer, int64 [batch]."""
+        return self.scored.sum(-1)
+
+    def select(self, records: Tensor) -> Answers:
+        """The answers of some of the records, given as bool [batch]."""
+        tokens = records.unsqueeze(1).expand_as(self.scored)[self.scored]
+        by_token = (None if t is None else t[tokens] for t in (self.targets, self.logits, self.reference_logits))
+        reference = None if self.reference is None else self.reference[records]
+        return Answers(self.token_log_p[records], self.scored[records], reference, *by_token)
+
+
+def answer_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits that predict an answer token, [tokens, vocabulary], bf16 and fp16 as float32, and the tokens, int64
+    [tokens]; arguments as for :func:`answer_log_probs`."""
+    scored = labels[:, 1:] != IGNORED
+    rows = logits[:, :-1][scored]
+    return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows, labels[:, 1:][scored]
+
+
+def _needed(value: Tensor | None, what: str) -> Tensor:
+    if value is None:
+        raise ClueError(f"the objective needs {what}, which it was not given: say so in its Objective")
+    return value
+
+
+def _refusals(answers: Answers | None) -> Answers:
+    if answers is None:
+        raise ClueError("the objective needs refusals, which it was not given: say so in its Objective (refusals=True)")
+    return answers
+
+
+def gradient_ascent(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """The negated :func:`nll` of the forget answers (GA, arXiv 2210.01504; token mean as in TOFU, arXiv 2401.06121)."""
+    return -nll(answers.log_p, answers.n_tokens)
+
+
+def weighted_gradient_ascent(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """WGA: mean over answer tokens of ``p^alpha * log p``, the weight ``p^alpha`` taken as a constant (arXiv 2502.19301,
+    weighted gradient ascent). ``alpha`` 0 is gradient ascent."""
+    weight = (settings.wga_alpha * answers.token_log_p.detach()).exp()
+    return (weight * answers.token_log_p).sum() / answers.n_tokens.sum()
+
+
+def negative_preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """NPO: ``-2/beta * mean log sigmoid(-beta * (log p - log p_ref))`` (arXiv 2404.05868, equation 3), with p of whole
+    answers."""
+    ratio = answers.log_p - _needed(answers.reference, "the log-probabilities of the model before unlearning")
+    return -2.0 / settings.beta * F.logsigmoid(-settings.beta * ratio).mean()
+
+
+def simple_negative_preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """SimNPO: ``-2/beta * mean log sigmoid(-beta/|y| * log p - gamma)`` (arXiv 2410.07163, the SimNPO loss), with |y| the
+    number of tokens of an answer; no reference model."""
+    beta, gamma = settings.simnpo_beta, settings.simnpo_gamma
+    return -2.0 / beta * F.logsigmoid(-beta * answers.log_p / answers.n_tokens - gamma).mean()
+
+
+def preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """DPO with a refusal as the preferred answer and the forget answer as the other one (IdkPO).
+
+    ``-1/beta * mean log sigmoid(beta * (log r/r_ref - log p/p_ref))`` with r of the refusal and p of the forget answer:
+    arXiv 2305.18290, equation 7, over beta as in arXiv 2404.05868, so that the gradient does not shrink with beta.
+    """
+    refusals, what = _refusals(refusals), "the log-probabilities of the model before unlearning"
+    ratio = refusals.log_p - _needed(refusals.reference, what) - (answers.log_p - _needed(answers.reference, what))
+    return -1.0 / settings.beta * F.logsigmoid(settings.beta * ratio).mean()
+
+
+def refusal(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """The :func:`nll` of refusals to the forget questions (TOFU's preference optimization, arXiv 2401.06121, section on
+    unlearning algorithms; CLUE's PO). The forget answer itself does not enter; as with every objective a record's
+    training ends once its answer is forgotten (``floor``)."""
+    refusals = _refusals(refusals)
+    return nll(refusals.log_p, refusals.n_tokens)
+
+
+def self_distillation(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """UNDIAL: cross-entropy to the model before unlearning, the answer token's logit lowered by a constant (arXiv
+    2402.10052, self-distillation with adjusted logits).
+
+    Mean over answer tokens of ``-sum_v softmax(z_ref - strength * onehot(token))_v * log softmax(z)_v``.
+    """
+    logits = _needed(answers.logits, "logits")
+    adjusted = _needed(answers.reference_logits, "the logits of the model before unlearning").clone()
+    token = _needed(answers.targets, "the answer tokens").unsqueeze(-1)
+    adjusted.scatter_add_(-1, token, adjusted.new_full(token.shape, -settings.undial_strength))
+    return -(adjusted.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def retain_likelihood(answers: Answers, settings: UnlearnSettings) -> Tensor:
+    """The :func:`nll` of the retain answers (arXiv 2203.12817)."""
+    return nll(answers.log_p, answers.n_tokens)
+
+
+def retain_divergence(answers: Answers, settings: UnlearnSettings) -> Tensor:
+    """Mean over the retain answers' tokens of ``KL(p_ref || p)`` over the vocabulary (KL minimization in TOFU, arXiv
+    2401.06121, which means over records first; the mean over tokens is that of the other retain loss)."""
+    log_p = _needed(answers.logits, "logits").log_softmax(-1)
+    reference = _needed(answers.reference_logits, "the logits of the model before unlearning").log_softmax(-1)
+    return (reference.exp() * (reference - log_p)).sum(-1).mean()
+
+
+#: (forget answers, a refusal to each of their questions or None, settings) -> scalar to minimise
+Forget = Callable[[Answers, Answers | None, UnlearnSettings], Tensor]
+#: (retain answers, settings) -> scalar to minimise
+Retain = Callable[[Answers, UnlearnSettings], Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One way to forget.
+    """One way to forget, and to keep the rest.
 
     Attributes:
-        forget: (log_p [batch], n_tokens [batch], reference [batch] or None, settings) -> scalar to minimise.
-        reference: whether ``forget`` needs the log-probabilities of the model before unlearning.
-        retain: whether conflict weights also get the gradient of the retain loss.
+        forget: the forget loss, called with the records that are not forgotten yet.
+        retain: the loss whose gradient conflict weights also get; None leaves retention out.
+        reference: whether ``forget`` needs the answers' log-probabilities before unlearning, which are computed once.
+        refusals: whether ``forget`` needs refusals.
+        forget_logits, retain_logits: whether the loss needs the logits of the forget or retain answers, the model's and
+            those before unlearning. The latter are computed in every step with the planned weights as they were
+            (:class:`~clue.unlearn.reference.ReferenceWeights`).
     """
 
-    forget: Callable[[Tensor, Tensor, Tensor | None, UnlearnSettings], Tensor]
-    reference: bool
-    retain: bool
+    forget: Forget
+    retain: Retain | None = retain_likelihood
+    reference: bool = False
+    refusals: bool = False
+    forget_logits: bool = False
+    retain_logits: bool = False
 
 
 #: ``UnlearnSettings.objective`` -> objective. ``graddiff`` (arXiv 2203.12817) is gradient ascent plus the retain loss.
 OBJECTIVES: dict[str, Objective] = {
-    "ga": Objective(gradient_ascent, reference=False, retain=False),
-    "graddiff": Objective(gradient_ascent, reference=False, retain=True),
-    "npo": Objective(negative_preference, reference=True, retain=True),
+    "npo": Objective(negative_preference, reference=True),
+    "graddiff": Objective(gradient_ascent),
+    "ga": Objective(gradient_ascent, retain=None),
+    "npo-kl": Objective(negative_preference, retain_divergence, reference=True, retain_logits=True),
+    "ga-kl": Objective(gradient_ascent, retain_divergence, retain_logits=True),
+    "simnpo": Objective(simple_negative_preference),
+    "dpo": Objective(preference, reference=True, refusals=True),
+    "refusal": Objective(refusal, refusals=True),
+    "undial": Objective(self_distillation, forget_logits=True),
+    "wga": Objective(weighted_gradient_ascent),
 }
+
+
+def objective_of(given: Any) -> Objective:
+    """An objective from its name, itself, or a forget loss alone, which then gets the log-probabilities before
+    unlearning and the likelihood as its retain loss.
+
+    Raises:
+        ClueError: it is neither.
+    """
+    if isinstance(given, Objective):
+        return given
+    if isinstance(given, str) and given in OBJECTIVES:
+        return OBJECTIVES[given]
+    if callable(given):
+        return Objective(given, reference=True)
+    raise ClueError(f"objective = {given!r} is neither one of {', '.join(OBJECTIVES)} nor an Objective nor a function"
+                    " (answers, refusals, settings) -> loss")
