@@ -198,6 +198,18 @@ def test_what_does_not_fit_is_refused_untouched() -> None:
     assert elsewhere.bias[0] == 9 and torch.equal(elsewhere.up, changed.up)
 
 
+def test_a_write_that_fails_is_taken_back() -> None:
+    """``up`` is written last; its rows share one row of storage, into which torch refuses to write several."""
+    model = Small()
+    model.up.data.zero_()
+    delta = Delta.between(model, change(model, PLAN, 0), PLAN)
+    model.up = torch.nn.Parameter(torch.zeros(1, 4).expand(6, 4))
+    before = model.down.detach().clone()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        delta.apply(model)
+    assert torch.equal(model.down, before)
+
+
 def test_a_model_that_did_not_change_may_be_patched_any_number_of_times() -> None:
     model = Small()
     delta = Delta.between(model, model, PLAN)

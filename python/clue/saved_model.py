@@ -153,7 +153,7 @@ class SavedModel:
             raise
 
     def fingerprint(self) -> str:
-        """What :func:`clue.pipeline.fingerprint` says of this model once it is loaded, without loading it.
+        """What :func:`clue.pipeline.fingerprint` says of this model loaded in the dtype of its files, without loading it.
 
         Returns:
             The hexadecimal digest; empty where the folder does not say what model it is (it has no ``config.json``), or
@@ -166,7 +166,8 @@ class SavedModel:
             return ""
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
+                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)  # else it asks, and waits
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (ValueError, KeyError, OSError, ImportError):
             return ""
         names: dict[int, list[str]] = {}  # of one parameter; tied ones have several
