@@ -232,7 +232,7 @@ def main() -> int:
     runs = [experiment(arguments, int(seed)) for seed in arguments.seeds.split(",")]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     claims(runs).report(arguments.json, runs=runs, device=device, wall_seconds=round(time.time() - wall),
-                        arguments={name: str(value) for name, value in vars(arguments).items() if name != "data"})
+                        arguments={name: str(value) for name, value in vars(arguments).items() if name not in ("data", "json")})
     return 0
 
 

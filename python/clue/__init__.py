@@ -18,6 +18,7 @@ _HOME = {
     "Plan": ".plan",
     "Slice": ".plan",
     "verify": ".plan",
+    "Delta": ".delta",
     "MaskedAdamW": ".unlearn.optimizer",
     "PlanCallback": ".unlearn.callback",
     "RecordSet": ".data.records",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from . import evaluate, unlearn
     from .config import DataSettings, EvaluateSettings, LocalizeSettings, UnlearnSettings
     from .data.records import Record, RecordSet, read
+    from .delta import Delta
     from .errors import ClueError
     from .pipeline import localize
     from .plan import Plan, Slice, verify

@@ -23,7 +23,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, solve
+from . import __version__, delta_command, solve
 from .config import Settings
 from .errors import ClueError, RunError
 
@@ -434,6 +434,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("run", metavar="RUN", help="run directory, or the folder of a plan")
     verify.add_argument("--json", action="store_true", help="as JSON")
 
+    delta_command.add_to(commands)
     solve.add_to(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, kernels and extras of this installation")

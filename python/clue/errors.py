@@ -35,5 +35,9 @@ class PlanError(ClueError):
     """A plan does not fit the model, or its file is damaged."""
 
 
+class DeltaError(ClueError):
+    """A delta does not fit the model, was applied already, or its file is damaged or cannot be written."""
+
+
 class RunError(ClueError):
     """A run directory is missing a stage, or already holds another run."""
