@@ -106,6 +106,7 @@ class Minimizer {
   }
 
   void phase(int literal) { solver_.phase(literal); }
+  void freeze(int literal) { solver_.freeze(literal); }
 
   // Replaces the starting model by one that follows the phases.
   Verdict search() {
@@ -148,20 +149,10 @@ class Minimizer {
 
   // Makes the model the best one in lexicographic order of these literals. False when a limit ended the search.
   bool prefer(const std::vector<int>& literals) {
-    for (const int literal : literals) {
-      if (holds(literal)) {
-        pending_.push_back(literal);  // told to the solver only if it is asked again
-        continue;
-      }
-      if (solver_.fixed(literal) < 0) continue;
-      for (const int kept : pending_) harden(kept);
-      pending_.clear();
-      const int assumption[] = {literal};
-      const Verdict verdict = run(assumption);
-      if (verdict == Verdict::Unknown) return false;
-      harden(verdict == Verdict::Satisfiable ? literal : -literal);
-    }
-    return true;
+    if (std::all_of(literals.begin(), literals.end(), [&](int literal) { return holds(literal); })) return true;
+    const Verdict verdict = solver_.solve_in_order(literals, model_);
+    if (verdict == Verdict::Unsatisfiable) throw std::logic_error("the formula has no model");
+    return verdict == Verdict::Satisfiable;
   }
 
   std::vector<std::uint8_t> take_model() { return known_ ? std::move(model_) : std::vector<std::uint8_t>(); }
@@ -305,7 +296,7 @@ class Minimizer {
   Level level_;  // as it was given
   std::vector<State> softs_;
   std::vector<int> position_;  // of a literal in softs_, plus one; 0 where it is none
-  std::vector<int> assumptions_, core_, trial_, pending_;
+  std::vector<int> assumptions_, core_, trial_;
   std::int64_t cores_ = 0;
 };
 
@@ -315,7 +306,10 @@ Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const
                  std::vector<std::uint8_t> start, Limits& limits) {
   Minimizer minimizer(formula, std::move(start), limits);
   // Earlier levels have the last word on a variable's phase.
-  for (const int literal : preference) minimizer.phase(literal);
+  for (const int literal : preference) {
+    minimizer.phase(literal);
+    minimizer.freeze(literal);
+  }
   for (std::size_t i = levels.size(); i-- > 0;)
     for (const Soft& soft : levels[i]) minimizer.phase(soft.literal);
 

@@ -36,11 +36,17 @@ class Solver : CaDiCaL::Terminator {
 
   void clause(std::span<const int> literals);
   void phase(int literal) { solver_.phase(literal); }              // the polarity to try first
+  void freeze(int literal) { solver_.freeze(literal); }            // not eliminated between calls
   void propagate() { solver_.simplify(0); }                        // units only, at the root
   int fixed(int literal) const { return solver_.fixed(literal); }  // 1 implied, -1 refuted, 0 open
 
   // Unknown only if a limit ended the search. `decisions` < 0 is no limit of its own.
   Verdict solve(std::span<const int> assumptions, int decisions = -1);
+
+  // The model that is best in lexicographic order of these literals, an earlier one being true counting infinitely
+  // more; `model` ([variables + 1]) is set to it. It takes one search, whose every decision is the first literal still
+  // open: what such a search refutes, it refutes from earlier literals alone. The literals must have been frozen.
+  Verdict solve_in_order(std::span<const int> literals, std::vector<std::uint8_t>& model);
   bool value(int literal) { return solver_.val(literal) > 0; }  // after Satisfiable
   bool failed(int literal) { return solver_.failed(literal); }  // after Unsatisfiable: the assumption is in the core
 

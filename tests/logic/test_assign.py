@@ -13,7 +13,7 @@ from clue.errors import CircuitError
 from clue.logic import SCORE_STEPS, Assignment, assign
 from clue.types import Gate, Role
 
-from ..oracles.logic import Edges, Nodes, best, circuit, forget_ok, groups, members, retain_ok
+from ..oracles.logic import Edges, Nodes, best, best_of_all, circuit, forget_ok, groups, members, retain_ok
 
 SEMANTICS = ["support", "authors"]
 
@@ -57,6 +57,27 @@ def test_equals_exhaustive_search(semantics: str, block: int) -> None:
         r, f, key = best(*sides, semantics, weights, risk, reach)
         same(found, r, f)
         assert found.cost == found.lower_bound == key[0]
+        assert found.optimal and found.statistics["unique"] == 1
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+@pytest.mark.parametrize("block", [0, *(pytest.param(b, marks=pytest.mark.slow) for b in range(1, 10))])
+def test_equals_exhaustive_search_up_to_sixteen_nodes(semantics: str, block: int) -> None:
+    """2000 questions in all, half of them with weights of 1."""
+    rng = np.random.default_rng([16, block, len(semantics)])
+    for i in range(100):
+        n = int(rng.integers(3, 17))
+        editable = rng.random(n) < 0.9
+        editable[[0, -1]] = False
+        graph = Nodes(n, editable)
+        mix = [(0.4, 0.4, 0.2), (0.1, 0.8, 0.1), (0.8, 0.1, 0.1), (0.2, 0.15, 0.65)][int(rng.integers(4))]
+        sides = [[layered(rng, graph, 2.0, mix) for _ in range(int(rng.integers(1, 4)))] for _ in range(2)]
+        weights = rng.integers(0, 9, n) if i % 2 else np.ones(n, np.int64)
+        risk, reach = (rng.integers(0, 3, n) * (rng.random() < 0.7) for _ in range(2))
+        found = assign(*sides, semantics=semantics, weights=weights, retain_score=risk, forget_score=reach)
+        r, f, cost = best_of_all(*sides, semantics, weights, risk, reach)
+        assert found.retain_works.tolist() == r.tolist() and found.forget_works.tolist() == f.tolist()
+        assert found.cost == found.lower_bound == cost
         assert found.optimal and found.statistics["unique"] == 1
 
 

@@ -107,3 +107,57 @@ def best(forget: Sequence[Edges], retain: Sequence[Edges], semantics: str, weigh
                 found = key, r, f
     assert found is not None, "all r true and all f false always holds"
     return found[1], found[2], found[0]
+
+
+def _satisfying(circuits: Sequence[Edges], semantics: str, retain: bool) -> np.ndarray:
+    """bool [assignments, nodes]: every assignment that satisfies one side, by trying all; False where not a member."""
+    n = circuits[0].graph.n_nodes
+    free = [m for m in members(circuits) if m not in (0, n - 1)]
+    x = np.zeros((1 << len(free), n), bool)
+    x[:, free] = np.arange(1 << len(free))[:, None] >> np.arange(len(free)) & 1
+    x[:, 0] = 0 in members(circuits)
+    x[:, n - 1] = retain
+    ok = np.ones(len(x), bool)
+    for node, gate, inputs in groups(circuits):
+        inputs = inputs if retain else [m for m in inputs if m != 0]
+        if not inputs:
+            continue
+        one_suffices = gate == Gate.OR or (gate == Gate.ADDER and not retain)
+        works = x[:, inputs].any(axis=1) if one_suffices else x[:, inputs].all(axis=1)
+        if semantics == "authors":
+            ok &= works == x[:, node]
+        else:
+            ok &= works | ~x[:, node] if retain else ~works | x[:, node]
+    return x[ok]
+
+
+def best_of_all(forget: Sequence[Edges], retain: Sequence[Edges], semantics: str, weights: np.ndarray,
+                risk: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """(r, f, conflicts) like :func:`best`, by arrays, up to 16 nodes and small numbers.
+
+    All levels of the order are digits of one integer. Only the first depends on r and f together.
+    """
+    graph = forget[0].graph
+    n, editable = graph.n_nodes, graph.editable
+    in_r, in_f = (np.isin(np.arange(n), members(side)) for side in (retain, forget))
+    rs, fs = _satisfying(retain, semantics, True), _satisfying(forget, semantics, False)
+    weights, risk, reach = (np.asarray(v, np.int64) for v in (weights, risk, reach))
+    assert n <= 16 and 2 * risk.sum() < 1 << 8 and reach.sum() < 1 << 8 and weights.sum() < 1 << 14
+    place = np.int64(1) << 2 * np.arange(n, dtype=np.int64)[::-1]  # node 0 counts most; f before r
+    of_r = (~rs & in_r) @ (risk << 40) + (~rs & in_r) @ place
+    of_f = (~fs & in_f & editable) @ ((risk * in_r << 40) - (reach << 32)) + (~fs & in_f) @ (2 * place)
+    shared = in_r & in_f & editable
+    bits = np.int64(1) << np.arange(n, dtype=np.int64)
+    cost_of = np.zeros(1 << n, np.int64)  # of every set of conflicts
+    for node in range(n):
+        cost_of[1 << node:2 << node] = cost_of[:1 << node] + weights[node]
+    works, dead = (rs & shared) @ bits, (~fs & shared) @ bits
+    found = None
+    for i in range(len(rs)):
+        key = (cost_of[works[i] & dead] << 49) + of_f + of_r[i]
+        j = int(key.argmin())
+        if found is None or key[j] < found[0]:
+            found = int(key[j]), i, j
+    assert found is not None, "all r true and all f false always holds"
+    _, i, j = found
+    return np.where(in_r, rs[i], -1), np.where(in_f, fs[j], -1), int(cost_of[works[i] & dead[j]])
