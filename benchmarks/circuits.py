@@ -56,26 +56,29 @@ def nodes(n: int) -> Nodes:
 
 
 def layered(graph: Nodes, edges: int, mix: Mix, rng: np.random.Generator, layers: int = 32) -> Edges:
-    """A circuit of about ``edges`` edges: every node reads uniformly from the embedding and the layers below its own.
+    """A circuit of ``edges`` edges, or of one for each node if that is more.
 
-    All edges into a node have one gate, drawn with the shares of ``mix``: with a gate per edge most OR groups would have
-    a single input, and nothing would be left to choose. The output adds up one node in fifty.
+    Every node reads uniformly from the embedding and the layers below its own; the output adds up one node in fifty.
+    All edges into a node have one gate, drawn with the shares of ``mix``: with a gate per edge most OR groups would
+    have a single input, and nothing would be left to choose.
     """
     inner = graph.n_nodes - 2
     output = 1 + rng.choice(inner, max(inner // 50, 1), replace=False)
-    receiver = np.concatenate([np.arange(inner), rng.integers(0, inner, max(edges - inner - len(output), 0))])
-    below = 1 + -(-(receiver * layers // inner) * inner // layers)  # nodes below the receiver's layer, embedding included
-    source = (rng.random(len(receiver)) * below).astype(np.int64)
+    receiver = np.arange(inner)
+    pairs = (graph.n_nodes - 1) * graph.n_nodes + output
+    while len(receiver):  # until no edge is missing: some are drawn twice
+        below = 1 + -(-(receiver * layers // inner) * inner // layers)  # nodes below the receiver's layer
+        source = (rng.random(len(receiver)) * below).astype(np.int64)
+        pairs = np.unique(np.concatenate([pairs, (receiver + 1) * graph.n_nodes + source]))
+        receiver = rng.integers(0, inner, max(edges - len(pairs), 0))
     gate_of = rng.choice(3, graph.n_nodes, p=mix).astype(np.uint8)
     gate_of[-1] = Gate.ADDER
-    pairs = np.unique(np.concatenate([(receiver + 1) * graph.n_nodes + source,
-                                      (graph.n_nodes - 1) * graph.n_nodes + output]))
     dst = (pairs // graph.n_nodes).astype(np.int32)
     return Edges("random", graph, (pairs % graph.n_nodes).astype(np.int32), dst, gate_of[dst])
 
 
 def question(n: int, edges: int, n_retain: int, mix: Mix, seed: int) -> tuple[list[Edges], list[Edges]]:
-    """One forget circuit and ``n_retain`` retain circuits over n nodes, about ``edges`` edges together."""
+    """One forget circuit and ``n_retain`` retain circuits over n nodes, ``edges`` edges together."""
     graph = nodes(n)
     rng = np.random.default_rng(seed)
     circuits = [layered(graph, edges // (1 + n_retain), mix, rng) for _ in range(1 + n_retain)]

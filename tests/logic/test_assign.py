@@ -66,12 +66,12 @@ def test_equals_exhaustive_search_up_to_sixteen_nodes(semantics: str, block: int
     """2000 questions in all, half of them with weights of 1."""
     rng = np.random.default_rng([16, block, len(semantics)])
     for i in range(100):
-        n = int(rng.integers(3, 17))
+        n = int(rng.integers(6, 17))
         editable = rng.random(n) < 0.9
         editable[[0, -1]] = False
         graph = Nodes(n, editable)
         mix = [(0.4, 0.4, 0.2), (0.1, 0.8, 0.1), (0.8, 0.1, 0.1), (0.2, 0.15, 0.65)][int(rng.integers(4))]
-        sides = [[layered(rng, graph, 2.0, mix) for _ in range(int(rng.integers(1, 4)))] for _ in range(2)]
+        sides = [[layered(rng, graph, 2.4, mix) for _ in range(int(rng.integers(1, 4)))] for _ in range(2)]
         weights = rng.integers(0, 9, n) if i % 2 else np.ones(n, np.int64)
         risk, reach = (rng.integers(0, 3, n) * (rng.random() < 0.7) for _ in range(2))
         found = assign(*sides, semantics=semantics, weights=weights, retain_score=risk, forget_score=reach)
