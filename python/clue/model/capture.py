@@ -401,16 +401,16 @@ def head_outputs(layer: Layer, change: Tensor, scale_change: Tensor | None, out:
         out: float [n_heads, tokens, d_model], overwritten.
     """
     n_heads, tokens, d_model = out.shape
-    weight, bias = layer.o.weight.to(out.dtype), layer.o.bias
+    weight, bias = layer.o.weight.to(out), layer.o.bias
     gain = None if layer.attention_output_norm is None else layer.attention_output_norm.gain
     if gain is not None:
-        weight = gain.to(out.dtype)[:, None] * weight
+        weight = gain.to(out)[:, None] * weight
     if layer.multiplier != 1:
         weight = layer.multiplier * weight
     heads = change.view(tokens, n_heads, -1).transpose(0, 1)
     torch.bmm(heads, weight.view(d_model, n_heads, -1).permute(1, 2, 0), out=out)
     if bias is not None and scale_change is not None:  # without a norm the bias is the same in both runs
-        share = bias.to(out.dtype) if gain is None else bias.to(out.dtype) * gain.to(out.dtype)
+        share = bias.to(out) if gain is None else bias.to(out) * gain.to(out)
         out += scale_change * share * (layer.multiplier / n_heads)
 
 
