@@ -116,7 +116,7 @@ def explicit(model: LlamaForCausalLM, tokens: int) -> None:
         del held, logits
 
 
-def measure(found: Claims, layers: int = 32, width: int = 1, few: int = 8, many: int = 24) -> None:
+def measure(found: Claims, layers: int = 32, width: int = 1, few: int = 4, many: int = 12) -> None:
     """Add the claims."""
     # Tiles of one token and one position: what has a fixed size must not look like a slope.
     attribution.TILE_BYTES = capture.LOGIT_BYTES = 1
