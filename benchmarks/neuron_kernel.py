@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from claims import Claims, add_json
+from claims import Claims, add_json, medians
 from torch import Tensor
 
 from clue import _core
@@ -34,17 +33,6 @@ from clue import _core
 TOKENS, NEURONS = 2048, 8192
 #: Rows of a tile: with its temporaries in the second-level cache.
 TILE = 32
-
-
-def medians(repeats: int, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median CPU seconds of each function; rounds are interleaved, and the first is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            seconds[name].append(time.process_time() - start)
-    return {name: float(np.median(found[1:])) for name, found in seconds.items()}
 
 
 def eager(clean: Tensor, corrupted: Tensor, grad_clean: Tensor, grad_corrupted: Tensor) -> list[Tensor]:
@@ -126,14 +114,14 @@ def one(dtype: torch.dtype, repeats: int) -> dict[str, float]:
     ours: dict[str, Callable[[], Any]] = {
         "kernel": lambda: _core.neuron_attribution(*inputs, *out, out_count=count), "read": read,
         "alone": lambda: _core.neuron_attribution(*inputs[:3], None, out[0])}
-    seconds = medians(4 * repeats, ours)  # short, so repeated more often
+    seconds = medians(4 * repeats, **ours)  # short, so repeated more often
     ways = preallocated(inputs, [torch.empty(NEURONS) for _ in out])
     others: dict[str, Callable[[], Any]] = {"kernel": ours["kernel"], **ways}
     whole = compiled(inputs)
     if whole is not None:
         others["compiled"] = whole
     # A ratio needs both of its times from the same minutes: these are in units of the kernel next to them.
-    next_to = medians(repeats, others)
+    next_to = medians(repeats, **others)
     ratios = {name: found / next_to["kernel"] for name, found in next_to.items() if name != "kernel"}
     return {**seconds, **{name: ratio * seconds["kernel"] for name, ratio in ratios.items()}}
 
