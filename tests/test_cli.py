@@ -14,7 +14,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,9 +24,7 @@ from clue.circuit.graph import Circuit
 from clue.cli import _parser, _settings, main
 from clue.config import Settings
 from clue.jobs import load_model
-from clue.plan import Plan, Slice
 from clue.run_directory import Run
-from clue.types import Role
 
 LOCALIZE = ["localize", "--model", "m", "--forget", "f", "--retain", "r", "-o", "run"]
 
@@ -224,72 +221,6 @@ def test_a_wrong_command_line_is_one_sentence_and_leaves_nothing(
 def test_cuda_that_is_not_there_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cpu" in failure(capsys, *LOCALIZE[:-1], tmp_path / "run", "--device", "cuda")
     assert snapshot(tmp_path) == {}
-
-
-# --- plans ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plan(tmp_path: Path) -> Path:
-    """A run folder with a plan of two rows of ``up`` (one forget, one conflict), and the model before and after."""
-    nodes = ("embed", "a0.h0", "m0.n0", "m0.n1", "m1.n0", "logits")
-    role = np.array([Role.FREE, Role.RETAIN, Role.FORGET, Role.CONFLICT, Role.FREE, Role.RETAIN], np.uint8)
-    slices = (Slice("up", 0, Role.FORGET, np.array([0])), Slice("up", 0, Role.CONFLICT, np.array([2])))
-    Plan(nodes, role, slices, {"up": (4, 3)}).save(tmp_path / "run" / "plan")
-    weights = {"up": torch.zeros(4, 3), "head": torch.ones(2, 2)}
-    edited = {"up": weights["up"].clone(), "head": weights["head"]}
-    edited["up"][0, 1] = 1.0
-    for name, tensors in (("before", weights), ("after", edited)):
-        (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / "model.safetensors")
-    return tmp_path
-
-
-def test_plan_show_counts_layers_slices_and_weights(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "show", str(plan / "run"), "--json", "--nodes", "1"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["counts"] == {"forget": 1, "conflict": 1, "retain": 2, "free": 2}
-    assert facts["layers"] == {"embed": {"free": 1}, "0": {"retain": 1, "forget": 1, "conflict": 1}, "1": {"free": 1},
-                               "logits": {"retain": 1}}
-    assert facts["slices"] == {"up": {"axis": "rows", "of": 4, "forget": 1, "conflict": 1}}
-    assert facts["weights_changed"] == 6
-    assert facts["nodes"] == [{"node": "m0.n1", "role": "conflict"}]
-    assert main(["plan", "show", str(plan / "run"), "--nodes", "9"]) == 0
-    text = capsys.readouterr().out
-    for expected in ("6 weights may change", "m0.n0  forget", "4 rows", "logits"):
-        assert expected in text
-
-
-def test_plan_verify_accepts_what_was_planned(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", "verify", str(plan / "before"), str(plan / "after"), str(plan / "run")]
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("exact: 1 of 6 planned weights changed")
-    assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"ok": True, "planned": 6, "changed": 1, "outside": {}}
-
-
-def test_plan_verify_finds_one_bit_outside_the_plan(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = {"up": torch.zeros(4, 3), "head": torch.ones(2, 2)}
-    weights["up"][1, 2] = -0.0  # equal to 0.0 as a number, another bit pattern
-    save_file(weights, plan / "after" / "model.safetensors")
-    arguments = ["plan", "verify", str(plan / "before"), str(plan / "after"), str(plan / "run")]
-    assert main(arguments) == 1
-    assert "NOT exact: 1 weights outside the plan changed, in up (1)" in capsys.readouterr().out
-    assert main([*arguments, "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["outside"] == {"up": 1}
-
-
-def test_plan_verify_says_what_it_cannot_compare(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds no model weights" in failure(capsys, "plan", "verify", plan / "nowhere", plan / "after", plan / "run")
-    (plan / "run" / "plan" / "plan.json").write_text("{")
-    assert "damaged" in failure(capsys, "plan", "verify", plan / "before", plan / "after", plan / "run")
-
-
-def test_a_reader_that_stops_early_is_no_error(plan: Path) -> None:
-    command = f"{sys.executable} -m clue.cli plan show {plan / 'run'} --nodes 9 | true; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
-                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    assert (result.returncode, result.stderr) == (0, "")
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------

@@ -23,12 +23,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, delta_command, solve
+from . import __version__, delta_command, plan_command, solve
 from .config import Settings
 from .errors import ClueError, RunError
 
 if TYPE_CHECKING:
-    from .plan import Plan
     from .run_directory import Run
 
 _DEFAULTS = Settings()
@@ -94,7 +93,7 @@ def _localize(arguments: argparse.Namespace) -> int:
 
     with _new_run(arguments, settings, inputs) as run:
         plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
-    print(_summary(plan))
+    print(plan_command.summary(plan))
     return 0
 
 
@@ -139,27 +138,6 @@ def _run(arguments: argparse.Namespace) -> int:
     print(table(found))
     print(run.folder / "report.html")
     return 0
-
-
-def _plan_show(arguments: argparse.Namespace) -> int:
-    plan = _plan(arguments.run)
-    if arguments.json:
-        print(json.dumps(_plan_facts(plan, arguments.nodes), indent=1))
-    else:
-        print(_plan_text(_plan_facts(plan, arguments.nodes)))
-    return 0
-
-
-def _plan_verify(arguments: argparse.Namespace) -> int:
-    from .plan import verify
-
-    verification = verify(arguments.before, arguments.after, _plan(arguments.run))
-    if arguments.json:
-        print(json.dumps({"ok": verification.ok, "planned": verification.planned, "changed": verification.changed,
-                          "outside": dict(verification.outside)}, indent=1))
-    else:
-        print(verification)
-    return 0 if verification.ok else 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -307,61 +285,6 @@ def _json_target(path: str | None) -> Path | None:
     return target
 
 
-# --- plans in words -------------------------------------------------------------------------------------------------
-
-
-def _plan(folder: str | os.PathLike[str]) -> Plan:
-    from .plan import Plan
-
-    return Plan.load(folder)
-
-
-def _plan_facts(plan: Plan, nodes: int) -> dict[str, Any]:
-    """Counts, roles by layer, slices by parameter and weights of a plan, and its first ``nodes`` edited nodes."""
-    from .types import Role
-
-    names = [role.name.lower() for role in Role]
-    layers: dict[str, Counter[str]] = {}
-    for node, role in zip(plan.nodes, plan.role.tolist(), strict=True):
-        layer = re.match(r"[a-z]+(\d+)\b", node)
-        layers.setdefault(layer[1] if layer else node, Counter())[names[role]] += 1
-    slices: dict[str, dict[str, Any]] = {}
-    for s in plan.slices:
-        facts = slices.setdefault(s.parameter, {"axis": ("rows", "columns")[s.axis],
-                                                "of": plan.shapes[s.parameter][s.axis], "forget": 0, "conflict": 0})
-        facts[s.role.name.lower()] = len(s.index)
-    edited = [{"node": node, "role": names[role]} for wanted in (Role.CONFLICT, Role.FORGET)
-              for node, role in zip(plan.nodes, plan.role.tolist(), strict=True) if role == wanted]
-    return {"counts": plan.counts(), "layers": {k: dict(v) for k, v in layers.items()}, "slices": slices,
-            "weights_changed": plan.weights_changed, "nodes": edited[:nodes]}
-
-
-def _summary(plan: Plan) -> str:
-    counts = ", ".join(f"{count} {role}" for role, count in plan.counts().items())
-    return f"{len(plan.nodes)} nodes: {counts}\n{plan.weights_changed} weights may change"
-
-
-def _plan_text(facts: dict[str, Any]) -> str:
-    roles = tuple(facts["counts"])
-    table = [["", *roles]]
-    table += [[layer, *(str(counts.get(role, 0)) for role in roles)] for layer, counts in facts["layers"].items()]
-    table.append(["all", *(str(count) for count in facts["counts"].values())])
-    lines = ["Nodes by layer and role", *_aligned(table), "", "Slices of weights that may change"]
-    slices = [["", "of", "forget", "conflict"]]
-    slices += [[name, f"{s['of']} {s['axis']}", str(s["forget"]), str(s["conflict"])]
-               for name, s in facts["slices"].items()]
-    lines += [*_aligned(slices), "", f"{facts['weights_changed']} weights may change"]
-    if facts["nodes"]:
-        lines += ["", "Edited nodes", *(f"  {n['node']}  {n['role']}" for n in facts["nodes"])]
-    return "\n".join(lines)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows]
-
-
 # --- the parser -----------------------------------------------------------------------------------------------------
 
 
@@ -419,21 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("run", metavar="RUN", help="run directory")
 
-    plan = commands.add_parser("plan", help="look at a plan, or check a model against it")
-    plans = plan.add_subparsers(required=True, metavar="COMMAND")
-    show = plans.add_parser("show", help="nodes by role and layer, slices and weights")
-    show.set_defaults(command=_plan_show)
-    show.add_argument("run", metavar="RUN", help="run directory, or the folder of a plan")
-    show.add_argument("--nodes", type=_count, default=0, metavar="N",
-                      help="also list the first N conflict and forget nodes")
-    show.add_argument("--json", action="store_true", help="as JSON")
-    verify = plans.add_parser("verify", help="compare two models bit by bit: did only planned weights change?")
-    verify.set_defaults(command=_plan_verify)
-    verify.add_argument("before", metavar="BEFORE", help="folder of the model as it was")
-    verify.add_argument("after", metavar="AFTER", help="folder of the model as it is now")
-    verify.add_argument("run", metavar="RUN", help="run directory, or the folder of a plan")
-    verify.add_argument("--json", action="store_true", help="as JSON")
-
+    plan_command.add_to(commands)
     delta_command.add_to(commands)
     solve.add_to(commands)
 
@@ -441,16 +350,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
     doctor.add_argument("--json", action="store_true", help="as JSON")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-_count.__name__ = "count"  # argparse puts it into its message
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
