@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/running.hpp"
 #include "logic/circuit.hpp"
 
 namespace py = pybind11;
@@ -52,7 +53,7 @@ py::array_t<T> array(const std::vector<T>& values) {
 
 py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list& forget, const py::list& retain,
                 const py::object& weights, const py::object& risk, const py::object& reach,
-                const std::string& semantics, double time_limit) {
+                const std::string& semantics, double time_limit, const py::object& on_bounds) {
   Arrays arrays;
   logic::Question question;
   question.n_nodes = n_nodes;
@@ -69,15 +70,11 @@ py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list
     throw py::value_error("time_limit: expected seconds in [0, 1e9), got " + std::to_string(time_limit));
   question.time_limit = time_limit;
 
+  const logic::OnBounds told = clue::on_bounds_of(on_bounds);
   logic::Answer answer;
-  try {
+  {
     const py::gil_scoped_release released;
-    answer = logic::assign(question, [] {
-      const py::gil_scoped_acquire held;
-      return PyErr_CheckSignals() != 0;
-    });
-  } catch (const logic::Interrupted&) {
-    throw py::error_already_set();  // what PyErr_CheckSignals raised, usually KeyboardInterrupt
+    answer = logic::assign(question, clue::signalled, told);
   }
 
   using namespace py::literals;
@@ -85,7 +82,8 @@ py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list
                   "conflict"_a = array(answer.conflict), "forced"_a = array(answer.forced), "cost"_a = answer.cost,
                   "lower_bound"_a = answer.lower_bound, "optimal"_a = answer.optimal, "unique"_a = answer.unique,
                   "variables"_a = answer.variables, "clauses"_a = answer.clauses, "components"_a = answer.components,
-                  "cores"_a = answer.cores, "solves"_a = answer.solves);
+                  "cores"_a = answer.cores, "solves"_a = answer.solves,
+                  "interrupted"_a = clue::raised(answer.interrupted));
 }
 
 }  // namespace
@@ -94,5 +92,6 @@ void register_logic(py::module_& module) {
   module.def("cadical_version", [] { return CaDiCaL::Solver::version(); }, "Version of the CaDiCaL linked in.");
   module.def("assign", &assign, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
              py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("semantics"), py::arg("time_limit"),
+             py::arg("on_bounds") = py::none(),
              "Roles of all nodes from the circuits of both sides; see clue.logic.assign.");
 }

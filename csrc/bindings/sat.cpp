@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/running.hpp"
 #include "sat/dimacs.hpp"
 #include "sat/maxsat.hpp"
 #include "sat/options.hpp"
@@ -45,11 +46,6 @@ py::array_t<T> array(std::vector<T> values) {
 py::object verdict(sat::Verdict found) {
   if (found == sat::Verdict::Unknown) return py::none();
   return py::bool_(found == sat::Verdict::Satisfiable);
-}
-
-bool signalled() {
-  const py::gil_scoped_acquire held;
-  return PyErr_CheckSignals() != 0;
 }
 
 std::int32_t as_literal(PyObject* item) {
@@ -243,7 +239,7 @@ class Session {
     sat::Verdict found;
     try {
       const py::gil_scoped_release released;
-      found = call(*solver_, signalled);
+      found = call(*solver_, clue::signalled);
     } catch (...) {
       busy_ = false;
       throw;
@@ -257,6 +253,19 @@ class Session {
   std::shared_ptr<Work> left_;        // a call that was left behind
   bool busy_ = false, stop_ = false;  // read and written with the GIL held
 };
+
+// Reads a formula with the GIL released; Ctrl-C is answered meanwhile.
+template <typename Formula>
+Formula read(const py::bytes& text, Formula (*reader)(std::string_view, clue::logic::Limits&)) {
+  const std::string_view view_of = text;
+  clue::logic::Limits limits(0, clue::signalled);
+  try {
+    const py::gil_scoped_release released;
+    return reader(view_of, limits);
+  } catch (const sat::Stopped&) {
+    throw py::error_already_set();  // what the signal handler raised
+  }
+}
 
 // Sets the errors that pybind11 does not know.
 void translate(std::exception_ptr error) {
@@ -347,21 +356,11 @@ void register_sat(py::module_& module) {
 
   module.def("flatten", [](const py::object& clauses) { return array(clauses_of(clauses)); });
   module.def("read_cnf", [](const py::bytes& text) {
-    const std::string_view view_of = text;
-    sat::Cnf cnf;
-    {
-      const py::gil_scoped_release released;
-      cnf = sat::read_cnf(view_of);
-    }
+    auto cnf = read(text, sat::read_cnf);
     return py::make_tuple(cnf.n_variables, array(std::move(cnf.clauses)));
   });
   module.def("read_wcnf", [](const py::bytes& text) {
-    const std::string_view view_of = text;
-    sat::Wcnf wcnf;
-    {
-      const py::gil_scoped_release released;
-      wcnf = sat::read_wcnf(view_of);
-    }
+    auto wcnf = read(text, sat::read_wcnf);
     return py::make_tuple(wcnf.n_variables, array(std::move(wcnf.hard)), array(std::move(wcnf.soft)),
                           array(std::move(wcnf.weights)), wcnf.header);
   });
@@ -380,20 +379,20 @@ void register_sat(py::module_& module) {
     return sat::check_soft(view(soft, "soft"), view(weights, "weights"));
   });
 
-  module.def("minimize",
-             [](int n_variables, const Literals& hard, const Literals& soft, const Weights& weights, double seconds) {
-               const auto h = view(hard, "hard"), s = view(soft, "soft");
-               const auto w = view(weights, "weights");
-               clue::logic::Limits limits(seconds, signalled);
-               sat::Minimum found;
-               {
-                 const py::gil_scoped_release released;
-                 found = sat::minimize(n_variables, h, s, w, limits);
-               }
-               py::object raised = py::none();
-               if (limits.interrupted()) raised = py::error_already_set().value();
-               return py::dict("model"_a = array(std::move(found.model)), "satisfiable"_a = found.satisfiable,
-                               "optimal"_a = found.optimal, "cost"_a = found.cost, "lower_bound"_a = found.lower_bound,
-                               "cores"_a = found.cores, "solves"_a = found.solves, "interrupted"_a = raised);
-             });
+  module.def("minimize", [](int n_variables, const Literals& hard, const Literals& soft, const Weights& weights,
+                            double seconds, const py::object& on_bounds) {
+    const auto h = view(hard, "hard"), s = view(soft, "soft");
+    const auto w = view(weights, "weights");
+    const clue::logic::OnBounds told = clue::on_bounds_of(on_bounds);
+    clue::logic::Limits limits(seconds, clue::signalled);
+    sat::Minimum found;
+    {
+      const py::gil_scoped_release released;
+      found = sat::minimize(n_variables, h, s, w, limits, told);
+    }
+    return py::dict("model"_a = array(std::move(found.model)), "satisfiable"_a = found.satisfiable,
+                    "optimal"_a = found.optimal, "cost"_a = found.cost, "lower_bound"_a = found.lower_bound,
+                    "cores"_a = found.cores, "solves"_a = found.solves,
+                    "interrupted"_a = clue::raised(limits.interrupted()));
+  });
 }

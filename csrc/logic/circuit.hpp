@@ -18,8 +18,9 @@
 #include <cstdint>
 #include <functional>
 #include <span>
-#include <stdexcept>
 #include <vector>
+
+#include "limits.hpp"
 
 namespace clue::logic {
 
@@ -53,21 +54,18 @@ struct Answer {
   std::int64_t lower_bound = 0;        // no assignment costs less
   bool optimal = false;                // cost == lower_bound was proven
   bool unique = false;                 // every level of the order was decided, so the answer is the only best one
+  bool interrupted = false;            // `interrupted` or `on_bounds` cut it short, not the time limit
   std::int64_t variables = 0, clauses = 0, components = 0, cores = 0, solves = 0;
 };
 
-// Thrown when `interrupted` asked for it.
-struct Interrupted : std::runtime_error {
-  Interrupted() : std::runtime_error("interrupted") {}
-};
-
-// Answers the question. The answer is unique and depends on nothing but the question, unless the time limit cuts it
-// short. It minimises in this order: weight of conflicts; risk of retain nodes with r_n = 0, plus risk of editable
-// retain nodes with f_n = 0; minus the reach of editable forget nodes with f_n = 0; then, from the lowest node id up,
-// f_n = 1 is preferred, then r_n = 1.
+// Answers the question. The answer is unique and depends on nothing but the question, unless it is cut short: then it
+// is the best one so far, a valid assignment with proven bounds. It minimises in this order: weight of conflicts; risk
+// of retain nodes with r_n = 0, plus risk of editable retain nodes with f_n = 0; minus the reach of editable forget
+// nodes with f_n = 0; then, from the lowest node id up, f_n = 1 is preferred, then r_n = 1.
 //
-// `interrupted` is polled about every 50 ms and must not throw. Throws std::invalid_argument naming the argument when
-// an array has the wrong length, an id is out of range, an edge runs backwards, or nothing reaches an output.
-Answer assign(const Question& question, const std::function<bool()>& interrupted);
+// `interrupted` is polled about every 50 ms and must not throw; `on_bounds` may be null. Throws std::invalid_argument
+// naming the argument when an array has the wrong length, an id is out of range, an edge runs backwards, or nothing
+// reaches an output.
+Answer assign(const Question& question, const std::function<bool()>& interrupted, const OnBounds& on_bounds);
 
 }  // namespace clue::logic

@@ -5,9 +5,12 @@
 // 3. (support) Settle what every objective agrees on, in one sweep over the nodes per rule.
 // 4. Split the rest into connected components, pack small ones together, and minimise each pack on its own: all
 //    constraints and all objectives are sums over components, so their best models together are the best model.
+//
+// Every step looks at the limits, and what is open where one strikes becomes true: that is a model at any time.
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -42,6 +45,15 @@ void require(bool condition, const std::string& text) {
   if (!condition) throw std::invalid_argument(text);
 }
 
+[[noreturn]] void refuse_edge(const std::string& circuit, std::int32_t u, std::int32_t v, std::uint8_t gate,
+                              std::int32_t n_nodes) {
+  const std::string edge = std::to_string(u) + " -> " + std::to_string(v);
+  require(u >= 0 && v >= 0 && u < n_nodes && v < n_nodes,
+          circuit + ": expected node ids in 0.." + std::to_string(n_nodes - 1) + ", got edge " + edge);
+  require(u < v, circuit + ": expected src < dst, got edge " + edge);
+  throw std::invalid_argument(circuit + ": expected gates 0..2, got " + std::to_string(gate));
+}
+
 void check(const Question& q) {
   const auto n = static_cast<std::size_t>(q.n_nodes);
   require(q.n_nodes >= 2, "n_nodes: expected at least 2, got " + std::to_string(q.n_nodes));
@@ -57,8 +69,9 @@ void check(const Question& q) {
   const std::int64_t most = std::numeric_limits<std::int64_t>::max() / (4 * static_cast<std::int64_t>(q.n_nodes));
   const auto range = [&](const char* name, std::span<const std::int64_t> values) {
     for (const std::int64_t value : values)
-      require(0 <= value && value <= most,
-              std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
+      if (value < 0 || value > most)
+        throw std::invalid_argument(std::string(name) + ": expected 0.." + std::to_string(most) + ", got " +
+                                    std::to_string(value));
   };
   range("weights", q.weight);
   range("risk", q.risk);
@@ -78,12 +91,8 @@ void check(const Question& q) {
       bool reached = false;
       for (std::size_t e = 0; e < circuit.src.size(); ++e) {
         const std::int32_t u = circuit.src[e], v = circuit.dst[e];
-        require(u >= 0 && v >= 0 && u < q.n_nodes && v < q.n_nodes, name + ": expected node ids in 0.." +
-                                                                        std::to_string(q.n_nodes - 1) + ", got edge " +
-                                                                        std::to_string(u) + " -> " + std::to_string(v));
-        require(u < v, name + ": expected src < dst, got edge " + std::to_string(u) + " -> " + std::to_string(v));
-        require(circuit.gate[e] <= static_cast<std::uint8_t>(Gate::Adder),
-                name + ": expected gates 0..2, got " + std::to_string(circuit.gate[e]));
+        if (u < 0 || u >= v || v >= q.n_nodes || circuit.gate[e] > static_cast<std::uint8_t>(Gate::Adder))
+          refuse_edge(name, u, v, circuit.gate[e], q.n_nodes);
         reached = reached || v == q.n_nodes - 1;
       }
       require(reached, name + ": expected an edge into the output, got none");
@@ -92,8 +101,9 @@ void check(const Question& q) {
   }
 }
 
-// Sorts one side's edges into groups. A group that the embedding satisfies is left out.
-Side make_side(const Question& q, bool retain) {
+// Sorts one side's edges into groups. A group that the embedding satisfies is left out. Where a limit strikes, groups
+// are missing, members are not.
+Side make_side(const Question& q, bool retain, Limits& limits) {
   const auto n = static_cast<std::size_t>(q.n_nodes);
   const auto& circuits = retain ? q.retain : q.forget;
   Side side{retain, q.semantics, {}, {}, {}, std::vector<std::uint8_t>(n), std::vector<std::int8_t>(n, kOpen)};
@@ -109,7 +119,7 @@ Side make_side(const Question& q, bool retain) {
   std::vector<std::uint64_t> keys(static_cast<std::size_t>(start.back()));
   std::vector<std::int64_t> next(start.begin(), start.end() - 1);
   for (std::size_t c = 0; c < circuits.size(); ++c)
-    for (std::size_t e = 0; e < circuits[c].src.size(); ++e)
+    for (std::size_t e = 0; e < circuits[c].src.size() && !limits.tick(); ++e)
       keys[static_cast<std::size_t>(next[circuits[c].dst[e]]++)] = std::uint64_t{c} << 34 |
                                                                    std::uint64_t{circuits[c].gate[e]} << 32 |
                                                                    static_cast<std::uint32_t>(circuits[c].src[e]);
@@ -118,7 +128,7 @@ Side make_side(const Question& q, bool retain) {
   side.x[n - 1] = kTrue;
   side.first_group.reserve(n + 1);
   side.inputs.reserve(keys.size());
-  for (std::size_t node = 0; node < n; ++node) {
+  for (std::size_t node = 0; node < n && !limits.tick(); ++node) {
     side.first_group.push_back(static_cast<std::int32_t>(side.groups.size()));
     const auto first = keys.begin() + start[node], last = keys.begin() + start[node + 1];
     std::sort(first, last);
@@ -152,7 +162,8 @@ Side make_side(const Question& q, bool retain) {
 }
 
 // Unit propagation. All x true is a model, so nothing is ever refuted and x only becomes true.
-void propagate(Side& side) {
+void propagate(Side& side, Limits& limits) {
+  if (limits.expired()) return;
   std::vector<std::int32_t> queue;
   for (std::size_t node = 1; node < side.x.size(); ++node)
     if (side.x[node] == kTrue) queue.push_back(static_cast<std::int32_t>(node));
@@ -172,6 +183,7 @@ void propagate(Side& side) {
     uses.resize(side.inputs.size());
     std::vector<std::int64_t> next(first_use.begin(), first_use.end() - 1);
     for (std::size_t g = 0; g < side.groups.size(); ++g) {
+      if (limits.tick()) return;
       const Group& group = side.groups[g];
       missing.push_back(group.last - group.first);
       for (std::int32_t i = group.first; i < group.last; ++i)
@@ -179,7 +191,7 @@ void propagate(Side& side) {
     }
   }
 
-  while (!queue.empty()) {
+  while (!queue.empty() && !limits.tick()) {
     const std::int32_t node = queue.back();
     queue.pop_back();
     for (std::int32_t g = side.first_group[node]; g < side.first_group[node + 1]; ++g) {
@@ -198,12 +210,17 @@ void propagate(Side& side) {
 // The question with its two sides, and the steps of the answer.
 class Instance {
  public:
-  Instance(const Question& question, Limits& limits)
-      : q_(question), limits_(limits), n_(question.n_nodes), dead_(make_side(q_, false)), works_(make_side(q_, true)) {}
+  Instance(const Question& question, Limits& limits, const OnBounds& on_bounds)
+      : q_(question),
+        limits_(limits),
+        on_bounds_(on_bounds),
+        n_(question.n_nodes),
+        dead_(make_side(q_, false, limits)),
+        works_(make_side(q_, true, limits)) {}
 
   Answer answer() {
-    propagate(dead_);
-    propagate(works_);
+    propagate(dead_, limits_);
+    propagate(works_, limits_);
     const auto n = static_cast<std::size_t>(n_);
     found_.forced.assign(n, 0);
     for (std::int32_t node = 0; node < n_; ++node)
@@ -212,9 +229,13 @@ class Instance {
         found_.lower_bound += q_.weight[node];
       }
     if (q_.semantics == Semantics::Support) settle();
+    for (std::int32_t node = 0; node < n_; ++node)
+      if (both(node) && works_.x[node] != kFalse && dead_.x[node] != kFalse) found_.cost += q_.weight[node];
+    if (!tell(found_.lower_bound, found_.cost)) limits_.interrupt();
     encode();
     minimize_components();
     report();
+    found_.interrupted = limits_.interrupted();
     return std::move(found_);
   }
 
@@ -224,14 +245,23 @@ class Instance {
   // May this node still become a conflict that costs something?
   bool at_stake(std::int32_t node) const { return both(node) && q_.weight[node] > 0 && dead_.x[node] != kFalse; }
 
+  // False when the one who is told wants no more.
+  bool tell(std::int64_t lower_bound, std::int64_t cost) {
+    if (!on_bounds_ || limits_.interrupted() || (lower_bound <= told_lower_bound_ && cost >= told_cost_)) return true;
+    told_lower_bound_ = lower_bound;
+    told_cost_ = cost;
+    return on_bounds_(lower_bound, cost);
+  }
+
   // Gives x the value that no objective and no constraint speaks against.
   void settle() {
+    if (limits_.expired()) return;
     // Dead: forget nodes outside the retain circuits that are worth reaching and need nothing open for it.
-    for (std::int32_t node = 1; node < n_; ++node)
+    for (std::int32_t node = 1; node < n_ && !limits_.tick(); ++node)
       if (open(dead_, node) && gains(node) && !works_.member[node] && groups_true(dead_, node)) dead_.x[node] = kTrue;
     // Not dead: nodes nobody's death needs, where nothing is gained by it.
     std::vector<std::uint8_t> needed(static_cast<std::size_t>(n_));
-    for (std::int32_t node = n_ - 1; node > 0; --node) {
+    for (std::int32_t node = n_ - 1; node > 0 && !limits_.tick(); --node) {
       if (!dead_.member[node]) continue;
       if (dead_.x[node] == kOpen && !needed[node] && (!gains(node) || loses(node))) dead_.x[node] = kFalse;
       if (dead_.x[node] == kFalse) continue;
@@ -240,7 +270,7 @@ class Instance {
           for (std::int32_t i = group.first; i < group.last; ++i) needed[dead_.inputs[i]] = 1;
     }
     // Working: retain nodes that can no longer be a conflict and need nothing open for it.
-    for (std::int32_t node = 1; node < n_; ++node)
+    for (std::int32_t node = 1; node < n_ && !limits_.tick(); ++node)
       if (open(works_, node) && !at_stake(node) && groups_true(works_, node)) works_.x[node] = kTrue;
   }
 
@@ -299,6 +329,7 @@ class Instance {
     std::iota(parent_.begin(), parent_.end(), 0);
     for (const Side* side : {&dead_, &works_})
       for (const Group& group : side->groups) {
+        if (limits_.tick()) return;
         if (side->x[group.node] == kFalse) continue;
         const bool authors = q_.semantics == Semantics::Authors;
         if (group.all) {
@@ -329,6 +360,8 @@ class Instance {
 
   // Groups open variables and clauses by component, packs components, and minimises each pack.
   void minimize_components() {
+    found_.optimal = found_.unique = !limits_.expired();
+    if (limits_.expired()) return;
     std::vector<std::int32_t> variables;
     for (std::int32_t node = 1; node < n_; ++node) {
       if (open(dead_, node)) variables.push_back(2 * node);
@@ -336,7 +369,6 @@ class Instance {
     }
     found_.variables = static_cast<std::int64_t>(variables.size());
     found_.clauses = static_cast<std::int64_t>(clause_ends_.size());
-    found_.optimal = found_.unique = true;
     for (const std::int32_t v : variables) parent_[v] = root(v);
     std::stable_sort(variables.begin(), variables.end(),
                      [&](std::int32_t a, std::int32_t b) { return parent_[a] < parent_[b]; });
@@ -366,10 +398,13 @@ class Instance {
 
     local_.assign(parent_.size(), 0);
     for (const std::size_t p : order) {
+      if (limits_.expired()) {
+        found_.optimal = found_.unique = false;
+        return;
+      }
       std::vector<std::int32_t> members(variables.begin() + pack_start[p], variables.begin() + pack_start[p + 1]);
       std::sort(members.begin(), members.end());
       minimize_pack(members, clauses_of[p]);
-      if (limits_.interrupted()) throw Interrupted();
     }
   }
 
@@ -409,7 +444,17 @@ class Instance {
       preference.push_back(is_works ? literal : -literal);
     }
     std::vector<std::uint8_t> everything(static_cast<std::size_t>(formula.n_variables) + 1, 1);
-    const Optimum optimum = minimize(formula, levels, preference, std::move(everything), limits_);
+    std::int64_t here = 0, cost = 0;  // of this pack, with everything true and at its best
+    for (const Soft& soft : conflicts) here += soft.weight;
+    cost = here;
+    OnBounds on_bounds;
+    if (on_bounds_)
+      on_bounds = [&](std::int64_t lower_bound, std::int64_t best) {
+        cost = best;
+        return tell(found_.lower_bound + lower_bound, found_.cost - here + best);
+      };
+    const Optimum optimum = minimize(formula, levels, preference, std::move(everything), limits_, on_bounds);
+    found_.cost -= here - cost;
     for (const std::int32_t v : members)
       (v % 2 == 1 ? works_ : dead_).x[v / 2] = optimum.model[local_[v]] ? kTrue : kFalse;
     found_.lower_bound += optimum.lower_bound;
@@ -421,6 +466,10 @@ class Instance {
 
   void report() {
     const auto n = static_cast<std::size_t>(n_);
+    for (Side* side : {&dead_, &works_})
+      for (std::int8_t& x : side->x)
+        if (x == kOpen) x = kTrue;
+    found_.cost = 0;
     found_.retain_works.assign(n, -1);
     found_.forget_works.assign(n, -1);
     found_.conflict.assign(n, 0);
@@ -438,6 +487,7 @@ class Instance {
 
   const Question& q_;
   Limits& limits_;
+  const OnBounds& on_bounds_;
   const std::int32_t n_;
   Side dead_, works_;
   Answer found_;
@@ -446,14 +496,15 @@ class Instance {
   std::vector<std::int32_t> parent_;  // union-find over variables
   std::vector<int> local_;            // of a variable in its pack's formula
   bool satisfied_ = false;
+  std::int64_t told_lower_bound_ = -1, told_cost_ = 0;
 };
 
 }  // namespace
 
-Answer assign(const Question& question, const std::function<bool()>& interrupted) {
-  check(question);
+Answer assign(const Question& question, const std::function<bool()>& interrupted, const OnBounds& on_bounds) {
   Limits limits(question.time_limit, interrupted);
-  return Instance(question, limits).answer();
+  check(question);
+  return Instance(question, limits, on_bounds).answer();
 }
 
 }  // namespace clue::logic

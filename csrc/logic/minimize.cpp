@@ -7,7 +7,8 @@
 //    member and add w to the lower bound. A totalizer counts how many members fail; "at most one" becomes a new soft
 //    literal of weight w. When that one is in a later core, "at most two" takes over, and so on: outputs are made on
 //    demand. A count proven too small at once ("core exhaustion") raises the bound without another core.
-// 3. The last model bounds the cost from above; soft literals dearer than the gap between the bounds become hard.
+// 3. The best model so far, which may come from minimising a core too, bounds the cost from above; soft literals dearer
+//    than the gap between the bounds become hard, and where there is no gap the level is closed.
 // 4. A closed level's soft literals that still carry weight hold in every optimum and only there, so making them hard
 //    clauses fixes the level's cost for all later levels.
 //
@@ -22,13 +23,18 @@
 namespace clue::logic {
 namespace {
 
+// A limit struck where half the work is of no use.
+struct Expired {};
+
 // Counts true literals: output(k) is implied by k of them being true. Built as a balanced tree, output by output.
 class Totalizers {
  public:
-  Totalizers(Solver& solver, int& n_variables) : solver_(solver), n_variables_(n_variables) {}
+  Totalizers(Solver& solver, int& n_variables, Limits& limits)
+      : solver_(solver), n_variables_(n_variables), limits_(limits) {}
 
   // Returns the root of a new counter.
   int add(std::span<const int> inputs) {
+    if (limits_.tick()) throw Expired();
     const int id = static_cast<int>(nodes_.size());
     nodes_.push_back({-1, -1, static_cast<int>(inputs.size()), {}});
     if (inputs.size() == 1) {
@@ -72,6 +78,7 @@ class Totalizers {
         if (i > 0) clause_.push_back(-a[i - 1]);
         if (total > i) clause_.push_back(-b[total - i - 1]);
         clause_.push_back(made);
+        if (limits_.tick()) throw Expired();
         solver_.clause(clause_);
       }
       if (total > 1) {
@@ -84,21 +91,25 @@ class Totalizers {
 
   Solver& solver_;
   int& n_variables_;
+  Limits& limits_;
   std::vector<Node> nodes_;
   std::vector<int> clause_;
 };
 
 class Minimizer {
  public:
-  Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits)
-      : solver_(limits),
+  Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds)
+      : limits_(limits),
+        on_bounds_(on_bounds),
+        solver_(limits),
         n_original_(formula.n_variables),
         n_variables_(formula.n_variables),
-        totalizers_(solver_, n_variables_),
+        totalizers_(solver_, n_variables_, limits),
         model_(std::move(start)),
         known_(!model_.empty()) {
     model_.resize(static_cast<std::size_t>(n_original_) + 1);
-    for (auto first = formula.clauses.begin(); first != formula.clauses.end();) {
+    // Cut short by a limit, it is a formula that no search is made on.
+    for (auto first = formula.clauses.begin(); first != formula.clauses.end() && !limits.tick();) {
       const auto last = std::find(first, formula.clauses.end(), 0);
       solver_.clause({first, last});
       first = last + 1;
@@ -110,41 +121,26 @@ class Minimizer {
 
   // Replaces the starting model by one that follows the phases.
   Verdict search() {
-    const Verdict verdict = run({});
+    const Verdict verdict = solver_.solve({});
     if (verdict == Verdict::Unsatisfiable && known_) throw std::logic_error("the formula has no model");
-    known_ = known_ || verdict == Verdict::Satisfiable;
+    if (verdict == Verdict::Satisfiable) take_solution();
     return verdict;
   }
 
-  // Closes one level. False when a limit ended the search; `bound` is then still a lower bound.
+  // Closes the next level. False when a limit ended the search; `bound` is then still a lower bound.
   bool close(const Level& level, std::int64_t& bound) {
-    level_ = level;
-    softs_.clear();
-    position_.clear();
-    bound = 0;
-    if (std::all_of(level.begin(), level.end(), [&](const Soft& soft) { return holds(soft.literal); })) {
-      for (const Soft& soft : level) harden(soft.literal);
-      return true;
+    level_ = &level;
+    bound_ = cost_ = 0;
+    for (const Soft& soft : level)
+      if (!holds(soft.literal)) cost_ += soft.weight;
+    bool closed = false;
+    try {
+      closed = close_level();
+    } catch (const Expired&) {
     }
-    solver_.propagate();  // what earlier levels settled needs no search
-    for (const Soft& soft : level) {
-      const int value = solver_.fixed(soft.literal);
-      if (value < 0) bound += soft.weight;
-      if (value == 0) add_soft(soft.literal, soft.weight, -1, 0);
-    }
-    std::int64_t stratum = 0;
-    for (const State& soft : softs_) stratum = std::max(stratum, soft.weight);
-    while (stratum > 0) {
-      if (!close_stratum(stratum, bound)) return false;
-      std::int64_t next = 0;
-      for (const State& soft : softs_)
-        if (soft.weight < stratum) next = std::max(next, soft.weight);
-      // Halving keeps the number of strata logarithmic however many distinct weights there are.
-      stratum = next > stratum / 2 ? std::max<std::int64_t>(stratum / 2, 1) : next;
-    }
-    for (const State& soft : softs_)
-      if (soft.weight > 0) harden(soft.literal);
-    return true;
+    bound = bound_;
+    on_bounds_ = nullptr;  // they are those of the first level
+    return closed;
   }
 
   // Makes the model the best one in lexicographic order of these literals. False when a limit ended the search.
@@ -167,6 +163,42 @@ class Minimizer {
     bool waiting;          // left out until the current round of disjoint cores is over
   };
 
+  bool close_level() {
+    softs_.clear();
+    position_.clear();
+    tell();
+    if (cost_ > 0) {
+      solver_.propagate();  // what earlier levels settled needs no search
+      for (const Soft& soft : *level_) {
+        if (limits_.tick()) return false;
+        const int value = solver_.fixed(soft.literal);
+        if (value < 0) bound_ += soft.weight;
+        if (value == 0) add_soft(soft.literal, soft.weight, -1, 0);
+      }
+      if (bound_ > 0) tell();
+      std::int64_t stratum = 0;
+      for (const State& soft : softs_) stratum = std::max(stratum, soft.weight);
+      while (stratum > 0 && bound_ < cost_) {
+        if (!close_stratum(stratum)) return false;
+        std::int64_t next = 0;
+        for (const State& soft : softs_)
+          if (soft.weight < stratum) next = std::max(next, soft.weight);
+        // Halving keeps the number of strata logarithmic however many distinct weights there are.
+        stratum = next > stratum / 2 ? std::max<std::int64_t>(stratum / 2, 1) : next;
+      }
+      for (const State& soft : softs_)
+        if (soft.weight > 0) harden(soft.literal);
+    } else {
+      for (const Soft& soft : *level_) harden(soft.literal);
+    }
+    return true;
+  }
+
+  // The bounds have moved.
+  void tell() {
+    if (on_bounds_ && !limits_.interrupted() && !on_bounds_(bound_, cost_)) limits_.interrupt();
+  }
+
   bool holds(int literal) const { return model_[static_cast<std::size_t>(std::abs(literal))] == (literal > 0); }
 
   void harden(int literal) {
@@ -174,10 +206,24 @@ class Minimizer {
     solver_.clause(unit);
   }
 
-  Verdict run(std::span<const int> assumptions) {
-    const Verdict verdict = solver_.solve(assumptions);
-    if (verdict == Verdict::Satisfiable)
-      for (int v = 1; v <= n_original_; ++v) model_[static_cast<std::size_t>(v)] = solver_.value(v);
+  // The solver's model becomes this one's.
+  void take_solution() {
+    for (int v = 1; v <= n_original_; ++v) model_[static_cast<std::size_t>(v)] = solver_.value(v);
+    known_ = true;
+  }
+
+  // A search that ends satisfiable may have found a better model.
+  Verdict run(std::span<const int> assumptions, int decisions = -1) {
+    const Verdict verdict = solver_.solve(assumptions, decisions);
+    if (verdict != Verdict::Satisfiable) return verdict;
+    std::int64_t cost = 0;
+    for (const Soft& soft : *level_)
+      if (!solver_.value(soft.literal)) cost += soft.weight;
+    if (cost < cost_) {
+      take_solution();
+      cost_ = cost;
+      tell();
+    }
     return verdict;
   }
 
@@ -198,8 +244,8 @@ class Minimizer {
     return softs_[static_cast<std::size_t>(position_[key] - 1)];
   }
 
-  // Rounds of disjoint cores until all softs of weight >= stratum hold together.
-  bool close_stratum(std::int64_t stratum, std::int64_t& bound) {
+  // Rounds of disjoint cores until all softs of weight >= stratum hold together, or the bounds meet.
+  bool close_stratum(std::int64_t stratum) {
     for (;;) {
       assumptions_.clear();
       for (State& soft : softs_) {
@@ -217,21 +263,19 @@ class Minimizer {
           if (solver_.failed(literal)) core_.push_back(literal);
         if (core_.empty()) throw std::logic_error("the formula has no model");
         shrink();
-        relax(bound);
+        relax();
+        if (bound_ == cost_) return true;
         std::erase_if(assumptions_, [&](int literal) { return soft_of(literal).waiting; });
       }
-      if (!found) return true;
-      harden_dear(bound);
+      if (!found || bound_ == cost_) return true;
+      harden_dear();
     }
   }
 
   // Softs that weigh more than the gap between the model and the bound hold in every optimum.
-  void harden_dear(std::int64_t bound) {
-    std::int64_t gap = -bound;
-    for (const Soft& soft : level_)
-      if (!holds(soft.literal)) gap += soft.weight;
+  void harden_dear() {
     for (State& soft : softs_)
-      if (soft.weight > gap) {
+      if (soft.weight > cost_ - bound_) {
         harden(soft.literal);
         soft.weight = 0;
       }
@@ -245,7 +289,7 @@ class Minimizer {
     for (std::size_t i = core_.size(); i-- > 0 && core_.size() > 1 && trials-- > 0;) {
       trial_ = core_;
       trial_.erase(trial_.begin() + static_cast<std::ptrdiff_t>(i));
-      if (solver_.solve(trial_, decisions) != Verdict::Unsatisfiable) continue;
+      if (run(trial_, decisions) != Verdict::Unsatisfiable) continue;
       core_.clear();
       std::size_t before = 0;
       for (std::size_t j = 0; j < trial_.size(); ++j) {
@@ -257,11 +301,12 @@ class Minimizer {
     }
   }
 
-  void relax(std::int64_t& bound) {
+  void relax() {
     ++cores_;
     std::int64_t least = soft_of(core_.front()).weight;
     for (const int literal : core_) least = std::min(least, soft_of(literal).weight);
-    bound += least;
+    bound_ += least;
+    tell();
     trial_.clear();
     for (const int literal : core_) trial_.push_back(-literal);
     solver_.clause(trial_);
@@ -278,22 +323,26 @@ class Minimizer {
     const int totalizer = totalizers_.add(inputs), size = totalizers_.size(totalizer);
     for (int count = 2; count <= size; ++count) {
       const int at_most[] = {-totalizers_.output(totalizer, count)};
-      if (solver_.solve(at_most, size + 200) != Verdict::Unsatisfiable) {
+      if (run(at_most, size + 200) != Verdict::Unsatisfiable) {
         add_soft(at_most[0], least, totalizer, count);
         break;
       }
-      bound += least;  // at least `count` members fail, whatever the others do
+      bound_ += least;  // at least `count` members fail, whatever the others do
       harden(-at_most[0]);
+      tell();
     }
   }
 
+  Limits& limits_;
+  OnBounds on_bounds_;  // null after the first level
   Solver solver_;
   const int n_original_;
   int n_variables_;
   Totalizers totalizers_;
   std::vector<std::uint8_t> model_;
-  bool known_;   // model_ is a model
-  Level level_;  // as it was given
+  bool known_;                         // model_ is a model
+  const Level* level_ = nullptr;       // as it was given
+  std::int64_t bound_ = 0, cost_ = 0;  // of the level: what it costs at least, and with the model
   std::vector<State> softs_;
   std::vector<int> position_;  // of a literal in softs_, plus one; 0 where it is none
   std::vector<int> assumptions_, core_, trial_;
@@ -303,8 +352,8 @@ class Minimizer {
 }  // namespace
 
 Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
-                 std::vector<std::uint8_t> start, Limits& limits) {
-  Minimizer minimizer(formula, std::move(start), limits);
+                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds) {
+  Minimizer minimizer(formula, std::move(start), limits, on_bounds);
   // Earlier levels have the last word on a variable's phase.
   for (const int literal : preference) {
     minimizer.phase(literal);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "limits.hpp"
 #include "solver.hpp"
 
 namespace clue::logic {
@@ -33,8 +34,9 @@ struct Optimum {
 
 // Minimises the levels in order, then prefers the literals of `preference` to be true, the earlier ones first. With
 // every variable in `preference` the model is unique. `start` must be a model, which is returned, improved as far as it
-// went, when the limits end the search; or empty, where none is known.
+// went, when the limits end the search; or empty, where none is known. `on_bounds` may be null and hears of the first
+// level.
 Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
-                 std::vector<std::uint8_t> start, Limits& limits);
+                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds);
 
 }  // namespace clue::logic

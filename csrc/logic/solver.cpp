@@ -1,4 +1,4 @@
-// The wrapper around CaDiCaL: options, limits, and the mapping of its return codes.
+// The wrapper around CaDiCaL: options, and the mapping of its return codes.
 #include "solver.hpp"
 
 #include <cstdlib>
@@ -52,22 +52,6 @@ class InOrder : public CaDiCaL::ExternalPropagator {
 };
 
 }  // namespace
-
-Limits::Limits(double time_limit, std::function<bool()> interrupted)
-    : poll_(std::move(interrupted)), next_poll_(Clock::now()), deadline_(next_poll_), limited_(time_limit > 0) {
-  if (limited_) deadline_ += std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(time_limit));
-}
-
-bool Limits::expired() {
-  if (expired_) return true;
-  const auto now = Clock::now();
-  if (limited_ && now >= deadline_) return expired_ = true;
-  if (now >= next_poll_) {
-    next_poll_ = now + std::chrono::milliseconds(50);
-    if (poll_()) expired_ = interrupted_ = true;
-  }
-  return expired_;
-}
 
 Solver::Solver(Limits& limits) : limits_(limits) {
   // lucky costs a full pass per incremental call; factor invents variables that would clash with ours.

@@ -1,30 +1,14 @@
-// CaDiCaL as the rest of this folder uses it: assumptions in, answer out, with a deadline and Ctrl-C.
+// CaDiCaL as the rest of this folder uses it: assumptions in, answer out, within limits.
 #pragma once
 
 #include <cadical.hpp>
-#include <chrono>
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <vector>
 
+#include "limits.hpp"
+
 namespace clue::logic {
-
-// When to stop early. Shared by all solvers of one call.
-class Limits {
- public:
-  // `time_limit` in seconds from now, 0 is none; `interrupted` is polled about every 50 ms.
-  Limits(double time_limit, std::function<bool()> interrupted);
-
-  bool expired();                                    // the time is up, or it was interrupted
-  bool interrupted() const { return interrupted_; }  // it was Ctrl-C, not the clock
-
- private:
-  using Clock = std::chrono::steady_clock;
-  std::function<bool()> poll_;
-  Clock::time_point next_poll_, deadline_;
-  bool limited_, expired_ = false, interrupted_ = false;
-};
 
 enum class Verdict { Satisfiable, Unsatisfiable, Unknown };
 
@@ -47,7 +31,7 @@ class Solver : CaDiCaL::Terminator {
   // more; `model` ([variables + 1]) is set to it. It takes one search, whose every decision is the first literal still
   // open: what such a search refutes, it refutes from earlier literals alone. The literals must have been frozen.
   Verdict solve_in_order(std::span<const int> literals, std::vector<std::uint8_t>& model);
-  bool value(int literal) { return solver_.val(literal) > 0; }  // after Satisfiable
+  bool value(int literal) { return solver_.val(literal) == literal; }  // after Satisfiable
   bool failed(int literal) { return solver_.failed(literal); }  // after Unsatisfiable: the assumption is in the core
 
   std::int64_t solves() const { return solves_; }

@@ -14,7 +14,8 @@ bool blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n' || c
 
 class Scanner {
  public:
-  explicit Scanner(std::string_view text) : at_(text.data()), end_(text.data() + text.size()) {}
+  Scanner(std::string_view text, logic::Limits& limits)
+      : at_(text.data()), end_(text.data() + text.size()), limits_(limits) {}
 
   [[noreturn]] void fail(const std::string& what) const { fail(line_, what); }
   [[noreturn]] static void fail(std::int64_t line, const std::string& what) {
@@ -26,6 +27,7 @@ class Scanner {
   // Skips blanks and comment lines. False at the end of the text.
   bool skip() {
     for (;;) {
+      if (limits_.tick()) throw Stopped();
       while (at_ != end_ && blank(*at_)) newline(*at_++);
       if (at_ == end_) return false;
       if (*at_ != 'c' || !first_) return true;
@@ -108,6 +110,7 @@ class Scanner {
 
   const char* at_;
   const char* const end_;
+  logic::Limits& limits_;
   std::int64_t line_ = 1;
   bool first_ = true;  // no token of this line has been read
 };
@@ -179,8 +182,8 @@ std::int64_t count(std::span<const std::int32_t> clauses) { return std::count(cl
 
 }  // namespace
 
-Cnf read_cnf(std::string_view text) {
-  Scanner scan(text);
+Cnf read_cnf(std::string_view text, logic::Limits& limits) {
+  Scanner scan(text, limits);
   if (!scan.skip()) scan.fail("there is no header 'p cnf VARIABLES CLAUSES'");
   const Header head = header(scan, "cnf");
   if (scan.more_on_line()) scan.fail("the header has more than variables and clauses: " + Scanner::shown(scan.token()));
@@ -197,8 +200,8 @@ Cnf read_cnf(std::string_view text) {
   return cnf;
 }
 
-Wcnf read_wcnf(std::string_view text) {
-  Scanner scan(text);
+Wcnf read_wcnf(std::string_view text, logic::Limits& limits) {
+  Scanner scan(text, limits);
   Wcnf wcnf;
   bool more = scan.skip();
   Header head;

@@ -8,6 +8,8 @@
 #include <string_view>
 #include <vector>
 
+#include "logic/limits.hpp"
+
 namespace clue::sat {
 
 // Clauses one after the other, each ended by 0.
@@ -33,9 +35,12 @@ struct FormatError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Memory grows with the text, never with what its header claims. Throw FormatError.
-Cnf read_cnf(std::string_view text);
-Wcnf read_wcnf(std::string_view text);
+// A limit struck before the end of the text.
+struct Stopped {};
+
+// Memory grows with the text, never with what its header claims. Throw FormatError, and Stopped.
+Cnf read_cnf(std::string_view text, logic::Limits& limits);
+Wcnf read_wcnf(std::string_view text, logic::Limits& limits);
 
 // `header` chooses the format before 2022. Throw std::invalid_argument as the checks below do.
 std::string write_cnf(int n_variables, std::span<const std::int32_t> clauses);

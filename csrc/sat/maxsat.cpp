@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "dimacs.hpp"
-#include "logic/minimize.hpp"
 #include "solver.hpp"
 
 namespace clue::sat {
@@ -27,7 +26,7 @@ bool satisfied(const std::int32_t*& at, const std::vector<std::uint8_t>& model) 
 }  // namespace
 
 Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<const std::int32_t> soft,
-                 std::span<const std::int64_t> weights, logic::Limits& limits) {
+                 std::span<const std::int64_t> weights, logic::Limits& limits, const logic::OnBounds& on_bounds) {
   const int largest = std::max(largest_variable(hard, "hard"), check_soft(soft, weights));
   if (largest > n_variables)
     throw std::invalid_argument("n_variables: expected at least " + std::to_string(largest) + ", got " +
@@ -49,6 +48,7 @@ Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<
   std::int64_t always = 0;  // paid by every model
   const std::int32_t* at = soft.data();
   for (const std::int64_t weight : weights) {
+    if (limits.tick()) return {};
     clause.clear();
     for (; *at != 0; ++at) clause.push_back(*at);
     ++at;
@@ -77,7 +77,10 @@ Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<
     if (weight > against) level.push_back({literal, weight - against});
   }
 
-  const logic::Optimum optimum = logic::minimize(formula, {level}, {}, {}, limits);
+  logic::OnBounds on_bounds_of_all;
+  if (on_bounds)
+    on_bounds_of_all = [&](std::int64_t lower, std::int64_t cost) { return on_bounds(lower + always, cost + always); };
+  const logic::Optimum optimum = logic::minimize(formula, {level}, {}, {}, limits, on_bounds_of_all);
   Minimum minimum;
   minimum.satisfiable = optimum.satisfiable;
   minimum.lower_bound = optimum.lower_bound + always;

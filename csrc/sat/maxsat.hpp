@@ -5,7 +5,7 @@
 #include <span>
 #include <vector>
 
-#include "logic/solver.hpp"
+#include "logic/minimize.hpp"
 
 namespace clue::sat {
 
@@ -19,8 +19,8 @@ struct Minimum {
 };
 
 // Clauses end with 0; one weight per soft clause, >= 0, their sum at most kMostWeight. Throws std::invalid_argument
-// naming the argument, and OutOfMemory.
+// naming the argument, and OutOfMemory. `on_bounds` may be null.
 Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<const std::int32_t> soft,
-                 std::span<const std::int64_t> weights, logic::Limits& limits);
+                 std::span<const std::int64_t> weights, logic::Limits& limits, const logic::OnBounds& on_bounds);
 
 }  // namespace clue::sat

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ def assign(
     reach: npt.NDArray[np.int64],
     semantics: str,
     time_limit: float,
-) -> dict[str, Any]: ...
+    on_bounds: Callable[[int, int], object] | None,
+) -> dict[str, Any]:
+    """``interrupted`` is None, or the exception that a signal or ``on_bounds`` raised."""
 
 # SAT (csrc/sat). Wrapped by clue.sat, where each call is described; clauses in arrays end with 0, and seconds of 0 and
 # limits of -1 mean none.
@@ -82,8 +84,9 @@ def minimize(
     soft: npt.NDArray[np.int32],
     weights: npt.NDArray[np.int64],
     seconds: float,
+    on_bounds: Callable[[int, int], object] | None,
 ) -> dict[str, Any]:
-    """``interrupted`` is None, or the exception that a signal raised."""
+    """``interrupted`` is None, or the exception that a signal or ``on_bounds`` raised."""
 
 # Kernels (csrc/attribution, csrc/update). Tensors come through DLPack: torch, NumPy and others.
 

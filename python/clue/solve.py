@@ -5,14 +5,16 @@ file             lines                                                      exit
 ===============  =========================================================  ======================================
 ``.cnf``         ``s SATISFIABLE`` and ``v`` lines, ``s UNSATISFIABLE``,    10, 20, 0
                  ``s UNKNOWN`` (SAT Competition)
-``.wcnf``        ``o`` cost, ``s OPTIMUM FOUND`` or, when a limit struck,   30, 10, 20, 0
+``.wcnf``        ``o`` cost of every better model at once, then             30, 10, 20, 0
+                 ``s OPTIMUM FOUND`` or, if it was stopped,
                  ``s SATISFIABLE``, and ``v`` lines (MaxSAT Evaluation)
-circuits         ``o`` cost of conflicts, ``s OPTIMUM FOUND`` or            30, 10
+circuits         ``o`` cost of conflicts as above, ``s OPTIMUM FOUND`` or   30, 10, 0
                  ``s SATISFIABLE``, and a line ``v ROLE NODE`` per node
 ===============  =========================================================  ======================================
 
 Everything else is in ``c`` lines. Variables above the largest one that a clause uses are left out of ``v`` lines: they
-may have any value. Heavy imports happen inside the commands.
+may have any value. The time limit, Ctrl-C and SIGTERM end a command in the same way: with the best known, or
+``s UNKNOWN``. Heavy imports happen inside the commands.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +40,10 @@ if TYPE_CHECKING:
 
 _SATISFIABLE, _UNSATISFIABLE, _OPTIMUM, _UNKNOWN = 10, 20, 30, 0
 _PER_LINE = 16
+_PIECE = 1 << 20  # literals added at once
+
+#: The seconds that are left, or None without a limit.
+TimeLeft = Callable[[], float | None]
 
 
 def add_to(commands: Any) -> None:
@@ -45,7 +54,8 @@ def add_to(commands: Any) -> None:
     solve.set_defaults(command=_solve)
     solve.add_argument("file", metavar="FILE", help="formula.cnf or formula.wcnf (.gz and .xz too), question.json (see"
                        " clue.logic.question), or the forget circuit as .json (EAP-IG) or .safetensors")
-    solve.add_argument("--time-limit", type=_seconds, metavar="S", help="stop after S seconds with the best so far")
+    solve.add_argument("--time-limit", type=_seconds, metavar="S", help="stop after S seconds, reading included, with the"
+                       " best so far")
     cnf = solve.add_argument_group("formula.cnf")
     cnf.add_argument("--assume", type=_literal, nargs="+", action="extend", default=[], metavar="LIT",
                      help="literals that must hold; if they cannot, a core of them is told")
@@ -88,16 +98,57 @@ def _solve(arguments: argparse.Namespace) -> int:
                                  ("--retain", arguments.retain, (".json", ".safetensors"))):
         if given and kind not in kinds:
             raise ClueError(f"{option} goes with {' or '.join(kinds)} files only")
+    solve = _wcnf if kind == ".wcnf" else _cnf if kind in (".cnf", ".dimacs") else _circuits
     try:
-        if kind == ".wcnf":
-            return _wcnf(arguments)
-        return _cnf(arguments) if kind in (".cnf", ".dimacs") else _circuits(arguments)
+        with _stoppable(arguments.time_limit) as time_left:
+            return solve(arguments, time_left)
+    except KeyboardInterrupt:  # nothing was known yet
+        _say("s UNKNOWN")
+        return _UNKNOWN
     except MemoryError as error:
         raise ClueError(f"{arguments.file}: {error or 'there is not enough memory'}") from None
 
 
+@contextmanager
+def _stoppable(time_limit: float | None) -> Iterator[TimeLeft]:
+    """Have SIGTERM do what Ctrl-C does; the end of the time limit does so too, until somebody asks for the time left."""
+    end = math.inf if time_limit is None else time.monotonic() + time_limit
+    if threading.current_thread() is not threading.main_thread():  # where signals do not go
+        yield lambda: None if time_limit is None else max(end - time.monotonic(), 1e-9)
+        return
+
+    def time_left() -> float | None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return None if time_limit is None else max(end - time.monotonic(), 1e-9)
+
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGALRM)}
+    try:
+        signal.setitimer(signal.ITIMER_REAL, min(time_limit or 0, 1e8))
+        yield time_left
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
+
+
+def _tell_costs() -> Callable[[int, int], None]:
+    """An ``o`` line for every better cost; to be called with the bounds."""
+    costs = [math.inf]
+
+    def tell(lower_bound: int, cost: int) -> None:
+        if cost < costs[-1]:
+            costs.append(cost)
+            _say(f"o {cost}")
+
+    return tell
+
+
+def _bounds(lower_bound: int, cost: int) -> str:
+    return f"c bounds {lower_bound}..{cost}, gap {(cost - lower_bound) / max(cost, 1):.1%}"
 
 
 def _literal_lines(literals: Sequence[int]) -> Iterable[str]:
@@ -116,7 +167,7 @@ def _literals(model: npt.NDArray[np.int8]) -> list[int]:
 # --- formulas -------------------------------------------------------------------------------------------------------
 
 
-def _cnf(arguments: argparse.Namespace) -> int:
+def _cnf(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
     from .sat import Solver, read_dimacs
 
     formula = read_dimacs(arguments.file)
@@ -125,8 +176,10 @@ def _cnf(arguments: argparse.Namespace) -> int:
     with Solver(lucky=1, factor=int(arguments.proof is None)) as solver:
         if arguments.proof is not None:
             solver.proof(arguments.proof, format=arguments.proof_format, binary=not arguments.proof_text)
-        solver.add(formula.clauses)
-        answer = solver.solve(arguments.assume, time_limit=arguments.time_limit)
+        solver.reserve(max(formula.clauses.max(initial=0), -formula.clauses.min(initial=0)))
+        for piece in _pieces(formula.clauses):
+            solver.add(piece)
+        answer = solver.solve(arguments.assume, time_limit=time_left())
         statistics = solver.statistics()
         if arguments.proof is not None:
             if answer is False:
@@ -147,33 +200,45 @@ def _cnf(arguments: argparse.Namespace) -> int:
         return _UNSATISFIABLE
 
 
-def _wcnf(arguments: argparse.Namespace) -> int:
+def _pieces(clauses: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int32]]:
+    """The clauses a part at a time: signals are answered between calls only."""
+    start = 0
+    while start < len(clauses):
+        stop = min(start + _PIECE, len(clauses))
+        while clauses[stop - 1] != 0:
+            stop += 1
+        yield clauses[start:stop]
+        start = stop
+
+
+def _wcnf(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
     from .sat import minimize, read_wcnf
 
     formula = read_wcnf(arguments.file)
     n_hard = int((formula.hard == 0).sum())
     _say(f"c {formula.n_variables} variables, {n_hard} hard and {len(formula.weights)} soft clauses")
-    found = minimize(formula, time_limit=arguments.time_limit, keep_on_interrupt=True)
+    tell = _tell_costs()
+    found = minimize(formula, time_limit=time_left(), keep_on_interrupt=True, on_bounds=tell)
     _say(f"c {found.statistics['cores']} cores, {found.statistics['solves']} calls of the SAT solver")
     if found.satisfiable is False:
         _say("s UNSATISFIABLE")
         return _UNSATISFIABLE
-    if found.model is None:
+    if found.model is None or found.cost is None:
         _say(f"c lower bound {found.lower_bound}", "s UNKNOWN")
         return _UNKNOWN
-    if not found.optimal:
-        _say(f"c lower bound {found.lower_bound}")
+    tell(found.lower_bound, found.cost)
+    _say(_bounds(found.lower_bound, found.cost))
     # The evaluation's value lines: literals up to 2021, one bit per variable since the format without header.
     values = _literal_lines(_literals(found.model)) if formula.header else \
         ["v " + "".join(map(str, found.model[1:].tolist()))]
-    _say(f"o {found.cost}", "s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE", *values)
+    _say("s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE", *values)
     return _OPTIMUM if found.optimal else _SATISFIABLE
 
 
 # --- circuits -------------------------------------------------------------------------------------------------------
 
 
-def _circuits(arguments: argparse.Namespace) -> int:
+def _circuits(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
     from .logic import assign
     from .logic.question import read_question
     from .types import Role
@@ -191,13 +256,16 @@ def _circuits(arguments: argparse.Namespace) -> int:
             raise ClueError(f"{arguments.file} is one circuit: give at least one other with --retain FILE")
         forget, retain, weights = [_circuit(arguments.file)], [_circuit(path) for path in arguments.retain], None
     start = time.perf_counter()
-    found = assign(forget, retain, semantics=arguments.semantics, weights=weights,
-                   time_limit=arguments.time_limit or 0)
+    tell = _tell_costs()
+    found = assign(forget, retain, semantics=arguments.semantics, weights=weights, time_limit=time_left() or 0,
+                   keep_on_interrupt=True, on_bounds=tell)
+    tell(found.lower_bound, found.cost)
     graph = forget[0].graph
     _say(f"c {graph.n_nodes} nodes, {sum(len(c.src) for c in (*forget, *retain))} edges,"
          f" solved in {time.perf_counter() - start:.3f} s",
-         f"c {found.n_forced} conflicts are forced, {found.n_chosen} chosen; lower bound {found.lower_bound}")
-    _say(f"o {found.cost}", "s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE")
+         f"c {found.n_forced} conflicts are forced, {found.n_chosen} chosen",
+         _bounds(found.lower_bound, found.cost))
+    _say("s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE")
     _say(*(f"v {Role(role).name.lower()} {graph.name(node)}" for node, role in enumerate(found.role.tolist())))
     return _OPTIMUM if found.optimal else _SATISFIABLE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import itertools
 import threading
 
 import numpy as np
@@ -16,6 +17,13 @@ from clue.types import Gate, Role
 from ..oracles.logic import Edges, Nodes, best, best_of_all, circuit, forget_ok, groups, members, retain_ok
 
 SEMANTICS = ["support", "authors"]
+
+
+def nodes(n: int) -> Nodes:
+    """All but embedding and output have weights of their own."""
+    editable = np.ones(n, bool)
+    editable[[0, -1]] = False
+    return Nodes(n, editable)
 
 
 def layered(rng: np.random.Generator, graph: Nodes, fan_in: float, mix: tuple[float, float, float]) -> Edges:
@@ -178,10 +186,7 @@ def test_time_limit_returns_a_valid_assignment_and_a_bound() -> None:
     found = assign([forget], [retain], time_limit=0.3)
     assert not found.optimal and found.statistics["unique"] == 0
     assert 0 < found.lower_bound < found.cost <= 120
-    r = {n: bool(found.retain_works[n]) for n in members([retain])}
-    f = {n: bool(found.forget_works[n]) for n in members([forget])}
-    assert retain_ok(r, [retain], "support") and forget_ok(f, [forget], "support")
-    assert found.cost == np.count_nonzero(found.role == Role.CONFLICT)
+    valid(found, forget, retain)
 
 
 def test_interrupt_stops_the_solver_and_leaves_it_usable() -> None:
@@ -191,8 +196,65 @@ def test_interrupt_stops_the_solver_and_leaves_it_usable() -> None:
     with pytest.raises(KeyboardInterrupt):
         assign([forget], [retain], time_limit=300)
     timer.join()
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    timer.start()
+    kept = assign([forget], [retain], time_limit=300, keep_on_interrupt=True)
+    timer.join()
+    valid(kept, forget, retain)
+    assert not kept.optimal and kept.cost < 120
     small = hitting_set(sets=3, leaves=10)
     assert assign([small[0]], [small[1]]).optimal
+
+
+def valid(found: Assignment, forget: Edges, retain: Edges) -> None:
+    """A plan with bounds, whether or not it is the best one."""
+    r = {n: bool(found.retain_works[n]) for n in members([retain])}
+    f = {n: bool(found.forget_works[n]) for n in members([forget])}
+    assert retain_ok(r, [retain], "support") and forget_ok(f, [forget], "support")
+    assert found.lower_bound <= found.cost == np.count_nonzero(found.role == Role.CONFLICT)
+
+
+def test_bounds_are_told_as_they_improve() -> None:
+    rng = np.random.default_rng(21)
+    graph = nodes(300)
+    forget, retain = (layered(rng, graph, 1.6, (0.5, 0.45, 0.05)) for _ in range(2))
+    told: list[tuple[int, int]] = []
+    found = assign([forget], [retain], on_bounds=lambda lower, cost: told.append((lower, cost)))
+    assert found.n_chosen > 0 and told[0] == (found.n_forced, told[0][1]) and told[0][1] > found.cost
+    assert told[-1] == (found.cost, found.cost)
+    for before, after in itertools.pairwise(told):
+        assert before[0] <= after[0] and before[1] >= after[1] and before != after
+
+    def fail(lower: int, cost: int) -> None:
+        raise ValueError("seen enough")
+
+    with pytest.raises(ValueError, match="seen enough"):
+        assign([forget], [retain], on_bounds=fail)
+    for last in range(len(told)):  # stopped at any time, the plan is valid
+
+        def stop(lower: int, cost: int, last: int = last) -> None:
+            if (lower, cost) == told[last]:
+                raise KeyboardInterrupt
+
+        kept = assign([forget], [retain], on_bounds=stop, keep_on_interrupt=True)
+        valid(kept, forget, retain)
+        assert kept.lower_bound <= found.cost <= kept.cost <= told[last][1]
+    with pytest.raises(KeyboardInterrupt):
+        assign([forget], [retain], on_bounds=stop)
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_any_time_limit_gives_a_valid_plan(semantics: str) -> None:
+    rng = np.random.default_rng(22)
+    graph = nodes(2000)
+    sides = [[layered(rng, graph, 1.6, (0.5, 0.45, 0.05))] for _ in range(2)]
+    best_cost = assign(*sides, semantics=semantics).cost
+    for time_limit in (1e-9, *np.geomspace(1e-5, 0.1, 20).tolist()):
+        found = assign(*sides, semantics=semantics, time_limit=time_limit)
+        r, f = ({n: bool(x[n]) for n in members(side)}
+                for x, side in ((found.retain_works, sides[1]), (found.forget_works, sides[0])))
+        assert retain_ok(r, sides[1], semantics) and forget_ok(f, sides[0], semantics)
+        assert found.lower_bound <= best_cost <= found.cost == np.count_nonzero(found.role == Role.CONFLICT)
 
 
 def test_scores_are_scaled_and_rounded() -> None:

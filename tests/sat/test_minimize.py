@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import itertools
 import threading
 
 import numpy as np
@@ -80,6 +81,34 @@ def test_interrupt_raises_or_returns_the_best_so_far() -> None:
                 minimize(formula, time_limit=300)
         timer.join()
     assert minimize(WCNF.from_lists(hard[:3], soft[:5])).optimal
+
+
+def test_bounds_are_told_as_they_improve() -> None:
+    n, hard, soft, weights = hitting_sets(sets=30, leaves=30)
+    formula = WCNF.from_lists([*hard, [n + 1]], [*soft, [-n - 1]], [*weights, 5])
+    told: list[tuple[int, int]] = []
+    found = minimize(formula, on_bounds=lambda lower, cost: told.append((lower, cost)))
+    assert found.optimal and told[-1] == (found.cost, found.cost) and len(told) > 2
+    for before, after in itertools.pairwise(told):
+        assert before[0] <= after[0] and before[1] >= after[1] and before != after
+    assert all(lower <= found.lower_bound <= cost for lower, cost in told)
+
+    def fail(lower: int, cost: int) -> None:
+        raise ValueError("seen enough")
+
+    with pytest.raises(ValueError, match="seen enough") as raised:
+        minimize(formula, on_bounds=fail)
+    assert raised.traceback[-1].name == "fail"
+
+    def stop(lower: int, cost: int) -> None:
+        if lower > 6:
+            raise KeyboardInterrupt
+
+    kept = minimize(formula, on_bounds=stop, keep_on_interrupt=True)
+    check(kept, n + 1, [*hard, [n + 1]], [*soft, [-n - 1]], [*weights, 5])
+    assert not kept.optimal and kept.lower_bound == 7
+    with pytest.raises(KeyboardInterrupt):
+        minimize(formula, on_bounds=stop)
 
 
 def test_limit_before_the_first_model() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ class Assignment:
         forced: bool [nodes], the conflict follows by propagation from the outputs alone.
         cost: weighted number of conflicts.
         lower_bound: proven bound below which no assignment can go.
-        optimal: ``cost`` is proven to be the least; false only if the time limit struck.
+        optimal: ``cost`` is proven to be the least; false only if the time limit struck or it was interrupted.
         n_forced, n_chosen: conflicts that propagation forces, and those the solver chose among alternatives.
         statistics: ``unique`` (1 if every level of the order was decided), open ``variables`` and ``clauses`` after
             propagation, their connected ``components``, unsatisfiable ``cores`` and ``solves`` of the SAT solver.
@@ -89,6 +89,8 @@ def assign(
     retain_score: npt.ArrayLike | None = None,
     forget_score: npt.ArrayLike | None = None,
     time_limit: float = 0,
+    keep_on_interrupt: bool = False,
+    on_bounds: Callable[[int, int], object] | None = None,
 ) -> Assignment:
     """Give every node its role, at the least cost of conflicts.
 
@@ -114,6 +116,9 @@ def assign(
         retain_score, forget_score: float [nodes] >= 0 for levels 2 and 3, which are skipped if not given. Each is
             scaled by its maximum and rounded (ties to even) to integers 0 .. :data:`SCORE_STEPS`.
         time_limit: seconds after which the best assignment so far is returned; 0 never stops early.
+        keep_on_interrupt: on Ctrl-C, too, return the best so far instead of raising.
+        on_bounds: called with lower bound and cost when they are first known and whenever one of the two improves. What
+            it raises ends the search and is passed on, except that a KeyboardInterrupt counts as Ctrl-C.
 
     Raises:
         CircuitError: no circuit on a side, circuits of different graphs, an edge that names an unknown node or closes a
@@ -135,10 +140,13 @@ def assign(
             n, np.ascontiguousarray(graph.editable, dtype=np.uint8),
             [_edges(circuit) for circuit in forget], [_edges(circuit) for circuit in retain],
             np.ascontiguousarray(costs, dtype=np.int64), _steps("retain_score", retain_score, n),
-            _steps("forget_score", forget_score, n), semantics, time_limit,
+            _steps("forget_score", forget_score, n), semantics, time_limit, on_bounds,
         )
     except ValueError as error:
         raise CircuitError(str(error)) from None
+    interrupted = found["interrupted"]
+    if interrupted is not None and not (keep_on_interrupt and isinstance(interrupted, KeyboardInterrupt)):
+        raise interrupted
     conflict = found["conflict"].astype(bool)
     forced = found["forced"].astype(bool)
     role = np.full(n, Role.FREE, dtype=np.uint8)

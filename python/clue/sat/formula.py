@@ -7,12 +7,12 @@ memory grows with the file, never with what its header claims.
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,7 +25,8 @@ from ..errors import FormulaError
 Literals = npt.NDArray[np.int32]
 Source = str | os.PathLike[str] | BinaryIO
 _LARGEST = 2**31 - 1
-_MAGIC = {b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\x00": lzma.decompress}
+_MAGIC: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}
+_PIECE = 1 << 24  # bytes read at once: signals are answered in between
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,13 +186,20 @@ def _lists(clauses: Literals) -> list[list[int]]:
 
 def _text(source: Source) -> tuple[str, bytes]:
     if isinstance(source, str | os.PathLike):
-        name, text = os.fspath(source), Path(source).read_bytes()
+        name = os.fspath(source)
+        with open(source, "rb") as file:
+            text = _whole(file)
     else:
-        name, text = str(getattr(source, "name", "formula")), source.read()
-    for magic, decompress in _MAGIC.items():
+        name, text = str(getattr(source, "name", "formula")), _whole(source)
+    for magic, opener in _MAGIC.items():
         if text.startswith(magic):
             try:
-                return name, decompress(text)
+                with opener(io.BytesIO(text)) as file:
+                    return name, _whole(file)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise FormulaError(f"{name}: the compressed file is damaged or cut short ({error})") from None
     return name, text
+
+
+def _whole(file: Any) -> bytes:
+    return b"".join(iter(lambda: file.read(_PIECE), b""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,19 +34,24 @@ class Minimum:
     statistics: dict[str, int]
 
 
-def minimize(formula: WCNF, *, time_limit: float | None = None, keep_on_interrupt: bool = False) -> Minimum:
+def minimize(formula: WCNF, *, time_limit: float | None = None, keep_on_interrupt: bool = False,
+             on_bounds: Callable[[int, int], object] | None = None) -> Minimum:
     """Find a model of the hard clauses that violates the least weight of soft clauses.
 
     Args:
         time_limit: seconds, > 0, after which the best model so far is returned with its bounds.
         keep_on_interrupt: on Ctrl-C, too, return the best so far instead of raising.
+        on_bounds: called with lower bound and cost when the first model is known and whenever one of the two improves.
+            The cost is that of a model, or slightly above it. What it raises ends the search and is passed on, except
+            that a KeyboardInterrupt counts as Ctrl-C.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, within about 0.1 s; on a million clauses preprocessing may go on for seconds
             first, as after the time limit.
         MemoryError: a variable is so large that its tables cannot fit into memory.
     """
-    found = _core.minimize(formula.n_variables, formula.hard, formula.soft, formula.weights, seconds(time_limit))
+    found = _core.minimize(formula.n_variables, formula.hard, formula.soft, formula.weights, seconds(time_limit),
+                           on_bounds)
     interrupted = found["interrupted"]
     if interrupted is not None and not (keep_on_interrupt and isinstance(interrupted, KeyboardInterrupt)):
         raise interrupted
