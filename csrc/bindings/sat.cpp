@@ -2,6 +2,7 @@
 // everything that need not be native are in clue.sat; here are arrays, the GIL and Ctrl-C.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -10,11 +11,15 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "certificate.hpp"
+#include "logic/circuit.hpp"
+#include "sat/check.hpp"
 #include "sat/dimacs.hpp"
 #include "sat/maxsat.hpp"
 #include "sat/options.hpp"
@@ -380,20 +385,38 @@ void register_sat(py::module_& module) {
     return sat::check_soft(view(soft, "soft"), view(weights, "weights"));
   });
 
-  module.def("minimize",
-             [](int n_variables, const Literals& hard, const Literals& soft, const Weights& weights, double seconds) {
-               const auto h = view(hard, "hard"), s = view(soft, "soft");
-               const auto w = view(weights, "weights");
-               clue::logic::Limits limits(seconds, signalled);
-               sat::Minimum found;
-               {
-                 const py::gil_scoped_release released;
-                 found = sat::minimize(n_variables, h, s, w, limits);
-               }
-               py::object raised = py::none();
-               if (limits.interrupted()) raised = py::error_already_set().value();
-               return py::dict("model"_a = array(std::move(found.model)), "satisfiable"_a = found.satisfiable,
-                               "optimal"_a = found.optimal, "cost"_a = found.cost, "lower_bound"_a = found.lower_bound,
-                               "cores"_a = found.cores, "solves"_a = found.solves, "interrupted"_a = raised);
-             });
+  module.def("minimize", [](int n_variables, const Literals& hard, const Literals& soft, const Weights& weights,
+                            double seconds, const std::optional<py::bytes>& digest) {
+    const auto h = view(hard, "hard"), s = view(soft, "soft");
+    const auto w = view(weights, "weights");
+    clue::logic::Limits limits(seconds, signalled);
+    clue::logic::Digest of_formula{};
+    if (digest) of_formula = digest_of(*digest);
+    sat::Minimum found;
+    {
+      const py::gil_scoped_release released;
+      found = sat::minimize(n_variables, h, s, w, limits, digest ? &of_formula : nullptr);
+    }
+    py::object raised = py::none();
+    if (limits.interrupted()) raised = py::error_already_set().value();
+    return py::dict("model"_a = array(std::move(found.model)), "satisfiable"_a = found.satisfiable,
+                    "optimal"_a = found.optimal, "cost"_a = found.cost, "lower_bound"_a = found.lower_bound,
+                    "cores"_a = found.cores, "solves"_a = found.solves, "interrupted"_a = raised,
+                    "certificate"_a = py::bytes(found.certificate));
+  });
+  module.def("check_formula", [](int n_variables, const Literals& hard, const Literals& soft, const Weights& weights,
+                                 const py::bytes& digest, const py::bytes& certificate) {
+    const auto h = view(hard, "hard"), s = view(soft, "soft");
+    const auto w = view(weights, "weights");
+    const clue::logic::Digest of_formula = digest_of(digest);
+    const std::string_view bytes = certificate;
+    return what_was_checked([&] {
+      try {
+        const py::gil_scoped_release released;
+        return sat::check(n_variables, h, s, w, of_formula, bytes, signalled);
+      } catch (const clue::logic::Interrupted&) {
+        throw py::error_already_set();
+      }
+    });
+  });
 }

@@ -19,7 +19,10 @@
 #include <functional>
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "certificate.hpp"
 
 namespace clue::logic {
 
@@ -54,6 +57,7 @@ struct Answer {
   bool optimal = false;                // cost == lower_bound was proven
   bool unique = false;                 // every level of the order was decided, so the answer is the only best one
   std::int64_t variables = 0, clauses = 0, components = 0, cores = 0, solves = 0;
+  std::string certificate;  // empty unless it was asked for and the cost is proven
 };
 
 // Thrown when `interrupted` asked for it.
@@ -68,6 +72,11 @@ struct Interrupted : std::runtime_error {
 //
 // `interrupted` is polled about every 50 ms and must not throw. Throws std::invalid_argument naming the argument when
 // an array has the wrong length, an id is out of range, an edge runs backwards, or nothing reaches an output.
-Answer assign(const Question& question, const std::function<bool()>& interrupted);
+//
+// With `digest`, that of the question, the answer has a certificate (certificate.hpp), if its cost is proven.
+Answer assign(const Question& question, const std::function<bool()>& interrupted, const Digest* digest = nullptr);
+
+// Throws what assign() throws for a question that makes no sense.
+void require_valid(const Question& question);
 
 }  // namespace clue::logic

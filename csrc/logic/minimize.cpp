@@ -19,13 +19,16 @@
 #include <stdexcept>
 #include <utility>
 
+#include "record.hpp"
+
 namespace clue::logic {
 namespace {
 
 // Counts true literals: output(k) is implied by k of them being true. Built as a balanced tree, output by output.
 class Totalizers {
  public:
-  Totalizers(Solver& solver, int& n_variables) : solver_(solver), n_variables_(n_variables) {}
+  Totalizers(Solver& solver, int& n_variables, Recorder*& recorder)
+      : solver_(solver), n_variables_(n_variables), recorder_(recorder) {}
 
   // Returns the root of a new counter.
   int add(std::span<const int> inputs) {
@@ -66,16 +69,19 @@ class Totalizers {
     auto& outputs = nodes_[id].outputs;
     for (int total = static_cast<int>(outputs.size()) + 1; total <= count; ++total) {
       const int made = ++n_variables_;
+      if (recorder_) recorder_->output(made, id, total);
       const int least = std::max(0, total - nodes_[right].size), most = std::min(total, nodes_[left].size);
       for (int i = least; i <= most; ++i) {
         clause_.clear();
         if (i > 0) clause_.push_back(-a[i - 1]);
         if (total > i) clause_.push_back(-b[total - i - 1]);
         clause_.push_back(made);
+        if (recorder_) recorder_->next_counts(made, i);
         solver_.clause(clause_);
       }
       if (total > 1) {
         const int ordered[] = {-made, outputs.back()};
+        if (recorder_) recorder_->next_orders(made);
         solver_.clause(ordered);
       }
       outputs.push_back(made);
@@ -84,19 +90,22 @@ class Totalizers {
 
   Solver& solver_;
   int& n_variables_;
+  Recorder*& recorder_;
   std::vector<Node> nodes_;
   std::vector<int> clause_;
 };
 
 class Minimizer {
  public:
-  Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits)
+  Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits, Recorder* recorder)
       : solver_(limits),
+        recorder_(recorder),
         n_original_(formula.n_variables),
         n_variables_(formula.n_variables),
-        totalizers_(solver_, n_variables_),
+        totalizers_(solver_, n_variables_, recorder_),
         model_(std::move(start)),
         known_(!model_.empty()) {
+    if (recorder_) solver_.record(*recorder_);
     model_.resize(static_cast<std::size_t>(n_original_) + 1);
     for (auto first = formula.clauses.begin(); first != formula.clauses.end();) {
       const auto last = std::find(first, formula.clauses.end(), 0);
@@ -123,13 +132,17 @@ class Minimizer {
     position_.clear();
     bound = 0;
     if (std::all_of(level.begin(), level.end(), [&](const Soft& soft) { return holds(soft.literal); })) {
+      stop_recording();
       for (const Soft& soft : level) harden(soft.literal);
       return true;
     }
     solver_.propagate();  // what earlier levels settled needs no search
     for (const Soft& soft : level) {
       const int value = solver_.fixed(soft.literal);
-      if (value < 0) bound += soft.weight;
+      if (value < 0) {
+        bound += soft.weight;
+        if (recorder_ && !record_fixed(soft)) return false;
+      }
       if (value == 0) add_soft(soft.literal, soft.weight, -1, 0);
     }
     std::int64_t stratum = 0;
@@ -142,6 +155,7 @@ class Minimizer {
       // Halving keeps the number of strata logarithmic however many distinct weights there are.
       stratum = next > stratum / 2 ? std::max<std::int64_t>(stratum / 2, 1) : next;
     }
+    stop_recording();
     for (const State& soft : softs_)
       if (soft.weight > 0) harden(soft.literal);
     return true;
@@ -168,6 +182,26 @@ class Minimizer {
   };
 
   bool holds(int literal) const { return model_[static_cast<std::size_t>(std::abs(literal))] == (literal > 0); }
+
+  // What is recorded is the bound of the first level.
+  void stop_recording() {
+    if (std::exchange(recorder_, nullptr)) solver_.stop_recording();
+  }
+
+  // A soft literal that the root refutes is a core of its own; assuming it makes the solver say why. False when a limit
+  // ended the search.
+  bool record_fixed(const Soft& soft) {
+    const int assumed[] = {soft.literal}, refuted[] = {-soft.literal};
+    if (solver_.solve(assumed) != Verdict::Unsatisfiable) return false;
+    recorder_->core(refuted, soft.weight);
+    return true;
+  }
+
+  // The clause that comes next is the core that the solver found last.
+  void record(std::span<const int> clause, std::int64_t weight) {
+    recorder_->core(clause, weight);
+    recorder_->next_is_core();
+  }
 
   void harden(int literal) {
     const int unit[] = {literal};
@@ -232,6 +266,7 @@ class Minimizer {
       if (!holds(soft.literal)) gap += soft.weight;
     for (State& soft : softs_)
       if (soft.weight > gap) {
+        if (recorder_) recorder_->next_is_hard(soft.literal);
         harden(soft.literal);
         soft.weight = 0;
       }
@@ -264,6 +299,7 @@ class Minimizer {
     bound += least;
     trial_.clear();
     for (const int literal : core_) trial_.push_back(-literal);
+    if (recorder_) record(trial_, least);
     solver_.clause(trial_);
     for (const int literal : core_) {
       State& soft = soft_of(literal);
@@ -283,11 +319,14 @@ class Minimizer {
         break;
       }
       bound += least;  // at least `count` members fail, whatever the others do
-      harden(-at_most[0]);
+      const int reached[] = {-at_most[0]};
+      if (recorder_) record(reached, least);
+      solver_.clause(reached);
     }
   }
 
   Solver solver_;
+  Recorder* recorder_;  // null where nothing is recorded
   const int n_original_;
   int n_variables_;
   Totalizers totalizers_;
@@ -303,8 +342,8 @@ class Minimizer {
 }  // namespace
 
 Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
-                 std::vector<std::uint8_t> start, Limits& limits) {
-  Minimizer minimizer(formula, std::move(start), limits);
+                 std::vector<std::uint8_t> start, Limits& limits, Recorder* recorder) {
+  Minimizer minimizer(formula, std::move(start), limits, recorder);
   // Earlier levels have the last word on a variable's phase.
   for (const int literal : preference) {
     minimizer.phase(literal);

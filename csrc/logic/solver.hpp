@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <tracer.hpp>
 #include <vector>
 
 namespace clue::logic {
@@ -34,6 +35,9 @@ class Solver : CaDiCaL::Terminator {
   explicit Solver(Limits& limits);
   ~Solver() override;
 
+  void record(CaDiCaL::Tracer& tracer);  // tell it every clause and what it follows from; before the first clause
+  void stop_recording();
+
   void clause(std::span<const int> literals);
   void phase(int literal) { solver_.phase(literal); }              // the polarity to try first
   void freeze(int literal) { solver_.freeze(literal); }            // not eliminated between calls
@@ -56,6 +60,7 @@ class Solver : CaDiCaL::Terminator {
   bool terminate() override { return limits_.expired(); }
 
   Limits& limits_;
+  CaDiCaL::Tracer* tracer_ = nullptr;
   CaDiCaL::Solver solver_;
   std::int64_t solves_ = 0;
 };
