@@ -1,13 +1,17 @@
 // Python's view of the logic core: argument checking, the GIL and Ctrl-C live here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cadical.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/running.hpp"
+#include "certificate.hpp"
+#include "logic/check.hpp"
 #include "logic/circuit.hpp"
 
 namespace py = pybind11;
@@ -51,39 +55,74 @@ py::array_t<T> array(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list& forget, const py::list& retain,
-                const py::object& weights, const py::object& risk, const py::object& reach,
-                const std::string& semantics, double time_limit, const py::object& on_bounds) {
-  Arrays arrays;
+logic::Question make_question(Arrays& arrays, std::int32_t n_nodes, const py::object& editable, const py::list& forget,
+                              const py::list& retain, const py::object& weights, const std::string& semantics) {
   logic::Question question;
   question.n_nodes = n_nodes;
   question.editable = arrays.view<std::uint8_t>(editable, "editable");
   question.forget = circuits(arrays, forget, "forget");
   question.retain = circuits(arrays, retain, "retain");
   question.weight = arrays.view<std::int64_t>(weights, "weights");
-  question.risk = arrays.view<std::int64_t>(risk, "risk");
-  question.reach = arrays.view<std::int64_t>(reach, "reach");
   if (semantics != "support" && semantics != "authors")
     throw py::value_error("semantics: expected 'support' or 'authors', got '" + semantics + "'");
   question.semantics = semantics == "support" ? logic::Semantics::Support : logic::Semantics::Authors;
+  return question;
+}
+
+// Calls with the GIL released and raises what a signal handler raised.
+template <typename Call>
+auto call_interruptible(Call call) {
+  try {
+    const py::gil_scoped_release released;
+    return call(clue::signalled);
+  } catch (const logic::Interrupted&) {
+    throw py::error_already_set();  // what PyErr_CheckSignals raised, usually KeyboardInterrupt
+  }
+}
+
+py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list& forget, const py::list& retain,
+                const py::object& weights, const py::object& risk, const py::object& reach,
+                const std::string& semantics, double time_limit, const py::object& on_bounds,
+                const std::optional<py::bytes>& digest) {
+  Arrays arrays;
+  logic::Question question = make_question(arrays, n_nodes, editable, forget, retain, weights, semantics);
+  question.risk = arrays.view<std::int64_t>(risk, "risk");
+  question.reach = arrays.view<std::int64_t>(reach, "reach");
   if (!(time_limit >= 0 && time_limit < 1e9))
     throw py::value_error("time_limit: expected seconds in [0, 1e9), got " + std::to_string(time_limit));
   question.time_limit = time_limit;
+  logic::Digest of_question{};
+  if (digest) of_question = digest_of(*digest);
 
   const logic::OnBounds told = clue::on_bounds_of(on_bounds);
   logic::Answer answer;
   {
     const py::gil_scoped_release released;
-    answer = logic::assign(question, clue::signalled, told);
+    answer = logic::assign(question, clue::signalled, told, digest ? &of_question : nullptr);
   }
-
+  const py::object interrupted = clue::raised(answer.interrupted);  // first, since it is a pending error until then
   using namespace py::literals;
   return py::dict("retain_works"_a = array(answer.retain_works), "forget_works"_a = array(answer.forget_works),
                   "conflict"_a = array(answer.conflict), "forced"_a = array(answer.forced), "cost"_a = answer.cost,
                   "lower_bound"_a = answer.lower_bound, "optimal"_a = answer.optimal, "unique"_a = answer.unique,
                   "variables"_a = answer.variables, "clauses"_a = answer.clauses, "components"_a = answer.components,
-                  "cores"_a = answer.cores, "solves"_a = answer.solves,
-                  "interrupted"_a = clue::raised(answer.interrupted));
+                  "cores"_a = answer.cores, "solves"_a = answer.solves, "interrupted"_a = interrupted,
+                  "certificate"_a = py::bytes(answer.certificate));
+}
+
+py::dict check_circuits(std::int32_t n_nodes, const py::object& editable, const py::list& forget,
+                        const py::list& retain, const py::object& weights, const std::string& semantics,
+                        const py::bytes& digest, const py::bytes& certificate) {
+  Arrays arrays;
+  logic::Question question = make_question(arrays, n_nodes, editable, forget, retain, weights, semantics);
+  const std::vector<std::int64_t> none(static_cast<std::size_t>(question.weight.size()));
+  question.risk = question.reach = none;  // the order among the least costly is not what is proven
+  const logic::Digest of_question = digest_of(digest);
+  const std::string_view bytes = certificate;
+  return what_was_checked([&] {
+    return call_interruptible(
+        [&](const auto& interrupted) { return logic::check(question, of_question, bytes, interrupted); });
+  });
 }
 
 }  // namespace
@@ -92,6 +131,9 @@ void register_logic(py::module_& module) {
   module.def("cadical_version", [] { return CaDiCaL::Solver::version(); }, "Version of the CaDiCaL linked in.");
   module.def("assign", &assign, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
              py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("semantics"), py::arg("time_limit"),
-             py::arg("on_bounds") = py::none(),
+             py::arg("on_bounds") = py::none(), py::arg("digest") = py::none(),
              "Roles of all nodes from the circuits of both sides; see clue.logic.assign.");
+  module.def("check_circuits", &check_circuits, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"),
+             py::arg("retain"), py::arg("weights"), py::arg("semantics"), py::arg("digest"), py::arg("certificate"),
+             "Checks the certificate of an answer of assign; see clue.logic.check_certificate.");
 }

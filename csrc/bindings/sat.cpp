@@ -2,6 +2,7 @@
 // everything that need not be native are in clue.sat; here are arrays, the GIL and Ctrl-C.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -10,12 +11,16 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "bindings/running.hpp"
+#include "certificate.hpp"
+#include "logic/circuit.hpp"
+#include "sat/check.hpp"
 #include "sat/dimacs.hpp"
 #include "sat/maxsat.hpp"
 #include "sat/options.hpp"
@@ -380,19 +385,37 @@ void register_sat(py::module_& module) {
   });
 
   module.def("minimize", [](int n_variables, const Literals& hard, const Literals& soft, const Weights& weights,
-                            double seconds, const py::object& on_bounds) {
+                            double seconds, const py::object& on_bounds, const std::optional<py::bytes>& digest) {
     const auto h = view(hard, "hard"), s = view(soft, "soft");
     const auto w = view(weights, "weights");
     const clue::logic::OnBounds told = clue::on_bounds_of(on_bounds);
     clue::logic::Limits limits(seconds, clue::signalled);
+    clue::logic::Digest of_formula{};
+    if (digest) of_formula = digest_of(*digest);
     sat::Minimum found;
     {
       const py::gil_scoped_release released;
-      found = sat::minimize(n_variables, h, s, w, limits, told);
+      found = sat::minimize(n_variables, h, s, w, limits, told, digest ? &of_formula : nullptr);
     }
+    const py::object interrupted = clue::raised(limits.interrupted());
     return py::dict("model"_a = array(std::move(found.model)), "satisfiable"_a = found.satisfiable,
                     "optimal"_a = found.optimal, "cost"_a = found.cost, "lower_bound"_a = found.lower_bound,
-                    "cores"_a = found.cores, "solves"_a = found.solves,
-                    "interrupted"_a = clue::raised(limits.interrupted()));
+                    "cores"_a = found.cores, "solves"_a = found.solves, "interrupted"_a = interrupted,
+                    "certificate"_a = py::bytes(found.certificate));
+  });
+  module.def("check_formula", [](int n_variables, const Literals& hard, const Literals& soft, const Weights& weights,
+                                 const py::bytes& digest, const py::bytes& certificate) {
+    const auto h = view(hard, "hard"), s = view(soft, "soft");
+    const auto w = view(weights, "weights");
+    const clue::logic::Digest of_formula = digest_of(digest);
+    const std::string_view bytes = certificate;
+    return what_was_checked([&] {
+      try {
+        const py::gil_scoped_release released;
+        return sat::check(n_variables, h, s, w, of_formula, bytes, clue::signalled);
+      } catch (const clue::logic::Interrupted&) {
+        throw py::error_already_set();
+      }
+    });
   });
 }

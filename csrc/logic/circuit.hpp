@@ -18,8 +18,10 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
+#include "certificate.hpp"
 #include "limits.hpp"
 
 namespace clue::logic {
@@ -56,6 +58,7 @@ struct Answer {
   bool unique = false;                 // every level of the order was decided, so the answer is the only best one
   bool interrupted = false;            // `interrupted` or `on_bounds` cut it short, not the time limit
   std::int64_t variables = 0, clauses = 0, components = 0, cores = 0, solves = 0;
+  std::string certificate;  // empty unless it was asked for and the cost is proven
 };
 
 // Answers the question. The answer is unique and depends on nothing but the question, unless it is cut short: then it
@@ -66,6 +69,12 @@ struct Answer {
 // `interrupted` is polled about every 50 ms and must not throw; `on_bounds` may be null. Throws std::invalid_argument
 // naming the argument when an array has the wrong length, an id is out of range, an edge runs backwards, or nothing
 // reaches an output.
-Answer assign(const Question& question, const std::function<bool()>& interrupted, const OnBounds& on_bounds);
+//
+// With `digest`, that of the question, the answer has a certificate (certificate.hpp), if its cost is proven.
+Answer assign(const Question& question, const std::function<bool()>& interrupted, const OnBounds& on_bounds,
+              const Digest* digest = nullptr);
+
+// Throws what assign() throws for a question that makes no sense.
+void require_valid(const Question& question);
 
 }  // namespace clue::logic

@@ -10,12 +10,14 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "circuit.hpp"
 #include "minimize.hpp"
+#include "record.hpp"
 
 namespace clue::logic {
 namespace {
@@ -27,6 +29,7 @@ constexpr int kPack = 512;
 
 struct Group {
   std::int32_t node, first, last;  // inputs[first, last)
+  std::uint32_t name;              // circuit << 2 | gate
   bool all;                        // asks for all inputs, otherwise for any
 };
 
@@ -54,7 +57,9 @@ void require(bool condition, const std::string& text) {
   throw std::invalid_argument(circuit + ": expected gates 0..2, got " + std::to_string(gate));
 }
 
-void check(const Question& q) {
+}  // namespace
+
+void require_valid(const Question& q) {
   const auto n = static_cast<std::size_t>(q.n_nodes);
   require(q.n_nodes >= 2, "n_nodes: expected at least 2, got " + std::to_string(q.n_nodes));
   require(q.n_nodes <= (1 << 29), "n_nodes: expected at most 2^29, got " + std::to_string(q.n_nodes));
@@ -100,6 +105,8 @@ void check(const Question& q) {
     require(edges < (1U << 30), side + ": expected fewer than 2^30 edges, got " + std::to_string(edges));
   }
 }
+
+namespace {
 
 // Sorts one side's edges into groups. A group that the embedding satisfies is left out. Where a limit strikes, groups
 // are missing, members are not.
@@ -153,7 +160,7 @@ Side make_side(const Question& q, bool retain, Limits& limits) {
         // An equivalence with a group that always works makes the node work.
         if (retain && side.semantics == Semantics::Authors) side.x[node] = kTrue;
       } else {
-        side.groups.push_back({static_cast<std::int32_t>(node), begin, stop, all});
+        side.groups.push_back({static_cast<std::int32_t>(node), begin, stop, static_cast<std::uint32_t>(group), all});
       }
     }
   }
@@ -210,10 +217,11 @@ void propagate(Side& side, Limits& limits) {
 // The question with its two sides, and the steps of the answer.
 class Instance {
  public:
-  Instance(const Question& question, Limits& limits, const OnBounds& on_bounds)
+  Instance(const Question& question, Limits& limits, const OnBounds& on_bounds, const Digest* digest)
       : q_(question),
         limits_(limits),
         on_bounds_(on_bounds),
+        digest_(digest),
         n_(question.n_nodes),
         dead_(make_side(q_, false, limits)),
         works_(make_side(q_, true, limits)) {}
@@ -236,6 +244,7 @@ class Instance {
     minimize_components();
     report();
     found_.interrupted = limits_.interrupted();
+    if (digest_ && found_.optimal) certify();
     return std::move(found_);
   }
 
@@ -300,8 +309,10 @@ class Instance {
     if (value == kOpen) clause_.push_back(positive ? variable(side, node) : ~variable(side, node));
   }
 
-  void end_clause() {
+  // A clause of a group; `input` where it is about one input only.
+  void end_clause(const Side& side, const Group& group, std::int32_t input = 0) {
     if (!satisfied_) {
+      if (digest_) axioms_.push_back(axiom(side, group, input));
       for (const std::int32_t literal : clause_) join(clause_.front(), literal);
       clauses_.insert(clauses_.end(), clause_.begin(), clause_.end());
       clause_ends_.push_back(static_cast<std::int64_t>(clauses_.size()));
@@ -336,21 +347,21 @@ class Instance {
           for (std::int32_t i = group.first; i < group.last; ++i) {
             add_literal(*side, group.node, false);
             add_literal(*side, side->inputs[i], true);
-            end_clause();
+            end_clause(*side, group, side->inputs[i]);
           }
           if (!authors) continue;
           add_literal(*side, group.node, true);
           for (std::int32_t i = group.first; i < group.last; ++i) add_literal(*side, side->inputs[i], false);
-          end_clause();
+          end_clause(*side, group);
         } else {
           add_literal(*side, group.node, false);
           for (std::int32_t i = group.first; i < group.last; ++i) add_literal(*side, side->inputs[i], true);
-          end_clause();
+          end_clause(*side, group);
           if (!authors) continue;
           for (std::int32_t i = group.first; i < group.last; ++i) {
             add_literal(*side, group.node, true);
             add_literal(*side, side->inputs[i], false);
-            end_clause();
+            end_clause(*side, group, side->inputs[i]);
           }
         }
       }
@@ -421,6 +432,7 @@ class Instance {
     std::vector<Level> levels(3);
     Level &conflicts = levels[0], &risks = levels[1], &reaches = levels[2];
     std::vector<int> preference;
+    std::vector<std::int32_t> choices;  // nodes of the clauses that are of no group
     for (const std::int32_t v : members) {
       const std::int32_t node = v / 2;
       const int literal = local_[v];
@@ -432,6 +444,7 @@ class Instance {
         if (is_works && open(dead_, node)) {
           const int conflict = ++formula.n_variables;
           formula.clauses.insert(formula.clauses.end(), {-literal, -local_[v - 1], conflict, 0});
+          if (digest_) choices.push_back(node);
           conflicts.push_back({-conflict, q_.weight[node]});
         }
       }
@@ -453,8 +466,22 @@ class Instance {
         cost = best;
         return tell(found_.lower_bound + lower_bound, found_.cost - here + best);
       };
-    const Optimum optimum = minimize(formula, levels, preference, std::move(everything), limits_, on_bounds);
+    std::optional<Recorder> recorder;
+    if (digest_ && !conflicts.empty()) recorder.emplace();
+    const Optimum optimum =
+        minimize(formula, levels, preference, std::move(everything), limits_, on_bounds, recorder ? &*recorder : nullptr);
     found_.cost -= here - cost;
+    if (recorder && optimum.levels_closed >= 1 && optimum.lower_bound > 0) {
+      std::int64_t node = 0;
+      const auto put_name = [&](std::size_t place) {
+        const Name name = place < clauses.size() ? axioms_[static_cast<std::size_t>(clauses[place])]
+                                                 : Name{choices[place - clauses.size()], 0};
+        put_signed(sections_, name.node - std::exchange(node, name.node));
+        put(sections_, name.what);
+      };
+      ++n_sections_;
+      recorder->write(formula.clauses, optimum.lower_bound, put_name, sections_);
+    }
     for (const std::int32_t v : members)
       (v % 2 == 1 ? works_ : dead_).x[v / 2] = optimum.model[local_[v]] ? kTrue : kFalse;
     found_.lower_bound += optimum.lower_bound;
@@ -462,6 +489,38 @@ class Instance {
     found_.unique = found_.unique && optimum.levels_closed == levels.size() + 1;
     found_.cores += optimum.cores;
     found_.solves += optimum.solves;
+  }
+
+  // What a clause of a group is called in a certificate.
+  struct Name {
+    std::int64_t node;
+    std::uint64_t what;
+  };
+
+  static Name axiom(const Side& side, const Group& group, std::int32_t input) {
+    Axiom kind;
+    if (input != 0)
+      kind = group.all ? Axiom::NeedsInput : Axiom::FollowsInput;
+    else
+      kind = group.all ? Axiom::FollowsAll : Axiom::NeedsAny;
+    const auto which = input != 0 ? static_cast<std::uint64_t>(group.node - input)
+                                  : 3 * std::uint64_t{group.name >> 2} + (group.name & 3);
+    return {group.node, 8 * which + 4 * side.retain + static_cast<std::uint64_t>(kind)};
+  }
+
+  void certify() {
+    std::string& out = found_.certificate;
+    put_head(out, kOfCircuits, true, *digest_);
+    put(out, static_cast<std::uint64_t>(found_.cost));
+    std::string bits((2 * static_cast<std::size_t>(n_) + 7) / 8, '\0');
+    for (std::int32_t node = 0; node < n_; ++node) {
+      const int x = (works_.x[node] == kTrue) + 2 * (dead_.x[node] == kTrue);
+      bits[static_cast<std::size_t>(node / 4)] =
+          static_cast<char>(bits[static_cast<std::size_t>(node / 4)] | x << 2 * (node % 4));
+    }
+    out += bits;
+    put(out, n_sections_);
+    out += sections_;
   }
 
   void report() {
@@ -488,11 +547,15 @@ class Instance {
   const Question& q_;
   Limits& limits_;
   const OnBounds& on_bounds_;
+  const Digest* const digest_;  // null where no certificate is wanted
   const std::int32_t n_;
   Side dead_, works_;
   Answer found_;
   std::vector<std::int32_t> clauses_, clause_;  // literals: a variable or its complement
   std::vector<std::int64_t> clause_ends_;
+  std::vector<Name> axioms_;  // of each clause, for the certificate
+  std::string sections_;      // of the certificate
+  std::uint64_t n_sections_ = 0;
   std::vector<std::int32_t> parent_;  // union-find over variables
   std::vector<int> local_;            // of a variable in its pack's formula
   bool satisfied_ = false;
@@ -501,10 +564,11 @@ class Instance {
 
 }  // namespace
 
-Answer assign(const Question& question, const std::function<bool()>& interrupted, const OnBounds& on_bounds) {
+Answer assign(const Question& question, const std::function<bool()>& interrupted, const OnBounds& on_bounds,
+              const Digest* digest) {
   Limits limits(question.time_limit, interrupted);
-  check(question);
-  return Instance(question, limits, on_bounds).answer();
+  require_valid(question);
+  return Instance(question, limits, on_bounds, digest).answer();
 }
 
 }  // namespace clue::logic

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
 
 namespace clue::logic {
 
@@ -24,6 +25,11 @@ class Limits {
   Clock::time_point next_poll_, deadline_;
   bool limited_, expired_ = false, interrupted_ = false;
   unsigned ticks_ = 0;
+};
+
+// Thrown where an interrupted call has nothing to return.
+struct Interrupted : std::runtime_error {
+  Interrupted() : std::runtime_error("interrupted") {}
 };
 
 // Told the bounds when they are first known and whenever one of the two improves: nothing costs less than

@@ -20,6 +20,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "record.hpp"
+
 namespace clue::logic {
 namespace {
 
@@ -29,8 +31,8 @@ struct Expired {};
 // Counts true literals: output(k) is implied by k of them being true. Built as a balanced tree, output by output.
 class Totalizers {
  public:
-  Totalizers(Solver& solver, int& n_variables, Limits& limits)
-      : solver_(solver), n_variables_(n_variables), limits_(limits) {}
+  Totalizers(Solver& solver, int& n_variables, Limits& limits, Recorder*& recorder)
+      : solver_(solver), n_variables_(n_variables), limits_(limits), recorder_(recorder) {}
 
   // Returns the root of a new counter.
   int add(std::span<const int> inputs) {
@@ -72,6 +74,7 @@ class Totalizers {
     auto& outputs = nodes_[id].outputs;
     for (int total = static_cast<int>(outputs.size()) + 1; total <= count; ++total) {
       const int made = ++n_variables_;
+      if (recorder_) recorder_->output(made, id, total);
       const int least = std::max(0, total - nodes_[right].size), most = std::min(total, nodes_[left].size);
       for (int i = least; i <= most; ++i) {
         clause_.clear();
@@ -79,10 +82,12 @@ class Totalizers {
         if (total > i) clause_.push_back(-b[total - i - 1]);
         clause_.push_back(made);
         if (limits_.tick()) throw Expired();
+        if (recorder_) recorder_->next_counts(made, i);
         solver_.clause(clause_);
       }
       if (total > 1) {
         const int ordered[] = {-made, outputs.back()};
+        if (recorder_) recorder_->next_orders(made);
         solver_.clause(ordered);
       }
       outputs.push_back(made);
@@ -92,21 +97,25 @@ class Totalizers {
   Solver& solver_;
   int& n_variables_;
   Limits& limits_;
+  Recorder*& recorder_;
   std::vector<Node> nodes_;
   std::vector<int> clause_;
 };
 
 class Minimizer {
  public:
-  Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds)
+  Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds,
+            Recorder* recorder)
       : limits_(limits),
         on_bounds_(on_bounds),
         solver_(limits),
+        recorder_(recorder),
         n_original_(formula.n_variables),
         n_variables_(formula.n_variables),
-        totalizers_(solver_, n_variables_, limits),
+        totalizers_(solver_, n_variables_, limits, recorder_),
         model_(std::move(start)),
         known_(!model_.empty()) {
+    if (recorder_) solver_.record(*recorder_);
     model_.resize(static_cast<std::size_t>(n_original_) + 1);
     // Cut short by a limit, it is a formula that no search is made on.
     for (auto first = formula.clauses.begin(); first != formula.clauses.end() && !limits.tick();) {
@@ -172,7 +181,10 @@ class Minimizer {
       for (const Soft& soft : *level_) {
         if (limits_.tick()) return false;
         const int value = solver_.fixed(soft.literal);
-        if (value < 0) bound_ += soft.weight;
+        if (value < 0) {
+          bound_ += soft.weight;
+          if (recorder_ && !record_fixed(soft)) return false;
+        }
         if (value == 0) add_soft(soft.literal, soft.weight, -1, 0);
       }
       if (bound_ > 0) tell();
@@ -186,9 +198,11 @@ class Minimizer {
         // Halving keeps the number of strata logarithmic however many distinct weights there are.
         stratum = next > stratum / 2 ? std::max<std::int64_t>(stratum / 2, 1) : next;
       }
+      stop_recording();
       for (const State& soft : softs_)
         if (soft.weight > 0) harden(soft.literal);
     } else {
+      stop_recording();
       for (const Soft& soft : *level_) harden(soft.literal);
     }
     return true;
@@ -200,6 +214,26 @@ class Minimizer {
   }
 
   bool holds(int literal) const { return model_[static_cast<std::size_t>(std::abs(literal))] == (literal > 0); }
+
+  // What is recorded is the bound of the first level.
+  void stop_recording() {
+    if (std::exchange(recorder_, nullptr)) solver_.stop_recording();
+  }
+
+  // A soft literal that the root refutes is a core of its own; assuming it makes the solver say why. False when a limit
+  // ended the search.
+  bool record_fixed(const Soft& soft) {
+    const int assumed[] = {soft.literal}, refuted[] = {-soft.literal};
+    if (solver_.solve(assumed) != Verdict::Unsatisfiable) return false;
+    recorder_->core(refuted, soft.weight);
+    return true;
+  }
+
+  // The clause that comes next is the core that the solver found last.
+  void record(std::span<const int> clause, std::int64_t weight) {
+    recorder_->core(clause, weight);
+    recorder_->next_is_core();
+  }
 
   void harden(int literal) {
     const int unit[] = {literal};
@@ -276,6 +310,7 @@ class Minimizer {
   void harden_dear() {
     for (State& soft : softs_)
       if (soft.weight > cost_ - bound_) {
+        if (recorder_) recorder_->next_is_hard(soft.literal);
         harden(soft.literal);
         soft.weight = 0;
       }
@@ -309,6 +344,7 @@ class Minimizer {
     tell();
     trial_.clear();
     for (const int literal : core_) trial_.push_back(-literal);
+    if (recorder_) record(trial_, least);
     solver_.clause(trial_);
     for (const int literal : core_) {
       State& soft = soft_of(literal);
@@ -328,7 +364,9 @@ class Minimizer {
         break;
       }
       bound_ += least;  // at least `count` members fail, whatever the others do
-      harden(-at_most[0]);
+      const int reached[] = {-at_most[0]};
+      if (recorder_) record(reached, least);
+      solver_.clause(reached);
       tell();
     }
   }
@@ -336,6 +374,7 @@ class Minimizer {
   Limits& limits_;
   OnBounds on_bounds_;  // null after the first level
   Solver solver_;
+  Recorder* recorder_;  // null where nothing is recorded
   const int n_original_;
   int n_variables_;
   Totalizers totalizers_;
@@ -352,8 +391,8 @@ class Minimizer {
 }  // namespace
 
 Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
-                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds) {
-  Minimizer minimizer(formula, std::move(start), limits, on_bounds);
+                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds, Recorder* recorder) {
+  Minimizer minimizer(formula, std::move(start), limits, on_bounds, recorder);
   // Earlier levels have the last word on a variable's phase.
   for (const int literal : preference) {
     minimizer.phase(literal);

@@ -10,6 +10,8 @@
 
 namespace clue::logic {
 
+class Recorder;
+
 // A clause set over variables 1..n_variables; each clause ends with 0, as in DIMACS.
 struct Formula {
   int n_variables = 0;
@@ -35,8 +37,9 @@ struct Optimum {
 // Minimises the levels in order, then prefers the literals of `preference` to be true, the earlier ones first. With
 // every variable in `preference` the model is unique. `start` must be a model, which is returned, improved as far as it
 // went, when the limits end the search; or empty, where none is known. `on_bounds` may be null and hears of the first
-// level.
+// level; `recorder` is told all that the first level's bound follows from.
 Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
-                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds);
+                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds,
+                 Recorder* recorder = nullptr);
 
 }  // namespace clue::logic

@@ -61,7 +61,19 @@ Solver::Solver(Limits& limits) : limits_(limits) {
   solver_.connect_terminator(this);
 }
 
-Solver::~Solver() { solver_.disconnect_terminator(); }
+Solver::~Solver() {
+  stop_recording();
+  solver_.disconnect_terminator();
+}
+
+void Solver::record(CaDiCaL::Tracer& tracer) {
+  solver_.connect_proof_tracer(&tracer, true);
+  tracer_ = &tracer;
+}
+
+void Solver::stop_recording() {
+  if (tracer_ != nullptr) solver_.disconnect_proof_tracer(std::exchange(tracer_, nullptr));
+}
 
 void Solver::clause(std::span<const int> literals) { solver_.clause(literals.data(), literals.size()); }
 
@@ -74,6 +86,7 @@ Verdict Solver::solve(std::span<const int> assumptions, int decisions) {
     case CaDiCaL::SATISFIABLE:
       return Verdict::Satisfiable;
     case CaDiCaL::UNSATISFIABLE:
+      if (tracer_ != nullptr) solver_.conclude();  // tells what follows of the assumptions
       return Verdict::Unsatisfiable;
     default:
       return Verdict::Unknown;

@@ -4,6 +4,7 @@
 #include <cadical.hpp>
 #include <cstdint>
 #include <span>
+#include <tracer.hpp>
 #include <vector>
 
 #include "limits.hpp"
@@ -17,6 +18,9 @@ class Solver : CaDiCaL::Terminator {
  public:
   explicit Solver(Limits& limits);
   ~Solver() override;
+
+  void record(CaDiCaL::Tracer& tracer);  // tell it every clause and what it follows from; before the first clause
+  void stop_recording();
 
   void clause(std::span<const int> literals);
   void phase(int literal) { solver_.phase(literal); }              // the polarity to try first
@@ -40,6 +44,7 @@ class Solver : CaDiCaL::Terminator {
   bool terminate() override { return limits_.expired(); }
 
   Limits& limits_;
+  CaDiCaL::Tracer* tracer_ = nullptr;
   CaDiCaL::Solver solver_;
   std::int64_t solves_ = 0;
 };

@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
 
 #include "dimacs.hpp"
+#include "logic/record.hpp"
 #include "solver.hpp"
 
 namespace clue::sat {
@@ -26,7 +28,8 @@ bool satisfied(const std::int32_t*& at, const std::vector<std::uint8_t>& model) 
 }  // namespace
 
 Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<const std::int32_t> soft,
-                 std::span<const std::int64_t> weights, logic::Limits& limits, const logic::OnBounds& on_bounds) {
+                 std::span<const std::int64_t> weights, logic::Limits& limits, const logic::OnBounds& on_bounds,
+                 const logic::Digest* digest) {
   const int largest = std::max(largest_variable(hard, "hard"), check_soft(soft, weights));
   if (largest > n_variables)
     throw std::invalid_argument("n_variables: expected at least " + std::to_string(largest) + ", got " +
@@ -45,9 +48,11 @@ Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<
     if (paid.try_emplace(literal, 0).second) order.push_back(literal);
     paid[literal] += weight;
   };
-  std::int64_t always = 0;  // paid by every model
+  std::int64_t always = 0;          // paid by every model
+  std::vector<std::int64_t> added;  // number of the soft clause of each clause after the hard ones
   const std::int32_t* at = soft.data();
-  for (const std::int64_t weight : weights) {
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const std::int64_t weight = weights[i];
     if (limits.tick()) return {};
     clause.clear();
     for (; *at != 0; ++at) clause.push_back(*at);
@@ -65,6 +70,7 @@ Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<
       clause.push_back(++formula.n_variables);
       formula.clauses.insert(formula.clauses.end(), clause.begin(), clause.end());
       formula.clauses.push_back(0);
+      added.push_back(static_cast<std::int64_t>(i));
       pay(-clause.back(), weight);
     }
   }
@@ -80,12 +86,33 @@ Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<
   logic::OnBounds on_bounds_of_all;
   if (on_bounds)
     on_bounds_of_all = [&](std::int64_t lower, std::int64_t cost) { return on_bounds(lower + always, cost + always); };
-  const logic::Optimum optimum = logic::minimize(formula, {level}, {}, {}, limits, on_bounds_of_all);
+  std::optional<logic::Recorder> recorder;
+  if (digest) recorder.emplace();
+  const logic::Optimum optimum =
+      logic::minimize(formula, {level}, {}, {}, limits, on_bounds_of_all, recorder ? &*recorder : nullptr);
   Minimum minimum;
   minimum.satisfiable = optimum.satisfiable;
   minimum.lower_bound = optimum.lower_bound + always;
   minimum.cores = optimum.cores;
   minimum.solves = optimum.solves;
+  const auto put_sections = [&] {
+    std::string& out = minimum.certificate;
+    const std::int64_t n_hard = std::count(hard.begin(), hard.end(), 0);
+    std::int64_t clause_before = 0;
+    const bool any = !minimum.satisfiable || optimum.lower_bound > 0;
+    logic::put(out, any);
+    if (!any) return;
+    const auto put_name = [&](std::size_t place) {
+      auto number = static_cast<std::int64_t>(place);
+      if (number >= n_hard) number = n_hard + added[static_cast<std::size_t>(number - n_hard)];
+      logic::put_signed(out, number - std::exchange(clause_before, number));
+    };
+    recorder->write(formula.clauses, optimum.lower_bound, put_name, out);
+  };
+  if (digest && !minimum.satisfiable) {
+    logic::put_head(minimum.certificate, logic::kOfFormula, false, *digest);
+    put_sections();
+  }
   if (optimum.model.empty()) return minimum;
   for (at = hard.data(); at != hard.data() + hard.size();)
     if (!satisfied(at, optimum.model)) throw std::logic_error("the search returned a model that violates a clause");
@@ -96,6 +123,16 @@ Minimum minimize(int n_variables, std::span<const std::int32_t> hard, std::span<
   if (minimum.optimal && minimum.cost != minimum.lower_bound)
     throw std::logic_error("the bounds of a closed search differ");
   minimum.model.assign(optimum.model.begin(), optimum.model.begin() + n_variables + 1);
+  if (digest && minimum.optimal) {
+    logic::put_head(minimum.certificate, logic::kOfFormula, true, *digest);
+    logic::put(minimum.certificate, static_cast<std::uint64_t>(minimum.cost));
+    std::string bits((static_cast<std::size_t>(n_variables) + 7) / 8, '\0');
+    for (int v = 0; v < n_variables; ++v)
+      if (minimum.model[static_cast<std::size_t>(v) + 1])
+        bits[static_cast<std::size_t>(v / 8)] |= static_cast<char>(1 << v % 8);
+    minimum.certificate += bits;
+    put_sections();
+  }
   return minimum;
 }
 

@@ -24,8 +24,20 @@ def assign(
     semantics: str,
     time_limit: float,
     on_bounds: Callable[[int, int], object] | None,
+    digest: bytes | None,
 ) -> dict[str, Any]:
     """``interrupted`` is None, or the exception that a signal or ``on_bounds`` raised."""
+
+def check_circuits(
+    n_nodes: int,
+    editable: npt.NDArray[np.uint8],
+    forget: list[_Edges],
+    retain: list[_Edges],
+    weights: npt.NDArray[np.int64],
+    semantics: str,
+    digest: bytes,
+    certificate: bytes,
+) -> dict[str, Any]: ...
 
 # SAT (csrc/sat). Wrapped by clue.sat, where each call is described; clauses in arrays end with 0, and seconds of 0 and
 # limits of -1 mean none.
@@ -85,8 +97,18 @@ def minimize(
     weights: npt.NDArray[np.int64],
     seconds: float,
     on_bounds: Callable[[int, int], object] | None,
+    digest: bytes | None,
 ) -> dict[str, Any]:
     """``interrupted`` is None, or the exception that a signal or ``on_bounds`` raised."""
+
+def check_formula(
+    n_variables: int,
+    hard: npt.NDArray[np.int32],
+    soft: npt.NDArray[np.int32],
+    weights: npt.NDArray[np.int64],
+    digest: bytes,
+    certificate: bytes,
+) -> dict[str, Any]: ...
 
 # Kernels (csrc/attribution, csrc/update). Tensors come through DLPack: torch, NumPy and others.
 

@@ -31,6 +31,14 @@ class FormulaError(ClueError):
     """A formula file is malformed, cut short, or its header lies; the message names file and line."""
 
 
+class CertificateError(ClueError):
+    """A certificate file is none, of another version, or of another question."""
+
+
+class RefutedError(CertificateError):
+    """A certificate does not prove what it claims; the message says where it fails."""
+
+
 class PlanError(ClueError):
     """A plan does not fit the model, or its file is damaged."""
 

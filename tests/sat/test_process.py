@@ -11,6 +11,7 @@ import time
 import pytest
 
 INTERRUPTED = """
+import signal
 from clue.sat import Solver
 from tests.sat.test_solver import pigeons, random_clauses
 large = {large}
@@ -21,6 +22,7 @@ for call in (solver.solve, lambda: solver.solve([1]), lambda: solver.simplify(10
         print("answer", call(), flush=True)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the last call may have been done sooner than the signal comes
 print(solver.solve(conflicts=0 if large else 1))
 solver.add([[1], [-1]])
 print(solver.solve())

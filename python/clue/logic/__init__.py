@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
+from ..certificate import Verified, digest, name_of, read, verified
 from ..data.atomic import write_atomically
 from ..errors import CircuitError
 from ..types import Gate, Role
@@ -91,6 +92,7 @@ def assign(
     time_limit: float = 0,
     keep_on_interrupt: bool = False,
     on_bounds: Callable[[int, int], object] | None = None,
+    certify: str | os.PathLike[str] | None = None,
 ) -> Assignment:
     """Give every node its role, at the least cost of conflicts.
 
@@ -119,34 +121,29 @@ def assign(
         keep_on_interrupt: on Ctrl-C, too, return the best so far instead of raising.
         on_bounds: called with lower bound and cost when they are first known and whenever one of the two improves. What
             it raises ends the search and is passed on, except that a KeyboardInterrupt counts as Ctrl-C.
+        certify: a file to write the proof of the least cost to, for :func:`check_certificate`. It is written if
+            ``optimal``, and not at all if the time limit struck.
 
     Raises:
         CircuitError: no circuit on a side, circuits of different graphs, an edge that names an unknown node or closes a
             cycle, an output that nothing reaches, or weights or scores that are negative or of the wrong length.
         KeyboardInterrupt: on Ctrl-C, within about 50 ms.
+        OSError: the certificate cannot be written.
     """
-    for side, circuits in (("forget", forget), ("retain", retain)):
-        if not circuits:
-            raise CircuitError(f"there is no {side} circuit: give at least one")
-    graph = forget[0].graph
-    for circuit in (*forget, *retain):
-        _check(circuit, graph)
+    graph, question = _question(forget, retain, weights)
     n = graph.n_nodes
-    costs = np.ones(n, dtype=np.int64) if weights is None else _numbers("weights", weights, n)
-    if np.any(costs != np.trunc(costs)):
-        raise CircuitError("weights must be integers: scale them")
     try:
         found = _core.assign(
-            n, np.ascontiguousarray(graph.editable, dtype=np.uint8),
-            [_edges(circuit) for circuit in forget], [_edges(circuit) for circuit in retain],
-            np.ascontiguousarray(costs, dtype=np.int64), _steps("retain_score", retain_score, n),
-            _steps("forget_score", forget_score, n), semantics, time_limit, on_bounds,
+            *question, _steps("retain_score", retain_score, n), _steps("forget_score", forget_score, n), semantics,
+            time_limit, on_bounds, None if certify is None else _digest(question, semantics),
         )
     except ValueError as error:
         raise CircuitError(str(error)) from None
     interrupted = found["interrupted"]
     if interrupted is not None and not (keep_on_interrupt and isinstance(interrupted, KeyboardInterrupt)):
         raise interrupted
+    if certify is not None and found["optimal"]:
+        write_atomically(certify, found["certificate"])
     conflict = found["conflict"].astype(bool)
     forced = found["forced"].astype(bool)
     role = np.full(n, Role.FREE, dtype=np.uint8)
@@ -167,6 +164,65 @@ def assign(
         statistics={name: int(found[name])
                     for name in ("unique", "variables", "clauses", "components", "cores", "solves")},
     )
+
+
+def check_certificate(
+    forget: Sequence[Circuit],
+    retain: Sequence[Circuit],
+    certificate: str | os.PathLike[str] | bytes,
+    *,
+    semantics: str = "support",
+    weights: npt.NDArray[np.int64] | None = None,
+) -> Verified:
+    """Check that an assignment's cost is the least, without the solver that found it.
+
+    The formula is regenerated from the circuits. The certificate's assignment must satisfy it and cost what is claimed,
+    and every derived clause and core must follow from the clauses it names.
+
+    Args:
+        forget, retain, semantics, weights: the question, as :func:`assign` was asked it.
+        certificate: the file that :func:`assign` wrote, or its bytes.
+
+    Raises:
+        RefutedError: the certificate does not prove its claim.
+        CertificateError: it is no certificate, of another version, or of another question.
+        CircuitError: as :func:`assign`.
+        KeyboardInterrupt: on Ctrl-C.
+    """
+    _, question = _question(forget, retain, weights)
+    content = read(certificate)
+    try:
+        found = _core.check_circuits(*question, semantics, _digest(question, semantics), content)
+    except ValueError as error:
+        raise CircuitError(str(error)) from None
+    return verified(name_of(certificate), found, len(content))
+
+
+_Edges = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+_Question = tuple[int, npt.NDArray[np.uint8], list[_Edges], list[_Edges], npt.NDArray[np.int64]]
+
+
+def _question(forget: Sequence[Circuit], retain: Sequence[Circuit],
+              weights: npt.NDArray[np.int64] | None) -> tuple[Graph, _Question]:
+    """The arrays of a question, once each circuit has been looked at, and the graph they are about."""
+    for side, circuits in (("forget", forget), ("retain", retain)):
+        if not circuits:
+            raise CircuitError(f"there is no {side} circuit: give at least one")
+    graph = forget[0].graph
+    for circuit in (*forget, *retain):
+        _check(circuit, graph)
+    n = graph.n_nodes
+    costs = np.ones(n, dtype=np.int64) if weights is None else _numbers("weights", weights, n)
+    if np.any(costs != np.trunc(costs)):
+        raise CircuitError("weights must be integers: scale them")
+    return graph, (n, np.ascontiguousarray(graph.editable, dtype=np.uint8), [_edges(c) for c in forget],
+                   [_edges(c) for c in retain], np.ascontiguousarray(costs, dtype=np.int64))
+
+
+def _digest(question: _Question, semantics: str) -> bytes:
+    _, editable, forget, retain, costs = question
+    arrays = [array for side in (forget, retain) for circuit in side for array in circuit]
+    return digest(f"circuits {semantics} {len(forget)} {len(retain)}", [editable, costs, *arrays])
 
 
 def _check(circuit: Circuit, graph: Graph) -> None:
@@ -192,7 +248,7 @@ def _check(circuit: Circuit, graph: Graph) -> None:
         raise CircuitError(f"{where}: nothing reaches the output: keep more edges (--edges)")
 
 
-def _edges(circuit: Circuit) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+def _edges(circuit: Circuit) -> _Edges:
     return (np.ascontiguousarray(circuit.src, dtype=np.int32), np.ascontiguousarray(circuit.dst, dtype=np.int32),
             np.ascontiguousarray(circuit.gate, dtype=np.uint8))
 

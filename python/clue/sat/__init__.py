@@ -15,8 +15,8 @@ Literals are v and -v for variables v = 1, 2, ... The package needs NumPy and no
 from __future__ import annotations
 
 from .formula import CNF, WCNF, read_dimacs, read_wcnf, write_dimacs, write_wcnf
-from .maxsat import Minimum, minimize
+from .maxsat import Minimum, check_certificate, minimize
 from .solver import Option, Solver, options
 
-__all__ = ["CNF", "WCNF", "Minimum", "Option", "Solver", "minimize", "options", "read_dimacs", "read_wcnf",
+__all__ = ["CNF", "WCNF", "Minimum", "Option", "Solver", "check_certificate", "minimize", "options", "read_dimacs", "read_wcnf",
            "write_dimacs", "write_wcnf"]
