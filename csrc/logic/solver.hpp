@@ -18,6 +18,7 @@ class Solver : CaDiCaL::Terminator {
   explicit Solver(Limits& limits);
   ~Solver() override;
 
+  void reserve(int variables) { solver_.resize(variables); }  // once is faster than one by one
   void clause(std::span<const int> literals);
   void phase(int literal) { solver_.phase(literal); }              // the polarity to try first
   void freeze(int literal) { solver_.freeze(literal); }            // not eliminated between calls
