@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clue.logic import Assignment, assign
+from clue.logic.question import NamedCircuit, NamedNodes
 from clue.types import Gate
 
 Mix = tuple[float, float, float]  # shares of AND, OR and ADDER
@@ -25,37 +24,14 @@ TRANSFORMER: Mix = (0.20, 0.15, 0.65)
 ADVERSARIAL: Mix = (0.45, 0.45, 0.10)
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """The part of a graph that logic looks at: node 0 is the embedding, the last node the output."""
-
-    n_nodes: int
-    editable: npt.NDArray[np.bool_]
-
-    def name(self, node: int) -> str:
-        """Name of a node in error messages."""
-        return f"node {node}"
-
-
-@dataclass(frozen=True)
-class Edges:
-    """A circuit over :class:`Nodes`."""
-
-    name: str
-    graph: Nodes
-    src: npt.NDArray[np.int32]
-    dst: npt.NDArray[np.int32]
-    gate: npt.NDArray[np.uint8]
-
-
-def nodes(n: int) -> Nodes:
+def nodes(n: int) -> NamedNodes:
     """n nodes; all but embedding and output have weights of their own."""
     editable = np.ones(n, dtype=bool)
     editable[[0, -1]] = False
-    return Nodes(n, editable)
+    return NamedNodes(tuple(f"node {node}" for node in range(n)), editable)
 
 
-def layered(graph: Nodes, edges: int, mix: Mix, rng: np.random.Generator, layers: int = 32) -> Edges:
+def layered(graph: NamedNodes, edges: int, mix: Mix, rng: np.random.Generator, layers: int = 32) -> NamedCircuit:
     """A circuit of ``edges`` edges, or of one for each node if that is more.
 
     Every node reads uniformly from the embedding and the layers below its own; the output adds up one node in fifty.
@@ -74,10 +50,10 @@ def layered(graph: Nodes, edges: int, mix: Mix, rng: np.random.Generator, layers
     gate_of = rng.choice(3, graph.n_nodes, p=mix).astype(np.uint8)
     gate_of[-1] = Gate.ADDER
     dst = (pairs // graph.n_nodes).astype(np.int32)
-    return Edges("random", graph, (pairs % graph.n_nodes).astype(np.int32), dst, gate_of[dst])
+    return NamedCircuit("random", graph, (pairs % graph.n_nodes).astype(np.int32), dst, gate_of[dst])
 
 
-def question(n: int, edges: int, n_retain: int, mix: Mix, seed: int) -> tuple[list[Edges], list[Edges]]:
+def question(n: int, edges: int, n_retain: int, mix: Mix, seed: int) -> tuple[list[NamedCircuit], list[NamedCircuit]]:
     """One forget circuit and ``n_retain`` retain circuits over n nodes, ``edges`` edges together."""
     graph = nodes(n)
     rng = np.random.default_rng(seed)
@@ -85,7 +61,7 @@ def question(n: int, edges: int, n_retain: int, mix: Mix, seed: int) -> tuple[li
     return circuits[:1], circuits[1:]
 
 
-def hitting_set(leaves: int, sets: int, size: int, seed: int) -> tuple[list[Edges], list[Edges]]:
+def hitting_set(leaves: int, sets: int, size: int, seed: int) -> tuple[list[NamedCircuit], list[NamedCircuit]]:
     """Forget must kill one of ``size`` random leaves in each of many sets, retain needs every leaf."""
     rng = np.random.default_rng(seed)
     graph = nodes(1 + leaves + sets + 1)
@@ -96,13 +72,13 @@ def hitting_set(leaves: int, sets: int, size: int, seed: int) -> tuple[list[Edge
     dst = np.concatenate([parents, np.full(sets, out)])
     gate = np.concatenate([np.full(sets * size, Gate.AND), np.full(sets, Gate.OR)])
     keep = np.arange(leaves) + 1
-    return ([Edges("kill", graph, src.astype(np.int32), dst.astype(np.int32), gate.astype(np.uint8))],
-            [Edges("keep", graph, keep.astype(np.int32), np.full(leaves, out, np.int32),
+    return ([NamedCircuit("kill", graph, src.astype(np.int32), dst.astype(np.int32), gate.astype(np.uint8))],
+            [NamedCircuit("keep", graph, keep.astype(np.int32), np.full(leaves, out, np.int32),
                    np.full(leaves, Gate.AND, np.uint8))])
 
 
-def solve(forget: list[Edges], retain: list[Edges], **options: Any) -> Assignment:
-    """``clue.logic.assign``; it asks of a circuit only what :class:`Edges` has."""
+def solve(forget: list[NamedCircuit], retain: list[NamedCircuit], **options: Any) -> Assignment:
+    """``clue.logic.assign``; it asks of a circuit only what :class:`NamedCircuit` has."""
     return assign(forget, retain, **options)  # type: ignore[arg-type]
 
 

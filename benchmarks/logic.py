@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from circuits import ADVERSARIAL, TRANSFORMER, Edges, Mix, hitting_set, nodes, question, solve
+from circuits import ADVERSARIAL, TRANSFORMER, Mix, hitting_set, nodes, question, solve
 from claims import Claims, add_json
 
+from clue.logic.question import NamedCircuit
 from clue.types import Gate
 
 PROGRAM = Path(__file__).with_name("circuits.py")
@@ -56,7 +57,7 @@ def sizes(found: Claims, repeats: int) -> None:
               f"linear; {text}", "at most 1.3", worst <= 1.3)
 
 
-def clauses_in_python(forget: list[Edges], retain: list[Edges]) -> Any:
+def clauses_in_python(forget: list[NamedCircuit], retain: list[NamedCircuit]) -> Any:
     """The question as PySAT's WCNF, in the ``support`` semantics; r of node n is 2n + 1, f is 2n + 2."""
     from pysat.formula import WCNF
 
@@ -111,23 +112,23 @@ def against_rc2(found: Claims, edges: tuple[int, ...]) -> None:
         gc.collect()
 
 
-def free_leaves(each: int) -> tuple[list[Edges], list[Edges]]:
+def free_leaves(each: int) -> tuple[list[NamedCircuit], list[NamedCircuit]]:
     """Two circuits over the same ``each`` leaves, so that each side has that many free ones, with gates above them."""
     graph = nodes(1 + each + each // 2 + 1)
     out = graph.n_nodes - 1
 
-    def side(name: str, pair: Gate) -> list[Edges]:
+    def side(name: str, pair: Gate) -> list[NamedCircuit]:
         edges = [(1 + 2 * i + j, 1 + each + i, pair) for i in range(each // 2) for j in (0, 1)]
         edges += [(1 + each + i, out, Gate.ADDER) for i in range(each // 2)]
         src, dst, gate = (np.array(column) for column in zip(*edges, strict=True))
-        return [Edges(name, graph, src.astype(np.int32), dst.astype(np.int32), gate.astype(np.uint8))]
+        return [NamedCircuit(name, graph, src.astype(np.int32), dst.astype(np.int32), gate.astype(np.uint8))]
 
     return side("forget", Gate.AND), side("retain", Gate.OR)
 
 
-def enumerate_leaves(forget: list[Edges], retain: list[Edges]) -> int:
+def enumerate_leaves(forget: list[NamedCircuit], retain: list[NamedCircuit]) -> int:
     """Least number of conflicts by trying every assignment of the leaves of both sides, as the release does."""
-    def prepared(one: Edges) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
+    def prepared(one: NamedCircuit) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
         groups: dict[tuple[int, int], list[int]] = {}
         for u, v, g in zip(one.src.tolist(), one.dst.tolist(), one.gate.tolist(), strict=True):
             groups.setdefault((v, g), []).append(u)

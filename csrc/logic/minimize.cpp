@@ -117,6 +117,7 @@ class Minimizer {
         known_(!model_.empty()) {
     if (recorder_) solver_.record(*recorder_);
     model_.resize(static_cast<std::size_t>(n_original_) + 1);
+    solver_.reserve(n_original_);
     // Cut short by a limit, it is a formula that no search is made on.
     for (auto first = formula.clauses.begin(); first != formula.clauses.end() && !limits.tick();) {
       const auto last = std::find(first, formula.clauses.end(), 0);

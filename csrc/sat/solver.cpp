@@ -109,6 +109,17 @@ void Solver::declare(int variable) {
   variables_ = variable;
 }
 
+// A literal may name a variable that exists only now and then belongs to the solver, hence the second look.
+void Solver::declare(std::span<const std::int32_t> literals, const char* name) {
+  int largest = 0;
+  for (const std::int32_t literal : literals) {
+    check_literal(literal, name);
+    largest = std::max(largest, std::abs(literal));
+  }
+  declare(largest);
+  for (const std::int32_t literal : literals) check_literal(literal, name);
+}
+
 void Solver::reserve(int variables) {
   if (variables < 0) throw std::invalid_argument("variables: expected at least 0, got " + std::to_string(variables));
   declare(variables);
@@ -131,13 +142,7 @@ void Solver::add(std::span<const std::int32_t> clauses) {
 void Solver::constrain(std::span<const std::int32_t> clause) {
   // The proof would not be one of the formula, and CaDiCaL 3.0.0 crashes on concluding one with an empty constraint.
   if (proof_) throw std::logic_error("a constraint cannot go with a proof: assume literals instead");
-  int largest = 0;
-  for (const std::int32_t literal : clause) {
-    check_literal(literal, "clause");
-    largest = std::max(largest, std::abs(literal));
-  }
-  declare(largest);
-  for (const std::int32_t literal : clause) check_literal(literal, "clause");
+  declare(clause, "clause");
   state_ = State::Open;
   for (const std::int32_t literal : clause) solver_.constrain(literal);
   solver_.constrain(0);
@@ -185,13 +190,7 @@ Verdict Solver::run(const SearchLimits& limits, const std::function<bool()>& int
 
 Verdict Solver::solve(std::span<const std::int32_t> assumptions, const SearchLimits& limits,
                       const std::function<bool()>& interrupted) {
-  int largest = 0;
-  for (const std::int32_t literal : assumptions) {
-    check_literal(literal, "assumptions");
-    largest = std::max(largest, std::abs(literal));
-  }
-  declare(largest);
-  for (const std::int32_t literal : assumptions) check_literal(literal, "assumptions");
+  declare(assumptions, "assumptions");
   assumptions_.assign(assumptions.begin(), assumptions.end());
   for (const std::int32_t literal : assumptions_) solver_.assume(literal);
   return run(limits, interrupted, [&] { return solver_.solve(); });
@@ -204,13 +203,7 @@ Verdict Solver::simplify(int rounds, const SearchLimits& limits, const std::func
 }
 
 std::optional<std::vector<std::int32_t>> Solver::propagate(std::span<const std::int32_t> assumptions) {
-  int largest = 0;
-  for (const std::int32_t literal : assumptions) {
-    check_literal(literal, "assumptions");
-    largest = std::max(largest, std::abs(literal));
-  }
-  declare(largest);
-  for (const std::int32_t literal : assumptions) check_literal(literal, "assumptions");
+  declare(assumptions, "assumptions");
   if (proof_) proof_->seal();
   state_ = State::Open;
   for (const std::int32_t literal : assumptions) solver_.assume(literal);
@@ -267,9 +260,7 @@ bool Solver::constraint_failed() {
 }
 
 void Solver::phase(std::int32_t literal, bool forced) {
-  check_literal(literal, "literal");
-  declare(std::abs(literal));
-  check_literal(literal, "literal");
+  declare({&literal, 1}, "literal");
   if (forced)
     solver_.phase(literal);
   else
@@ -277,9 +268,7 @@ void Solver::phase(std::int32_t literal, bool forced) {
 }
 
 void Solver::freeze(std::int32_t literal, bool frozen) {
-  check_literal(literal, "literal");
-  declare(std::abs(literal));
-  check_literal(literal, "literal");
+  declare({&literal, 1}, "literal");
   if (frozen) {
     solver_.freeze(literal);
   } else {

@@ -100,6 +100,7 @@ class Solver {
 
   void check_literal(std::int32_t literal, const char* name) const;
   void declare(int variable);
+  void declare(std::span<const std::int32_t> literals, const char* name);  // checks them too
   void require_configuring(const char* what);
   template <typename Call>
   Verdict run(const SearchLimits& limits, const std::function<bool()>& interrupted, Call call);
