@@ -23,7 +23,7 @@ def assign(
     reach: npt.NDArray[np.int64],
     semantics: str,
     time_limit: float,
-    digest: bytes | None,
+    digest: bytes | None = None,
 ) -> dict[str, Any]: ...
 def check_circuits(
     n_nodes: int,
