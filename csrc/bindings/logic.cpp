@@ -127,7 +127,8 @@ void register_logic(py::module_& module) {
   module.def("cadical_version", [] { return CaDiCaL::Solver::version(); }, "Version of the CaDiCaL linked in.");
   module.def("assign", &assign, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
              py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("semantics"), py::arg("time_limit"),
-             py::arg("digest"), "Roles of all nodes from the circuits of both sides; see clue.logic.assign.");
+             py::arg("digest") = py::none(),
+             "Roles of all nodes from the circuits of both sides; see clue.logic.assign.");
   module.def("check_circuits", &check_circuits, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"),
              py::arg("retain"), py::arg("weights"), py::arg("semantics"), py::arg("digest"), py::arg("certificate"),
              "Checks the certificate of an answer of assign; see clue.logic.check_certificate.");
