@@ -14,14 +14,17 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from circuits import ADVERSARIAL, TRANSFORMER, Mix, hitting_set, nodes, question, solve
-from claims import Claims, add_json
+from claims import Claims, add_json, medians
 
+from clue.logic import check_certificate
 from clue.logic.question import NamedCircuit
 from clue.types import Gate
 
@@ -194,6 +197,29 @@ def adversarial(found: Claims, repeats: int, limit: float) -> None:
               valid and seconds <= 1.1 * limit)
 
 
+def certified(found: Claims, repeats: int) -> None:
+    """What a certificate adds to solving: recording, writing, and checking it from the arrays."""
+    sizes: list[tuple[str, list[NamedCircuit], list[NamedCircuit]]] = []
+    for n, edges, n_retain, mix in ((10_000, 120_000, 3, TRANSFORMER), (100_000, 1_200_000, 3, TRANSFORMER),
+                                    (100_000, 460_000, 1, ADVERSARIAL)):
+        shares = "/".join(f"{100 * share:.0f}" for share in mix)
+        sizes.append((f"{n} nodes at {shares} AND/OR/ADDER, {edges} edges", *question(n, edges, n_retain, mix, 0)))
+    sizes.append(("random hitting sets, 60 leaves x 100 sets of 5", *hitting_set(60, 100, 5, 0)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "certificate"
+        for what, forget, retain in sizes:
+            seconds = medians(repeats, plain=partial(solve, forget, retain),
+                              solved=partial(solve, forget, retain, certify=path),
+                              checked=partial(check_certificate, forget, retain, path))  # type: ignore[arg-type]
+            checked = check_certificate(forget, retain, path)  # type: ignore[arg-type]
+            assert checked.cost == solve(forget, retain).cost
+            ratio = (seconds["solved"] + seconds["checked"]) / seconds["plain"]
+            found.add(f"{what}: solved with a certificate of {checked.size} bytes ({checked.cores} cores,"
+                      f" {checked.clauses} derived clauses), and that checked", ratio, "times the plain solve",
+                      f"plain solve {1e3 * seconds['plain']:.1f} ms, certified {1e3 * seconds['solved']:.1f} ms,"
+                      f" check {1e3 * seconds['checked']:.1f} ms", "at most 1.5", ratio <= 1.5)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="processes per size")
@@ -207,6 +233,7 @@ def main() -> int:
     against_rc2(found, tuple(arguments.rc2_edges))
     against_enumeration(found, arguments.leaves // 2)
     adversarial(found, arguments.repeats, arguments.time_limit)
+    certified(found, arguments.repeats)
     found.report(arguments.json)
     return 0
 

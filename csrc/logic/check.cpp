@@ -228,37 +228,50 @@ class Check {
 
   // Reads x of both sides, which must satisfy all groups, and counts what it costs.
   void check_model(std::string_view bits) {
-    const auto x = [&](std::int32_t node, bool retain) {
-      const std::size_t bit = 2 * static_cast<std::size_t>(node) + !retain;
-      return (static_cast<std::uint8_t>(bits[bit / 8]) >> bit % 8 & 1) != 0;
-    };
+    std::vector<std::uint8_t> values[2];
     for (const bool retain : {false, true}) {
+      std::vector<std::uint8_t>& x = values[retain];
+      x.resize(static_cast<std::size_t>(n_));
+      for (std::size_t node = 0; node < x.size(); ++node)
+        x[node] = static_cast<std::uint8_t>(bits[node / 4]) >> (2 * (node % 4) + !retain) & 1;
       Side& side = sides_[retain];
-      for (std::int32_t node = 0; node < n_; ++node) {
-        if (!side.member(node)) continue;
-        bool holds = node == 0 ? x(node, retain) == retain : node < n_ - 1 || x(node, retain);
-        side.groups(node, [&](const Group& group) {
-          bool met = group.satisfied;
-          const auto is_true = [&](std::int32_t input) { return x(input, retain); };
-          if (!met)
-            met = group.all ? std::all_of(group.inputs.begin(), group.inputs.end(), is_true)
-                            : std::any_of(group.inputs.begin(), group.inputs.end(), is_true);
-          if (x(node, retain) && !met) holds = false;
-          if (q_.semantics == Semantics::Authors && !x(node, retain) && met && (retain || !group.satisfied))
-            holds = false;
-          return holds;
-        });
-        if (!holds)
+      for (std::int32_t node = 0; node < n_; ++node)
+        if (side.member(node) && !holds(side, x, node, retain))
           throw Refuted("the model breaks a rule of the " + std::string(retain ? "retain" : "forget") +
                         " circuits at node " + std::to_string(node));
-      }
       poll_();
     }
     std::int64_t cost = 0;
     for (std::int32_t node = 0; node < n_; ++node)
-      if (counts(node) && x(node, false) && x(node, true)) cost += q_.weight[node];
+      if (counts(node) && values[0][node] && values[1][node]) cost += q_.weight[node];
     if (cost != checked_.cost)
       throw Refuted("the model costs " + std::to_string(cost) + ", not " + std::to_string(checked_.cost));
+  }
+
+  // Whether x meets the rules at one node.
+  bool holds(Side& side, const std::vector<std::uint8_t>& x, std::int32_t node, bool retain) const {
+    if (node == 0) return (x[0] != 0) == retain;
+    if (node == n_ - 1 && !x[node]) return false;
+    const auto is_true = [&](std::int32_t input) { return x[input] != 0; };
+    bool found = true, look = q_.semantics == Semantics::Authors;
+    if (x[node])
+      side.sources(node, [&](std::int32_t source, bool all) {
+        if (all)
+          found = found && x[source];
+        else
+          look = true;
+      });
+    if (look)
+      side.groups(node, [&](const Group& group) {
+        bool met = group.satisfied;
+        if (!met)
+          met = group.all ? std::all_of(group.inputs.begin(), group.inputs.end(), is_true)
+                          : std::any_of(group.inputs.begin(), group.inputs.end(), is_true);
+        if (x[node] && !met) found = false;
+        if (q_.semantics == Semantics::Authors && !x[node] && met && (retain || !group.satisfied)) found = false;
+        return found;
+      });
+    return found;
   }
 
   void read_axioms(Reader& in, Derivation& derivation) {

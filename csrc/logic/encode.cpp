@@ -8,7 +8,6 @@
 //
 // Every step looks at the limits, and what is open where one strikes becomes true: that is a model at any time.
 #include <algorithm>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -43,70 +42,6 @@ struct Side {
   std::vector<std::uint8_t> member;  // node is in a circuit of this side
   std::vector<std::int8_t> x;        // kOpen, kTrue or kFalse; meaningful for members only
 };
-
-void require(bool condition, const std::string& text) {
-  if (!condition) throw std::invalid_argument(text);
-}
-
-[[noreturn]] void refuse_edge(const std::string& circuit, std::int32_t u, std::int32_t v, std::uint8_t gate,
-                              std::int32_t n_nodes) {
-  const std::string edge = std::to_string(u) + " -> " + std::to_string(v);
-  require(u >= 0 && v >= 0 && u < n_nodes && v < n_nodes,
-          circuit + ": expected node ids in 0.." + std::to_string(n_nodes - 1) + ", got edge " + edge);
-  require(u < v, circuit + ": expected src < dst, got edge " + edge);
-  throw std::invalid_argument(circuit + ": expected gates 0..2, got " + std::to_string(gate));
-}
-
-}  // namespace
-
-void require_valid(const Question& q) {
-  const auto n = static_cast<std::size_t>(q.n_nodes);
-  require(q.n_nodes >= 2, "n_nodes: expected at least 2, got " + std::to_string(q.n_nodes));
-  require(q.n_nodes <= (1 << 29), "n_nodes: expected at most 2^29, got " + std::to_string(q.n_nodes));
-  const auto length = [&](const char* name, std::size_t size) {
-    require(size == n, std::string(name) + ": expected length " + std::to_string(n) + ", got " + std::to_string(size));
-  };
-  length("editable", q.editable.size());
-  length("weights", q.weight.size());
-  length("risk", q.risk.size());
-  length("reach", q.reach.size());
-  // Sums over all nodes, twice, must stay far from overflow.
-  const std::int64_t most = std::numeric_limits<std::int64_t>::max() / (4 * static_cast<std::int64_t>(q.n_nodes));
-  const auto range = [&](const char* name, std::span<const std::int64_t> values) {
-    for (const std::int64_t value : values)
-      if (value < 0 || value > most)
-        throw std::invalid_argument(std::string(name) + ": expected 0.." + std::to_string(most) + ", got " +
-                                    std::to_string(value));
-  };
-  range("weights", q.weight);
-  range("risk", q.risk);
-  range("reach", q.reach);
-  for (const bool retain : {false, true}) {
-    const std::string side = retain ? "retain" : "forget";
-    const auto& circuits = retain ? q.retain : q.forget;
-    require(!circuits.empty(), side + ": expected at least one circuit, got none");
-    require(circuits.size() < (1U << 24), side + ": expected fewer than 2^24 circuits");
-    std::size_t edges = 0;
-    for (std::size_t c = 0; c < circuits.size(); ++c) {
-      const Circuit& circuit = circuits[c];
-      const std::string name = side + "[" + std::to_string(c) + "]";
-      require(circuit.src.size() == circuit.dst.size() && circuit.src.size() == circuit.gate.size(),
-              name + ": expected src, dst and gate of equal length");
-      edges += circuit.src.size();
-      bool reached = false;
-      for (std::size_t e = 0; e < circuit.src.size(); ++e) {
-        const std::int32_t u = circuit.src[e], v = circuit.dst[e];
-        if (u < 0 || u >= v || v >= q.n_nodes || circuit.gate[e] > static_cast<std::uint8_t>(Gate::Adder))
-          refuse_edge(name, u, v, circuit.gate[e], q.n_nodes);
-        reached = reached || v == q.n_nodes - 1;
-      }
-      require(reached, name + ": expected an edge into the output, got none");
-    }
-    require(edges < (1U << 30), side + ": expected fewer than 2^30 edges, got " + std::to_string(edges));
-  }
-}
-
-namespace {
 
 // Sorts one side's edges into groups. A group that the embedding satisfies is left out. Where a limit strikes, groups
 // are missing, members are not.
@@ -468,8 +403,8 @@ class Instance {
       };
     std::optional<Recorder> recorder;
     if (digest_ && !conflicts.empty()) recorder.emplace();
-    const Optimum optimum =
-        minimize(formula, levels, preference, std::move(everything), limits_, on_bounds, recorder ? &*recorder : nullptr);
+    const Optimum optimum = minimize(formula, levels, preference, std::move(everything), limits_, on_bounds,
+                                     recorder ? &*recorder : nullptr);
     found_.cost -= here - cost;
     if (recorder && optimum.levels_closed >= 1 && optimum.lower_bound > 0) {
       std::int64_t node = 0;

@@ -23,8 +23,8 @@ def assign(
     reach: npt.NDArray[np.int64],
     semantics: str,
     time_limit: float,
-    on_bounds: Callable[[int, int], object] | None,
-    digest: bytes | None,
+    on_bounds: Callable[[int, int], object] | None = None,
+    digest: bytes | None = None,
 ) -> dict[str, Any]:
     """``interrupted`` is None, or the exception that a signal or ``on_bounds`` raised."""
 

@@ -2,8 +2,8 @@
 
 Every option of a stage is generated from its dataclass in :mod:`clue.config`; a TOML file (``--config``) may set the
 same, and the command line wins. Progress goes to stderr, results to stdout. Exit status: 0 done, 1 ``plan verify``
-found a change outside the plan, 2 anything the user can put right (one sentence on stderr), 130 interrupted; ``solve``
-has those of the competitions.
+found a change outside the plan or ``certificate check`` no proof, 2 anything the user can put right (one sentence on
+stderr), 130 interrupted; ``solve`` has those of the competitions.
 A command that fails leaves nothing behind that was not there before, apart from finished stages of a run.
 Heavy imports (torch, transformers, the jobs themselves) happen inside the commands and after the cheap checks, so
 ``clue --help`` and a mistyped command answer at once.
@@ -23,7 +23,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, delta_command, plan_command, solve
+from . import __version__, certificate_command, delta_command, plan_command, solve
 from .config import Settings
 from .errors import ClueError, RunError
 
@@ -345,6 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     plan_command.add_to(commands)
     delta_command.add_to(commands)
     solve.add_to(commands)
+    certificate_command.add_to(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, kernels and extras of this installation")
     doctor.set_defaults(command=_doctor)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .circuit.graph import Circuit
+    from .sat import WCNF
 
 _SATISFIABLE, _UNSATISFIABLE, _OPTIMUM, _UNKNOWN = 10, 20, 30, 0
 _PER_LINE = 16
@@ -56,13 +57,22 @@ def add_to(commands: Any) -> None:
                        " clue.logic.question), or the forget circuit as .json (EAP-IG) or .safetensors")
     solve.add_argument("--time-limit", type=_seconds, metavar="S", help="stop after S seconds, reading included, with the"
                        " best so far")
+    optimum = solve.add_argument_group("formula.wcnf and circuits")
+    optimum.add_argument("--certify", metavar="C", help="write the proof of the optimum to this file, for"
+                         " `clue certificate check`")
+    optimum.add_argument("--lrat", metavar="PREFIX", help="for small ones: write PREFIX.cnf, the formula with a cost"
+                         " below the optimum, and PREFIX.lrat, a proof for any checker that it has no model")
     cnf = solve.add_argument_group("formula.cnf")
     cnf.add_argument("--assume", type=_literal, nargs="+", action="extend", default=[], metavar="LIT",
                      help="literals that must hold; if they cannot, a core of them is told")
     cnf.add_argument("--proof", metavar="P", help="write a proof of unsatisfiability to this file")
     cnf.add_argument("--proof-format", choices=("drat", "lrat"), default="drat", help="(default: drat)")
     cnf.add_argument("--proof-text", action="store_true", help="as text instead of binary, which is slower")
-    circuits = solve.add_argument_group("circuits")
+    add_question(solve.add_argument_group("circuits"))
+
+
+def add_question(circuits: Any) -> None:
+    """The options that complete a question about circuits."""
     circuits.add_argument("--retain", action="append", default=[], metavar="FILE",
                           help="retain circuit to go with a forget circuit; may be repeated")
     circuits.add_argument("--semantics", choices=("support", "authors"), default="support",
@@ -86,15 +96,22 @@ def _literal(text: str) -> int:
 _seconds.__name__, _literal.__name__ = "number of seconds", "literal"  # argparse puts them into its messages
 
 
-def _solve(arguments: argparse.Namespace) -> int:
-    name = arguments.file.lower()
+def kind_of(path: str) -> str:
+    """Ending of a file's name in small letters, that of its compression left out."""
+    name = path.lower()
     for ending in (".gz", ".xz"):
         name = name.removesuffix(ending)
-    kind = Path(name).suffix
+    return Path(name).suffix
+
+
+def _solve(arguments: argparse.Namespace) -> int:
+    kind = kind_of(arguments.file)
     if kind not in (".cnf", ".dimacs", ".wcnf", ".json", ".safetensors"):
         raise ClueError(f"{arguments.file}: expected a name that ends in .cnf, .wcnf, .json or .safetensors")
     for option, given, kinds in (("--assume", arguments.assume, (".cnf", ".dimacs")),
                                  ("--proof", arguments.proof, (".cnf", ".dimacs")),
+                                 ("--certify", arguments.certify, (".wcnf", ".json", ".safetensors")),
+                                 ("--lrat", arguments.lrat, (".wcnf", ".json", ".safetensors")),
                                  ("--retain", arguments.retain, (".json", ".safetensors"))):
         if given and kind not in kinds:
             raise ClueError(f"{option} goes with {' or '.join(kinds)} files only")
@@ -218,8 +235,9 @@ def _wcnf(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
     n_hard = int((formula.hard == 0).sum())
     _say(f"c {formula.n_variables} variables, {n_hard} hard and {len(formula.weights)} soft clauses")
     tell = _tell_costs()
-    found = minimize(formula, time_limit=time_left(), keep_on_interrupt=True, on_bounds=tell)
+    found = minimize(formula, time_limit=time_left(), keep_on_interrupt=True, on_bounds=tell, certify=arguments.certify)
     _say(f"c {found.statistics['cores']} cores, {found.statistics['solves']} calls of the SAT solver")
+    _proven(arguments, found.optimal or found.satisfiable is False, found.cost, lambda: formula)
     if found.satisfiable is False:
         _say("s UNSATISFIABLE")
         return _UNSATISFIABLE
@@ -235,36 +253,60 @@ def _wcnf(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
     return _OPTIMUM if found.optimal else _SATISFIABLE
 
 
+def _proven(arguments: argparse.Namespace, optimal: bool, cost: int | None, formula: Callable[[], WCNF]) -> None:
+    """Tell of the certificate, and write the refutation of a lower cost, where they are asked for."""
+    if arguments.certify is not None:
+        _say(f"c {Path(arguments.certify).stat().st_size} bytes of certificate" if optimal else
+             "c no certificate is written: the optimum is not proven")
+    if arguments.lrat is None:
+        return
+    if not optimal or not cost:
+        _say("c no refutation is written: " + ("nothing costs less than 0" if cost == 0 else "no optimum is proven"))
+        return
+    from .sat.refutation import write_refutation
+
+    if write_refutation(formula(), cost, arguments.lrat, time_limit=arguments.time_limit):
+        _say(f"c cost {cost - 1} is refuted in {Path(arguments.lrat + '.lrat').stat().st_size} bytes of LRAT")
+    else:
+        _say("c no refutation is written: the time limit struck")
+
+
 # --- circuits -------------------------------------------------------------------------------------------------------
+
+
+def read_circuits(file: str, retain_files: Sequence[str]) -> tuple[Any, Any, npt.NDArray[np.int64] | None]:
+    """Forget circuits, retain circuits and weights of a question, or of a forget circuit and retain circuits."""
+    from .logic.question import read_question
+
+    data = _json(file) if file.lower().endswith(".json") else {}
+    if "forget" in data or "retain" in data:
+        if retain_files:
+            raise ClueError(f"--retain: {file} has its own retain circuits")
+        question = read_question(file, data)
+        return question.forget, question.retain, question.weights
+    if not retain_files:
+        raise ClueError(f"{file} is one circuit: give at least one other with --retain FILE")
+    return [_circuit(file)], [_circuit(path) for path in retain_files], None
 
 
 def _circuits(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
     from .logic import assign
-    from .logic.question import read_question
+    from .logic.formula import as_wcnf
     from .types import Role
 
-    data = _json(arguments.file) if arguments.file.lower().endswith(".json") else {}
-    forget: Any
-    retain: Any
-    if "forget" in data or "retain" in data:
-        if arguments.retain:
-            raise ClueError(f"--retain: {arguments.file} has its own retain circuits")
-        question = read_question(arguments.file, data)
-        forget, retain, weights = question.forget, question.retain, question.weights
-    else:
-        if not arguments.retain:
-            raise ClueError(f"{arguments.file} is one circuit: give at least one other with --retain FILE")
-        forget, retain, weights = [_circuit(arguments.file)], [_circuit(path) for path in arguments.retain], None
+    forget, retain, weights = read_circuits(arguments.file, arguments.retain)
     start = time.perf_counter()
     tell = _tell_costs()
     found = assign(forget, retain, semantics=arguments.semantics, weights=weights, time_limit=time_left() or 0,
-                   keep_on_interrupt=True, on_bounds=tell)
+                   keep_on_interrupt=True, on_bounds=tell, certify=arguments.certify)
     tell(found.lower_bound, found.cost)
     graph = forget[0].graph
     _say(f"c {graph.n_nodes} nodes, {sum(len(c.src) for c in (*forget, *retain))} edges,"
          f" solved in {time.perf_counter() - start:.3f} s",
          f"c {found.n_forced} conflicts are forced, {found.n_chosen} chosen",
          _bounds(found.lower_bound, found.cost))
+    _proven(arguments, found.optimal, found.cost,
+            lambda: as_wcnf(forget, retain, semantics=arguments.semantics, weights=weights))
     _say("s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE")
     _say(*(f"v {Role(role).name.lower()} {graph.name(node)}" for node, role in enumerate(found.role.tolist())))
     return _OPTIMUM if found.optimal else _SATISFIABLE
