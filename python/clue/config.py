@@ -108,8 +108,22 @@ class EvaluateSettings:
     rouge: bool = _option(True, "generate answers and report ROUGE-L recall")
     rouge_limit: int = _option(200, "generate for at most this many records of a set; 0 means all")
     max_new_tokens: int = _option(200, "longest generated answer in tokens")
-    min_k: float = _option(0.4, "share of the least likely answer tokens that min-k averages")
+    count_eos: bool = _option(True, "count the end-of-sequence token as a token of the answer")
+    truth_mean: str = _option("geometric", "mean over the wrong answers in the truth ratio: geometric (open-unlearning) or"
+                              " arithmetic (WAGLE)", choices=("geometric", "arithmetic"))
+    extraction_least: str = _option("zero", "extraction strength where no beginning of the answer suffices: zero, or"
+                                    " one-token (1/L, open-unlearning)", choices=("zero", "one-token"))
+    choice_score: str = _option("token", "what multiple choice compares: log-probability of an option (raw), per token, or"
+                                " per byte (acc_norm of lm-evaluation-harness)", choices=("raw", "token", "byte"))
+    attacks: str = _option("loss,zlib,min_k,min_k++", "membership inference attacks, separated by commas: loss, zlib, min_k,"
+                           " min_k++, gradnorm (a backward pass per record)")
+    min_k: float = _option(0.4, "share of the least likely answer tokens that min-k and min-k++ average")
     bootstrap: int = _option(1000, "resamples behind each confidence interval; 0 leaves the interval out")
+    harness: str = _option("", "tasks of lm-evaluation-harness to run as well, separated by commas (needs the extra lm-eval)")
+
+
+#: What ``attacks`` may name. The attack ``reference`` is made whenever there is a reference model.
+ATTACKS = ("loss", "zlib", "min_k", "min_k++", "gradnorm")
 
 
 def check(settings: Any) -> None:
@@ -125,6 +139,10 @@ def check(settings: Any) -> None:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")
         if f.name == "path_steps" and (value < 2 or value % 2):
             raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")
+        if f.name == "attacks":
+            unknown = [name for name in value.split(",") if value and name not in ATTACKS]
+            if unknown:
+                raise ClueError(f"attacks: there is no attack {unknown[0]!r}; known are {', '.join(ATTACKS)}")
         if f.name in {"beta", "simnpo_beta"} and not value > 0.0:
             raise ClueError(f"{f.name} = {value} must be greater than 0")
         if f.name in {"batch_size", "steps", "check_every", "max_new_tokens"} and value < 1:
