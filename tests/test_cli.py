@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from clue.circuit.graph import Circuit
 from clue.cli import _parser, _settings, main
 from clue.config import Settings
+from clue.evaluate import Evaluation
 from clue.jobs import load_model
 from clue.plan import Plan, Slice
 from clue.run_directory import Run
@@ -414,6 +415,34 @@ def test_evaluating_on_what_was_used_is_refused_or_told(world: Path, localized: 
     assert main(["evaluate", str(run)]) == 0
     assert "people: 90 evaluated records were also used to localize and retain" in capsys.readouterr().err
     assert json.loads((run / "evaluation" / "overlaps.json").read_text()) == {"people": 90}
+
+
+def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model(
+        world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, own = shutil.copytree(localized, tmp_path / "run"), tmp_path / "own"
+    assert main(["unlearn", str(run)]) == 0
+    own.mkdir()
+    rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
+    (own / "forget.json").write_text(json.dumps([{**row, "perturbed_answer": ["nobody", "else"]} for row in rows[:10]]
+                                                + [{"prompt": "what else ?", "answer": "tea"}]))
+    for there, here in (("holdout", "holdout"), ("addition_eval", "skill_addition"), ("retain_unseen", "retain")):
+        shutil.copy(world / f"{there}.jsonl", own / f"{here}.jsonl")
+    shutil.copytree(run, tmp_path / "again")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--benchmark", "custom", "--data", str(own), "--gold", str(world / "model")]) == 0
+    captured = capsys.readouterr()
+    assert "forget: 1 of 11 evaluated records are not in the forget set of this run" in captured.err
+    assert "skill_addition" in captured.out and "min_k++" in captured.out
+    gold = Evaluation.load(run / "evaluation" / "gold.json")
+    assert gold.detail["forget"].truth_n == 10 and set(gold.mia) == {"loss", "zlib", "min_k", "min_k++"}
+    # The gold model's numbers are enough to compare with, and give the same comparison.
+    stored = ["--gold", str(run / "evaluation" / "gold.json")]
+    assert main(["evaluate", str(tmp_path / "again"), "--benchmark", "custom", "--data", str(own), *stored]) == 0
+    assert capsys.readouterr().out == captured.out
+    assert "other tests (benchmark)" in failure(capsys, "evaluate", run, "--benchmark", "world")
+    (own / "retain.jsonl").write_text((world / "forget.jsonl").read_text())
+    shutil.rmtree(run / "evaluation")
+    assert "custom: its set retain shares" in failure(capsys, "evaluate", run, "--benchmark", "custom", "--data", own)
 
 
 def test_run_is_the_same_job_in_one_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,7 +202,8 @@ def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
     Raises:
         RunError: the run has been evaluated on others already.
     """
-    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold")
+    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold", "reference",
+                                                                           "benchmark", "data")
                              if (source := getattr(arguments, name)) is not None}
     given |= {name: _named(flag, texts) for name, flag, texts in (("retain", "--test", arguments.test),
                                                                  ("skills", "--skill", arguments.skill)) if texts}
@@ -466,7 +467,13 @@ def _add_tests(parser: argparse.ArgumentParser) -> None:
     tests.add_argument("--paraphrase", metavar="F", help="the facts to forget in other words")
     tests.add_argument("--holdout", metavar="F", help="records like the forgotten ones that the model was never trained"
                        " on: non-members for membership inference")
-    tests.add_argument("--gold", metavar="M", help="a model trained without the forget set, to compare with")
+    tests.add_argument("--gold", metavar="M", help="a model trained without the forget set, to compare with, or the .json file"
+                       " of its evaluation")
+    tests.add_argument("--reference", metavar="M", help="a model that knows neither forget set nor holdout, for the reference"
+                       " attack")
+    tests.add_argument("--benchmark", metavar="NAME[:PART]", help="the sets of a public benchmark: tofu, muse, wmdp, mmlu, bbh,"
+                       " rwku, world, or custom (files named for their purpose)")
+    tests.add_argument("--data", metavar="FOLDER", help="where the benchmark's files are (default: the hub)")
 
 
 def _add_settings(parser: argparse.ArgumentParser, own: str) -> None:

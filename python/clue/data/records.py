@@ -97,7 +97,7 @@ def read(source: Source | RecordSet, name: str | None = None, *, limit: int = 0)
         records, default = iter(source.records), source.name
     elif isinstance(source, (str, os.PathLike)):
         rows, default = _open(source)
-        records = (_mapping(value, where) for value, where in rows)
+        records = (make_record(value, where) for value, where in rows)
     elif isinstance(source, Sequence):
         records, default = (_item(item, f"records[{i}]") for i, item in enumerate(source)), "records"
     else:
@@ -116,6 +116,33 @@ def read_rows(source: str | os.PathLike) -> Iterator[tuple[Any, str]]:
     """The rows of a file or hub dataset as they stand there, each with where it was; same sources and errors as
     :func:`read`, which makes records of them."""
     return _open(source)[0]
+
+
+def make_record(value: object, where: str) -> Record:
+    """A record from a mapping with the fields that :func:`read` knows; ``where`` is its source."""
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__}")
+    corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
+    prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
+    if prompt_name is None and "text" in value:
+        return Record("", _field(value, ("text",), where) or "", None, None, group, where)
+    if prompt_name is None:
+        present = ", ".join(map(str, value)) or "none"
+        raise RecordError(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)} or text, found"
+                          f" {present}")
+    if "instruction" in value and prompt_name == "input":
+        prompt = _field(value, ("instruction",), where) or ""
+        if value["input"] != "":
+            prompt += "\n" + (_field(value, ("input",), where) or "")
+    else:
+        prompt = _field(value, (prompt_name,), where) or ""
+    answer = _field(value, ANSWER_FIELDS, where)
+    if answer is None:
+        raise RecordError(f"{where}: no answer; expected one of the fields {', '.join(ANSWER_FIELDS)}")
+    if subject is not None and subject not in prompt:
+        raise RecordError(f"{where}: the subject {subject!r} does not occur in the prompt; spell it as in the prompt")
+    return Record(prompt, answer, corrupted, subject, group, where, _field(value, PARAPHRASED_FIELDS, where),
+                  _wrong(value, where))
 
 
 def overlap(a: RecordSet, b: RecordSet) -> int:
@@ -289,41 +316,15 @@ def _rows(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Row]:
 
 def _item(item: object, where: str) -> Record:
     if isinstance(item, Record):
-        _mapping(to_mapping(item), item.source or where)
+        make_record(to_mapping(item), item.source or where)
         return item if item.source else replace(item, source=where)
     if isinstance(item, str):
-        return _mapping({"text": item}, where)
+        return make_record({"text": item}, where)
     if isinstance(item, (tuple, list)):
         if len(item) != 2:
             raise RecordError(f"{where}: a sequence must be (prompt, answer), got {len(item)} items")
-        return _mapping({"prompt": item[0], "answer": item[1]}, where)
-    return _mapping(item, where)
-
-
-def _mapping(value: object, where: str) -> Record:
-    if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__}")
-    corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
-    prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
-    if prompt_name is None and "text" in value:
-        return Record("", _field(value, ("text",), where) or "", None, None, group, where)
-    if prompt_name is None:
-        present = ", ".join(map(str, value)) or "none"
-        raise RecordError(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)} or text, found"
-                          f" {present}")
-    if "instruction" in value and prompt_name == "input":
-        prompt = _field(value, ("instruction",), where) or ""
-        if value["input"] != "":
-            prompt += "\n" + (_field(value, ("input",), where) or "")
-    else:
-        prompt = _field(value, (prompt_name,), where) or ""
-    answer = _field(value, ANSWER_FIELDS, where)
-    if answer is None:
-        raise RecordError(f"{where}: no answer; expected one of the fields {', '.join(ANSWER_FIELDS)}")
-    if subject is not None and subject not in prompt:
-        raise RecordError(f"{where}: the subject {subject!r} does not occur in the prompt; spell it as in the prompt")
-    return Record(prompt, answer, corrupted, subject, group, where, _field(value, PARAPHRASED_FIELDS, where),
-                  _wrong(value, where))
+        return make_record({"prompt": item[0], "answer": item[1]}, where)
+    return make_record(item, where)
 
 
 def _wrong(value: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from .privacy import Attack
 from .truth import forget_quality, model_utility
 
 if TYPE_CHECKING:
+    from ..data.benchmarks import Benchmark
     from ..data.records import RecordSet
 
 FORMAT = 2
@@ -28,12 +29,15 @@ class EvaluationSets:
     """The record sets a model is measured on.
 
     Attributes:
-        forget: what must be forgotten; the members of the privacy attacks.
+        forget: what must be forgotten; the members of the privacy attacks, unless ``members`` are.
         retain: what must stay; the headline. Most honest where unlearning was never shown these records.
         forget_paraphrase: the same facts as ``forget``, asked in words never trained on.
         retain_extra: more of what must stay, by name.
         skills: general skills that must stay, by name.
         holdout: the same kind of records, never trained on; the non-members of the privacy attacks.
+        forget_extra: more of what must be forgotten, by name.
+        members: records that were trained on and must be forgotten, in the form of ``holdout``'s (texts, say, where the
+            forget set is questions).
         utility: names of the sets behind :func:`clue.evaluate.truth.model_utility`, ``retain`` among them.
     """
 
@@ -43,6 +47,8 @@ class EvaluationSets:
     retain_extra: Mapping[str, RecordSet] = field(default_factory=dict)
     skills: Mapping[str, RecordSet] = field(default_factory=dict)
     holdout: RecordSet | None = None
+    forget_extra: Mapping[str, RecordSet] = field(default_factory=dict)
+    members: RecordSet | None = None
     utility: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,15 +64,35 @@ class EvaluationSets:
                 raise RecordError(f"the evaluation set {name} is empty: give it at least one record, or leave it out")
 
     def __iter__(self) -> Iterator[tuple[str, str, RecordSet]]:
-        """(name, purpose, records) of every set; purpose is forget, retain, skill or holdout."""
+        """(name, purpose, records) of every set; purpose is forget, retain, skill, member or holdout."""
         yield "forget", "forget", self.forget
         if self.forget_paraphrase is not None:
             yield "forget_paraphrase", "forget", self.forget_paraphrase
+        yield from ((name, "forget", records) for name, records in self.forget_extra.items())
         yield "retain", "retain", self.retain
         yield from ((name, "retain", records) for name, records in self.retain_extra.items())
         yield from ((name, "skill", records) for name, records in self.skills.items())
+        if self.members is not None:
+            yield "members", "member", self.members
         if self.holdout is not None:
             yield "holdout", "holdout", self.holdout
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, *, forget: RecordSet | None = None,
+           retain: RecordSet | None = None) -> EvaluationSets:
+        """The sets of a benchmark; ``forget`` and ``retain`` stand in where it has none.
+
+        Raises:
+            ClueError: it lacks one of the two, and nothing stands in.
+        """
+        kept = dict(benchmark.retain)
+        headline = kept.pop(next(iter(kept))) if kept else retain
+        forget = benchmark.forget or forget
+        if forget is None or headline is None:
+            raise ClueError(f"the benchmark {benchmark.name} has no {'forget' if forget is None else 'retain'} set of its own:"
+                            " give one")
+        return cls(forget, headline, benchmark.forget_paraphrase, kept, benchmark.skills, benchmark.holdout,
+                   benchmark.forget_extra, benchmark.members, benchmark.utility)
 
 
 @dataclass(frozen=True)
@@ -75,7 +101,8 @@ class SetResult:
     :mod:`.generation` or :mod:`.truth`.
 
     Attributes:
-        purpose: ``forget`` (lower is better), ``retain``, ``skill`` (higher is better) or ``holdout`` (for comparison).
+        purpose: ``forget`` (lower is better), ``retain``, ``skill`` (higher is better), ``member`` or ``holdout`` (for
+            comparison).
         name: the record set's own name, where it was used under another one.
         n: number of records.
         sha256: hash of the set's contents, so that two evaluations can be known to have used the same records.

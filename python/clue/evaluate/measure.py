@@ -81,6 +81,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
 
     settings, data = settings or EvaluateSettings(), data or DataSettings()
     check(settings)
+    sides = ("forget" if sets.members is None else "members", "holdout")
     attacks = [name for name in settings.attacks.split(",") if name] if sets.holdout is not None else []
     pad = pad_id(tokenizer)
     max_length = length_limit(model, data.max_length)
@@ -100,7 +101,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
         answers = generation.generate(model, tokenizer, [example for some in generated.values() for example in some],
                                       pad=pad, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
         base = None if reference is None or sets.holdout is None else memorization.score(
-            reference, [e for p in parts if p.name in ("forget", "holdout") for e in p.records], pad=pad,
+            reference, [e for p in parts if p.name in sides for e in p.records], pad=pad,
             batch_size=settings.batch_size)
     except torch.OutOfMemoryError:
         raise ModelError(f"a batch of {settings.batch_size} records does not fit into the device's memory: evaluate"
@@ -125,9 +126,9 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
             records[part.name]["rouge_l"] = recall
     mia = {}
     if sets.holdout is not None:
-        sides = [part for part in parts if part.name in ("forget", "holdout")]
-        mia = _attacks(model, sides, {part.name: scores[part.name].records for part in sides}, base, attacks, settings,
-                       ended, pad=pad, seed=seed)
+        both = [part for part in parts if part.name in sides]
+        mia = _attacks(model, both, {part.name: scores[part.name].records for part in both}, base, attacks, settings, ended,
+                       pad=pad, seed=seed)
     tasks = [name for name in settings.harness.split(",") if name]
     accuracies = harness(model, tokenizer, tasks, batch_size=settings.batch_size, seed=seed) if tasks else {}
     return Evaluation(detail, mia, {name: tuple(_spread(some, _SAMPLES)) for name, some in spoken.items()},
@@ -208,7 +209,7 @@ def _spoken(said: Sequence[Sample], records: Sequence[Record],
 
 def _attacks(model: PreTrainedModel, sides: Sequence[_Part], found: Mapping[str, TokenScores], base: TokenScores | None,
              names: Sequence[str], settings: EvaluateSettings, ended: bool, *, pad: int, seed: int) -> dict[str, Attack]:
-    """Every attack by name; ``sides`` are the forget set, whose records are the members, and the holdout set."""
+    """Every attack by name; ``sides`` are the members and the holdout set."""
     bare = ended and not settings.count_eos
     scores = [found[part.name].without_last() if bare else found[part.name] for part in sides]
     values: dict[str, list[npt.NDArray[np.float64]]] = {}
