@@ -110,9 +110,12 @@ def test_without_options_the_settings_are_the_defaults() -> None:
     assert parsed() == Settings()
 
 
-def values(default: object, choices: tuple[str, ...] | None) -> st.SearchStrategy[object]:
+def values(default: object, choices: tuple[str, ...] | None,
+           names: tuple[str, ...] | None = None) -> st.SearchStrategy[object]:
     if choices:
         return st.sampled_from(choices)
+    if names:
+        return st.lists(st.sampled_from(names), unique=True).map(",".join)
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, int):
@@ -135,7 +138,7 @@ def test_every_setting_survives_the_command_line_and_toml(
         group = getattr(defaults, outer.name)
         for f in fields(group) if is_dataclass(group) else (outer,):
             default = getattr(group, f.name) if is_dataclass(group) else group
-            value = data.draw(values(default, f.metadata.get("choices")))
+            value = data.draw(values(default, f.metadata.get("choices"), f.metadata.get("names")))
             name = f"{outer.name}_{f.name}" if f.name in shared else f.name
             flag = "--" + name.replace("_", "-")
             options += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
@@ -439,6 +442,19 @@ def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model
     stored = ["--gold", str(run / "evaluation" / "gold.json")]
     assert main(["evaluate", str(tmp_path / "again"), "--benchmark", "custom", "--data", str(own), *stored]) == 0
     assert capsys.readouterr().out == captured.out
+    before = snapshot(run / "evaluation")
+    quick = ["--relearn-steps", "2", "--drift-steps", "2", "--curve-points", "1"]
+    assert main(["evaluate", str(run), "--robustness", *quick]) == 0
+    tried = capsys.readouterr().out
+    assert tried.startswith(captured.out) and "after quantization" in tried and snapshot(run / "evaluation") == before
+    assert sorted(f.name for f in (run / "robustness").iterdir()) == ["after.json", "before.json", "gold.json"]
+    assert main(["evaluate", str(run), "--robustness"]) == 0  # read back, with the run's own settings
+    assert capsys.readouterr().out == tried
+    assert "other robustness settings" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "does it come back?" in page and "Forget quality" in page
+    capsys.readouterr()
     assert "other tests (benchmark)" in failure(capsys, "evaluate", run, "--benchmark", "world")
     (own / "retain.jsonl").write_text((world / "forget.jsonl").read_text())
     shutil.rmtree(run / "evaluation")

@@ -111,9 +111,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     run, settings = _open_run(arguments, "evaluate")
     tests = _tests(arguments, run)
     from . import jobs
-    from .report import table
+    from .report import robustness_table, table
 
-    print(table(jobs.evaluate(run, settings, jobs.Tests(**tests), _progress)))
+    text = table(jobs.evaluate(run, settings, jobs.Tests(**tests), _progress))
+    if arguments.robustness:
+        text += "\n\n" + robustness_table(jobs.robustness(run, settings, jobs.Tests(**tests), _progress))
+    print(text)
     return 0
 
 
@@ -414,6 +417,8 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("run", metavar="RUN", help="run directory")
         if name == "evaluate":
             _add_tests(stage)
+            stage.add_argument("--robustness", action="store_true", help="also try to bring back what was forgotten:"
+                               " relearning, fine-tuning, quantization, prompts (it trains copies of the models)")
         _add_settings(stage, own=name)
 
     report = commands.add_parser("report", help="write the report of a run as one HTML file")
@@ -484,7 +489,7 @@ def _add_settings(parser: argparse.ArgumentParser, own: str) -> None:
     """
     general = parser.add_argument_group("general")
     general.add_argument("--config", metavar="TOML", help="settings file with the tables [data], [localize], [unlearn],"
-                         " [evaluate]; the command line wins")
+                         " [evaluate], [robustness]; the command line wins")
     for f in fields(Settings):
         if f.name not in _GROUPS:
             _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name))

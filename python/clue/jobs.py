@@ -1,7 +1,7 @@
 """The commands' work: the stages of :mod:`clue.pipeline` in a run directory, each resumed when it is there already.
 
 A run directory holds ``pairs``, ``scores``, ``circuits``, ``assignment``, ``plan``, ``model`` (the unlearned model and
-its training log), ``evaluation`` and ``report.html``; ``run.json`` says what made them.
+its training log), ``evaluation``, on request ``robustness``, and ``report.html``; ``run.json`` says what made them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation, EvaluationSets
+    from .evaluate.robustness import Robustness
 
 #: What the demo runs with: a model this small has 190 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
@@ -166,6 +167,38 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
     return found
 
 
+def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -> dict[str, Robustness]:
+    """Try to bring back what each evaluated model forgot; the models themselves stay as they are.
+
+    Raises:
+        RunError: it was done already with other settings.
+    """
+    from .evaluate.robustness import Robustness, stress
+
+    run.require("evaluation", "evaluate")
+    if run.has("robustness"):
+        paths = [run.path("robustness") / f"{name}.json" for name in ("before", "after", "gold")]
+        found = {path.stem: Robustness.load(path) for path in paths if path.exists()}
+        if any(one.settings["robustness"] != asdict(settings.robustness) for one in found.values()):
+            raise RunError(f"{run.path('robustness')} was made with other robustness settings: remove it to make it again")
+        return found
+    inputs = run.manifest["inputs"]
+    sets, _ = evaluation_sets(inputs, tests, settings.seed)
+    folders = {"before": inputs["model"], "after": str(run.path("model"))}
+    if tests.gold and not Path(tests.gold).is_file():
+        folders["gold"] = tests.gold
+    found = {}
+    for name, source in folders.items():
+        network, tokenizer = load_model(source, settings)
+        found[name] = stress(network, tokenizer, sets, settings.robustness, data=settings.data, seed=settings.seed)
+        progress(f"robustness {name}")
+    with run.stage("robustness") as folder:
+        for name, one in found.items():
+            one.save(folder / f"{name}.json")
+    run.update(settings=settings.to_dict())
+    return found
+
+
 def evaluation_sets(inputs: Mapping[str, Any], tests: Tests, seed: int = 0) -> tuple[EvaluationSets, dict[str, int]]:
     """The sets to measure on, and how many records of each were also used to localize and retain.
 
@@ -222,6 +255,7 @@ def report(run: Run) -> Path:
     """Write ``report.html`` from the stages of a run, and return its path."""
     from .circuit.graph import Circuit
     from .evaluate import Evaluation
+    from .evaluate.robustness import Robustness
     from .logic import Assignment
     from .report import write_report
     from .unlearn.loop import UnlearnLog
@@ -230,13 +264,15 @@ def report(run: Run) -> Path:
     evaluations = {path.stem: Evaluation.load(path) for path in sorted(run.path("evaluation").glob("*.json"))
                    if path.stem in ("before", "after", "gold")}
     order = [name for name in ("before", "after", "gold") if name in evaluations]
+    tried: dict[str, Robustness] = {
+        name: Robustness.load(path) for name in order if (path := run.path("robustness") / f"{name}.json").exists()}
     target = run.folder / "report.html"
     write_report(
         target, title=f"Unlearning report: {run.folder.resolve().name}",
         evaluations={name: evaluations[name] for name in order},
         plan=Plan.load(run.folder), assignment=Assignment.load(run.path("assignment") / "assignment.json"),
         circuits={path.stem: Circuit.load(path) for path in sorted(run.path("circuits").glob("*.safetensors"))},
-        log=UnlearnLog.load(run.path("model") / "training.json"), provenance=run.manifest)
+        log=UnlearnLog.load(run.path("model") / "training.json"), robustness=tried, provenance=run.manifest)
     return target
 
 

@@ -6,6 +6,7 @@
 - :mod:`.generation`: greedy answers in batches, ROUGE-L recall, containment.
 - :mod:`.privacy`: membership-inference attacks with ROC curve, AUC and its interval.
 - :mod:`.evaluation`: the document of one model; :mod:`.measure` makes it.
+- :mod:`.robustness`: what brings the forgotten back: relearning, drift, quantization, prompts.
 - :mod:`.harness`: tasks of lm-evaluation-harness, an optional extra.
 """
 
@@ -18,10 +19,11 @@ from typing import Any
 from .evaluation import Evaluation, EvaluationSets, Sample, SetResult, privleak
 from .measure import evaluate
 from .privacy import Attack
+from .robustness import Robustness, stress
 from .truth import forget_quality, model_utility
 
-__all__ = ["Attack", "Evaluation", "EvaluationSets", "Sample", "SetResult", "evaluate", "forget_quality",
-           "model_utility", "privleak"]
+__all__ = ["Attack", "Evaluation", "EvaluationSets", "Robustness", "Sample", "SetResult", "evaluate", "forget_quality",
+           "model_utility", "privleak", "stress"]
 
 
 class _Package(ModuleType):

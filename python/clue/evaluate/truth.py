@@ -97,17 +97,24 @@ def forget_quality(evaluation: Evaluation, gold: Evaluation) -> float | None:
     mine, theirs = (e.records.get("forget", {}).get("log_truth_ratio") for e in (evaluation, gold))
     if mine is None or theirs is None:
         return None
-    if evaluation.detail["forget"].sha256 != gold.detail["forget"].sha256:
-        raise ClueError("forget quality: the two evaluations were measured on different forget sets: evaluate both on the"
-                        " same records")
-    for name in ("truth_mean", "count_eos"):
-        used = [e.settings.get("evaluate", {}).get(name) for e in (evaluation, gold)]
-        if used[0] != used[1]:
-            raise ClueError(f"forget quality: {name} was {used[0]} for one evaluation and {used[1]} for the other: evaluate"
-                            " both with the same settings")
+    reason = incomparable(evaluation, gold)
+    if reason:
+        raise ClueError(f"forget quality: {reason}")
     from scipy.stats import ks_2samp
 
     return float(ks_2samp(mine, theirs).pvalue)
+
+
+def incomparable(evaluation: Evaluation, gold: Evaluation) -> str:
+    """Why the truth ratios of two evaluations cannot be compared, and what to do; empty where they can."""
+    if evaluation.detail["forget"].sha256 != gold.detail["forget"].sha256:
+        return "the two evaluations were measured on different forget sets: evaluate both on the same records"
+    for name in ("truth_mean", "count_eos"):
+        used = [e.settings.get("evaluate", {}).get(name) for e in (evaluation, gold)]
+        if used[0] != used[1]:
+            return (f"{name} was {used[0]} for one evaluation and {used[1]} for the other: evaluate both with the same"
+                    " settings")
+    return ""
 
 
 def model_utility(evaluation: Evaluation) -> float | None:
