@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from clue.circuit.graph import Circuit
 from clue.cli import _parser, _settings, main
 from clue.config import Settings
+from clue.evaluate import Evaluation
 from clue.jobs import load_model
 from clue.run_directory import Run
 
@@ -106,9 +107,12 @@ def test_without_options_the_settings_are_the_defaults() -> None:
     assert parsed() == Settings()
 
 
-def values(default: object, choices: tuple[str, ...] | None) -> st.SearchStrategy[object]:
+def values(default: object, choices: tuple[str, ...] | None,
+           names: tuple[str, ...] | None = None) -> st.SearchStrategy[object]:
     if choices:
         return st.sampled_from(choices)
+    if names:
+        return st.lists(st.sampled_from(names), unique=True).map(",".join)
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, int):
@@ -131,7 +135,7 @@ def test_every_setting_survives_the_command_line_and_toml(
         group = getattr(defaults, outer.name)
         for f in fields(group) if is_dataclass(group) else (outer,):
             default = getattr(group, f.name) if is_dataclass(group) else group
-            value = data.draw(values(default, f.metadata.get("choices")))
+            value = data.draw(values(default, f.metadata.get("choices"), f.metadata.get("names")))
             name = f"{outer.name}_{f.name}" if f.name in shared else f.name
             flag = "--" + name.replace("_", "-")
             options += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
@@ -345,6 +349,47 @@ def test_evaluating_on_what_was_used_is_refused_or_told(world: Path, localized: 
     assert main(["evaluate", str(run)]) == 0
     assert "people: 90 evaluated records were also used to localize and retain" in capsys.readouterr().err
     assert json.loads((run / "evaluation" / "overlaps.json").read_text()) == {"people": 90}
+
+
+def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model(
+        world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, own = shutil.copytree(localized, tmp_path / "run"), tmp_path / "own"
+    assert main(["unlearn", str(run)]) == 0
+    own.mkdir()
+    rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
+    (own / "forget.json").write_text(json.dumps([{**row, "perturbed_answer": ["nobody", "else"]} for row in rows[:10]]
+                                                + [{"prompt": "what else ?", "answer": "tea"}]))
+    for there, here in (("holdout", "holdout"), ("addition_eval", "skill_addition"), ("retain_unseen", "retain")):
+        shutil.copy(world / f"{there}.jsonl", own / f"{here}.jsonl")
+    shutil.copytree(run, tmp_path / "again")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--benchmark", "custom", "--data", str(own), "--gold", str(world / "model")]) == 0
+    captured = capsys.readouterr()
+    assert "forget: 1 of 11 evaluated records are not in the forget set of this run" in captured.err
+    assert "skill_addition" in captured.out and "min_k++" in captured.out
+    gold = Evaluation.load(run / "evaluation" / "gold.json")
+    assert gold.detail["forget"].truth_n == 10 and set(gold.mia) == {"loss", "zlib", "min_k", "min_k++"}
+    # The gold model's numbers are enough to compare with, and give the same comparison.
+    stored = ["--gold", str(run / "evaluation" / "gold.json")]
+    assert main(["evaluate", str(tmp_path / "again"), "--benchmark", "custom", "--data", str(own), *stored]) == 0
+    assert capsys.readouterr().out == captured.out
+    before = snapshot(run / "evaluation")
+    quick = ["--relearn-steps", "2", "--drift-steps", "2", "--curve-points", "1"]
+    assert main(["evaluate", str(run), "--robustness", *quick]) == 0
+    tried = capsys.readouterr().out
+    assert tried.startswith(captured.out) and "after quantization" in tried and snapshot(run / "evaluation") == before
+    assert sorted(f.name for f in (run / "robustness").iterdir()) == ["after.json", "before.json", "gold.json"]
+    assert main(["evaluate", str(run), "--robustness"]) == 0  # read back, with the run's own settings
+    assert capsys.readouterr().out == tried
+    assert "other robustness settings" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "does it come back?" in page and "Forget quality" in page
+    capsys.readouterr()
+    assert "other tests (benchmark)" in failure(capsys, "evaluate", run, "--benchmark", "world")
+    (own / "retain.jsonl").write_text((world / "forget.jsonl").read_text())
+    shutil.rmtree(run / "evaluation")
+    assert "custom: its set retain shares" in failure(capsys, "evaluate", run, "--benchmark", "custom", "--data", own)
 
 
 def test_run_is_the_same_job_in_one_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def test_the_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> None
     assert set(report["kernels"]) >= {"neuron_attribution", "masked_adamw"}
     assert set(report["kernels"].values()) <= set(report["isas"])
     assert report["torch"]["threads"] >= 1
-    assert set(report["extras"]) == {"parquet", "datasets", "gguf"}
+    assert set(report["extras"]) == {"parquet", "datasets", "gguf", "lm-eval"}
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for word in ("clue", "python", "torch", "transformers", "numpy", "cadical", "processor", "gpu", "CUDA", "cache"):

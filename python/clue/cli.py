@@ -110,9 +110,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     run, settings = _open_run(arguments, "evaluate")
     tests = _tests(arguments, run)
     from . import jobs
-    from .report import table
+    from .report import robustness_table, table
 
-    print(table(jobs.evaluate(run, settings, jobs.Tests(**tests), _progress)))
+    text = table(jobs.evaluate(run, settings, jobs.Tests(**tests), _progress))
+    if arguments.robustness:
+        text += "\n\n" + robustness_table(jobs.robustness(run, settings, jobs.Tests(**tests), _progress))
+    print(text)
     return 0
 
 
@@ -180,7 +183,8 @@ def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
     Raises:
         RunError: the run has been evaluated on others already.
     """
-    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold")
+    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold", "reference",
+                                                                           "benchmark", "data")
                              if (source := getattr(arguments, name)) is not None}
     given |= {name: _named(flag, texts) for name, flag, texts in (("retain", "--test", arguments.test),
                                                                  ("skills", "--skill", arguments.skill)) if texts}
@@ -336,6 +340,8 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("run", metavar="RUN", help="run directory")
         if name == "evaluate":
             _add_tests(stage)
+            stage.add_argument("--robustness", action="store_true", help="also try to bring back what was forgotten:"
+                               " relearning, fine-tuning, quantization, prompts (it trains copies of the models)")
         _add_settings(stage, own=name)
 
     report = commands.add_parser("report", help="write the report of a run as one HTML file")
@@ -366,7 +372,13 @@ def _add_tests(parser: argparse.ArgumentParser) -> None:
     tests.add_argument("--paraphrase", metavar="F", help="the facts to forget in other words")
     tests.add_argument("--holdout", metavar="F", help="records like the forgotten ones that the model was never trained"
                        " on: non-members for membership inference")
-    tests.add_argument("--gold", metavar="M", help="a model trained without the forget set, to compare with")
+    tests.add_argument("--gold", metavar="M", help="a model trained without the forget set, to compare with, or the .json file"
+                       " of its evaluation")
+    tests.add_argument("--reference", metavar="M", help="a model that knows neither forget set nor holdout, for the reference"
+                       " attack")
+    tests.add_argument("--benchmark", metavar="NAME[:PART]", help="the sets of a public benchmark: tofu, muse, wmdp, mmlu, bbh,"
+                       " rwku, world, or custom (files named for their purpose)")
+    tests.add_argument("--data", metavar="FOLDER", help="where the benchmark's files are (default: the hub)")
 
 
 def _add_settings(parser: argparse.ArgumentParser, own: str) -> None:
@@ -377,7 +389,7 @@ def _add_settings(parser: argparse.ArgumentParser, own: str) -> None:
     """
     general = parser.add_argument_group("general")
     general.add_argument("--config", metavar="TOML", help="settings file with the tables [data], [localize], [unlearn],"
-                         " [evaluate]; the command line wins")
+                         " [evaluate], [robustness]; the command line wins")
     for f in fields(Settings):
         if f.name not in _GROUPS:
             _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name))

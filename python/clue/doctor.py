@@ -18,7 +18,7 @@ from typing import Any
 from . import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn")
-_EXTRAS = {"parquet": "pyarrow", "datasets": "datasets", "gguf": "gguf"}
+_EXTRAS = {"parquet": "pyarrow", "datasets": "datasets", "gguf": "gguf", "lm-eval": "lm_eval"}
 
 
 def versions() -> dict[str, str | None]:

@@ -1,14 +1,14 @@
 """The commands' work: the stages of :mod:`clue.pipeline` in a run directory, each resumed when it is there already.
 
 A run directory holds ``pairs``, ``scores``, ``circuits``, ``assignment``, ``plan``, ``model`` (the unlearned model and
-its training log), ``evaluation`` and ``report.html``; ``run.json`` says what made them.
+its training log), ``evaluation``, on request ``robustness``, and ``report.html``; ``run.json`` says what made them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation, EvaluationSets
+    from .evaluate.robustness import Robustness
 
 #: What the demo runs with: a model this small has 190 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
@@ -34,13 +35,20 @@ REPORT_EVERY = 20
 
 @dataclass(frozen=True)
 class Tests:
-    """What a run is evaluated on besides its own forget and retain sets: sources as the command line takes them."""
+    """What a run is evaluated on besides its own forget and retain sets: sources as the command line takes them.
+
+    ``gold`` is a model, or the file of its evaluation; ``reference`` a model for the attack of that name; ``benchmark`` as
+    :func:`clue.data.benchmarks.load` takes it, with ``data`` where its files are.
+    """
 
     paraphrase: str | None = None
     holdout: str | None = None
     retain: Mapping[str, str] = field(default_factory=dict)
     skills: Mapping[str, str] = field(default_factory=dict)
     gold: str | None = None
+    reference: str | None = None
+    benchmark: str | None = None
+    data: str | None = None
 
 
 def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], settings: Settings,
@@ -121,6 +129,7 @@ def _verified(before: str, after: Path, plan: Plan) -> str:
 
 def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> dict[str, Evaluation]:
     """Measure the model before and after unlearning (and a gold model, when one is given)."""
+    from .data.records import overlap, read
     from .evaluate import Evaluation
     from .evaluate import evaluate as measure
 
@@ -130,39 +139,82 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
         stored = {name: run.path("evaluation") / f"{name}.json" for name in names}
         return {name: Evaluation.load(path) for name, path in stored.items() if path.exists()}
     inputs = run.manifest["inputs"]
-    sets, overlaps = evaluation_sets(inputs, tests)
+    sets, overlaps = evaluation_sets(inputs, tests, settings.seed)
     for name, count in overlaps.items():
         progress(f"note       {name}: {count} evaluated records were also used to localize and retain; give --test for"
                  " an independent number")
+    other = len(sets.forget) - overlap(sets.forget, read(inputs["forget"], "forget"))
+    if other:
+        progress(f"note       forget: {other} of {len(sets.forget)} evaluated records are not in the forget set of this run")
     folders = {"before": inputs["model"], "after": str(run.path("model"))}
-    if tests.gold:
+    stored_gold = Evaluation.load(tests.gold) if tests.gold and Path(tests.gold).is_file() else None
+    if tests.gold and stored_gold is None:
         folders["gold"] = tests.gold
+    reference = load_model(tests.reference, settings)[0] if tests.reference else None
     found = {}
     for name, source in folders.items():
         network, tokenizer = load_model(source, settings)
-        found[name] = measure(network, tokenizer, sets, settings.evaluate, data=settings.data, seed=settings.seed)
+        found[name] = measure(network, tokenizer, sets, settings.evaluate, data=settings.data, seed=settings.seed,
+                              reference=reference)
         progress(f"evaluate   {name}")
+    if stored_gold is not None:
+        found["gold"] = stored_gold
     with run.stage("evaluation") as folder:
         for name, evaluation in found.items():
             evaluation.save(folder / f"{name}.json")
         write_json(folder / "overlaps.json", overlaps)
-    run.update(settings=settings.to_dict(), tests={"paraphrase": tests.paraphrase, "holdout": tests.holdout,
-               "retain": dict(tests.retain), "skills": dict(tests.skills), "gold": tests.gold})
+    run.update(settings=settings.to_dict(), tests=asdict(tests))
     return found
 
 
-def evaluation_sets(inputs: Mapping[str, Any], tests: Tests) -> tuple[EvaluationSets, dict[str, int]]:
+def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -> dict[str, Robustness]:
+    """Try to bring back what each evaluated model forgot; the models themselves stay as they are.
+
+    Raises:
+        RunError: it was done already with other settings.
+    """
+    from .evaluate.robustness import Robustness, stress
+
+    run.require("evaluation", "evaluate")
+    if run.has("robustness"):
+        paths = [run.path("robustness") / f"{name}.json" for name in ("before", "after", "gold")]
+        found = {path.stem: Robustness.load(path) for path in paths if path.exists()}
+        if any(one.settings["robustness"] != asdict(settings.robustness) for one in found.values()):
+            raise RunError(f"{run.path('robustness')} was made with other robustness settings: remove it to make it again")
+        return found
+    inputs = run.manifest["inputs"]
+    sets, _ = evaluation_sets(inputs, tests, settings.seed)
+    folders = {"before": inputs["model"], "after": str(run.path("model"))}
+    if tests.gold and not Path(tests.gold).is_file():
+        folders["gold"] = tests.gold
+    found = {}
+    for name, source in folders.items():
+        network, tokenizer = load_model(source, settings)
+        found[name] = stress(network, tokenizer, sets, settings.robustness, data=settings.data, seed=settings.seed)
+        progress(f"robustness {name}")
+    with run.stage("robustness") as folder:
+        for name, one in found.items():
+            one.save(folder / f"{name}.json")
+    run.update(settings=settings.to_dict())
+    return found
+
+
+def evaluation_sets(inputs: Mapping[str, Any], tests: Tests, seed: int = 0) -> tuple[EvaluationSets, dict[str, int]]:
     """The sets to measure on, and how many records of each were also used to localize and retain.
 
-    The first retain test is the headline; without one the first retain set itself is read, and counted as overlap.
+    The first retain test is the headline; without one the first retain set itself is read, and counted as overlap. What a
+    benchmark measures by its own protocol may overlap with what was retained, which is counted; sets given as tests, and
+    those that are there to be new to the model, may not.
 
     Raises:
         OverlapError: a test set that should be independent shares records with the forget or a retain set.
     """
+    from .data import benchmarks
     from .data.records import overlap, read
     from .evaluate import EvaluationSets
 
     used = read_sets(inputs["forget"], inputs["retain"])
+    benchmark = benchmarks.load(tests.benchmark, tests.data, seed=seed) if tests.benchmark else benchmarks.Benchmark("")
     retain = {name: read(source, name) for name, source in tests.retain.items()}
     skills = {name: read(source, name) for name, source in tests.skills.items()}
     holdout = read(tests.holdout, "holdout") if tests.holdout else None
@@ -178,19 +230,32 @@ def evaluation_sets(inputs: Mapping[str, Any], tests: Tests) -> tuple[Evaluation
                 raise OverlapError(f"the test set {name} shares {shared} of its {len(records)} records with the set"
                                    f" {other.name} used to localize and train: remove them from one of the two")
     overlaps: dict[str, int] = {}
+    for name, records in benchmark.measured().items():
+        forgets = name in ("forget", "forget_paraphrase", "members") or name in benchmark.forget_extra
+        for other in used.values():
+            shared = overlap(records, other)
+            if shared and (forgets != (other.name == "forget") or name == "holdout"):
+                raise OverlapError(f"{tests.benchmark}: its set {name} shares {shared} of its {len(records)} records with the"
+                                   f" set {other.name} of this run: another part of the benchmark belongs to this run")
+            if shared and not forgets:
+                overlaps[name] = overlaps.get(name, 0) + shared
+    retain = {**benchmark.retain, **retain}
     if not retain:
         name = next(name for name in used if name != "forget")
-        retain, overlaps = {name: used[name]}, {name: len(used[name])}
+        retain, overlaps[name] = {name: used[name]}, len(used[name])
     headline = next(iter(retain))
     extra = {name: records for name, records in retain.items() if name != headline}
-    return EvaluationSets(forget=used["forget"], retain=retain[headline], forget_paraphrase=paraphrase,
-                          retain_extra=extra, skills=skills, holdout=holdout), overlaps
+    sets = EvaluationSets.of(benchmark, forget=used["forget"], retain=retain[headline])
+    return replace(sets, retain=retain[headline], retain_extra=extra, skills={**benchmark.skills, **skills},
+                   forget_paraphrase=paraphrase or sets.forget_paraphrase, holdout=holdout or sets.holdout,
+                   members=None if holdout else sets.members), overlaps
 
 
 def report(run: Run) -> Path:
     """Write ``report.html`` from the stages of a run, and return its path."""
     from .circuit.graph import Circuit
     from .evaluate import Evaluation
+    from .evaluate.robustness import Robustness
     from .logic import Assignment
     from .report import write_report
     from .unlearn.loop import UnlearnLog
@@ -199,13 +264,15 @@ def report(run: Run) -> Path:
     evaluations = {path.stem: Evaluation.load(path) for path in sorted(run.path("evaluation").glob("*.json"))
                    if path.stem in ("before", "after", "gold")}
     order = [name for name in ("before", "after", "gold") if name in evaluations]
+    tried: dict[str, Robustness] = {
+        name: Robustness.load(path) for name in order if (path := run.path("robustness") / f"{name}.json").exists()}
     target = run.folder / "report.html"
     write_report(
         target, title=f"Unlearning report: {run.folder.resolve().name}",
         evaluations={name: evaluations[name] for name in order},
         plan=Plan.load(run.folder), assignment=Assignment.load(run.path("assignment") / "assignment.json"),
         circuits={path.stem: Circuit.load(path) for path in sorted(run.path("circuits").glob("*.safetensors"))},
-        log=UnlearnLog.load(run.path("model") / "training.json"), provenance=run.manifest)
+        log=UnlearnLog.load(run.path("model") / "training.json"), robustness=tried, provenance=run.manifest)
     return target
 
 

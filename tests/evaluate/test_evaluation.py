@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from clue.config import DataSettings, EvaluateSettings
 from clue.data.encoding import encode
 from clue.data.records import RecordSet, read
 from clue.errors import ClueError, ModelError, RecordError, RunError
-from clue.evaluate import Evaluation, EvaluationSets, evaluate
+from clue.evaluate import Evaluation, EvaluationSets, evaluate, truth
 from clue.evaluate.memorization import exact_match, nll, score
 from clue.evaluate.privacy import auc
 
@@ -21,12 +24,16 @@ FAST = EvaluateSettings(batch_size=4, max_new_tokens=10, bootstrap=50)
 
 @pytest.fixture
 def sets(forget, retain, holdout):
+    wrong = {"where does mira live": ("in rome", "in old paris by the sea"), "job of ada": ("pilot",)}
+    forget = RecordSet("forget", tuple(replace(r, wrong=wrong.get(r.prompt, ()), paraphrased="the baker" if
+                                               r.answer == "baker" else None) for r in forget))
     return EvaluationSets(forget, retain, forget_paraphrase=read([("mira live where", "in york")], "again"),
                           retain_extra={"retain_unseen": retain}, skills={"copy": read([("tea tea", "tea")], "copy")},
                           holdout=holdout)
 
 
-def test_every_number_comes_from_the_right_set(model, tokenizer, sets, forget, retain, holdout):
+def test_every_number_comes_from_the_right_set(model, tokenizer, sets, retain, holdout):
+    forget = sets.forget
     found = evaluate(model, tokenizer, sets, FAST, seed=3)
     document = found.to_json()
     assert list(found.detail) == ["forget", "forget_paraphrase", "retain", "retain_unseen", "copy", "holdout"]
@@ -56,9 +63,13 @@ def test_batch_size_does_not_matter_and_the_model_is_left_as_it_was(model, token
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert small.pop("samples") == large.pop("samples")
+    for name, found in small["records"].items():
+        for key, values in found.items():
+            assert large["records"][name][key] == pytest.approx(values, rel=1e-5, abs=1e-5)
     for name, result in small["detail"].items():
         for key, value in result.items():
-            assert large["detail"][name][key] == pytest.approx(value, abs=1e-5) if isinstance(value, float) else True
+            assert large["detail"][name][key] == pytest.approx(value, rel=1e-5, abs=1e-5) \
+                if isinstance(value, float) else True
 
 
 def test_a_model_taught_the_answers_is_recognised_and_one_taught_nothing_is_not(model, tokenizer, sets):
@@ -131,3 +142,140 @@ def test_bfloat16_models_are_scored_in_float32(model, tokenizer, forget, retain)
     examples = encode(forget, tokenizer)
     tokens = score(model, examples, pad=0, batch_size=4).log_prob
     assert np.unique(tokens).size > 0.9 * tokens.size  # a bfloat16 softmax would round many to the same value
+
+
+def mean_log_p(model, tokenizer, prompt, answer, eos=True):
+    """One record by itself: mean log-probability of its answer's tokens, one forward pass, double precision softmax."""
+    example = encode(read([(prompt, answer)]), tokenizer, append_eos=eos)[0]
+    with torch.no_grad():
+        log_p = model(torch.from_numpy(example.input_ids[None])).logits[0].double().log_softmax(-1)
+    return float(np.mean([log_p[t - 1, example.input_ids[t]] for t in range(example.answer_start, len(example.input_ids))]))
+
+
+@pytest.mark.parametrize("variant", [{}, {"truth_mean": "arithmetic"}, {"count_eos": False}, {"choice_score": "raw"},
+                                     {"choice_score": "byte"}, {"extraction_least": "one-token"}])
+def test_truth_and_choice_of_a_batch_equal_one_answer_at_a_time(model, tokenizer, sets, variant):
+    settings = EvaluateSettings(**{"batch_size": 3, "rouge": False, **variant})
+    found = evaluate(model, tokenizer, sets, settings)
+    eos = settings.count_eos
+    ratios, options, shares = [], [], []
+    for r in (r for r in sets.forget if r.wrong):
+        right, *wrong = (mean_log_p(model, tokenizer, r.prompt, a, eos) for a in (r.paraphrased or r.answer, *r.wrong))
+        mean = np.mean(np.exp(wrong)) if settings.truth_mean == "arithmetic" else np.exp(np.mean(wrong))
+        ratios.append(mean / np.exp(right))
+        p = np.exp([mean_log_p(model, tokenizer, r.prompt, a, eos) for a in (r.answer, *r.wrong)])
+        shares.append(p[0] / p.sum())
+        scores = []
+        for answer in (r.answer, *r.wrong):
+            each, tokens = mean_log_p(model, tokenizer, r.prompt, answer, eos=False), len(answer.split())
+            scores.append({"raw": each * tokens, "token": each, "byte": each * tokens / len(answer)}[settings.choice_score])
+        options.append(scores[0] > max(scores[1:]))
+    result = found.detail["forget"]
+    assert result.truth_n == 2
+    assert np.exp(found.records["forget"]["log_truth_ratio"]) == pytest.approx(ratios, rel=1e-4)
+    assert result.truth_ratio == pytest.approx(np.mean(np.minimum(ratios, 1 / np.array(ratios))), rel=1e-4)
+    assert result.choice_accuracy == np.mean(options)
+    assert result.choice_probability == pytest.approx(np.mean(shares), rel=1e-4)
+    alone = [mean_log_p(model, tokenizer, r.prompt, r.answer, eos) for r in sets.forget]
+    assert found.records["forget"]["nll"] == pytest.approx([-p for p in alone], abs=1e-5)
+    assert result.probability == pytest.approx(np.exp(alone).mean(), rel=1e-4)
+    assert found.detail["retain"].truth_ratio is None
+    assert found.settings["evaluate"]["truth_mean"] == settings.truth_mean  # the variant is named in the result
+
+
+def test_generated_answers_are_compared_as_text_and_by_meaning(model, tokenizer, sets):
+    lengths = {}
+
+    def embed(texts):
+        lengths[len(texts)] = texts
+        return [[text.count("a"), text.count("o"), 1] for text in texts]
+
+    found = evaluate(model, tokenizer, replace(sets, utility=("retain", "copy")), FAST, embed=embed)
+    assert found.detail["copy"].rouge_n == 1 and found.utility == ("retain", "copy")  # skills named there speak too
+    result = found.detail["forget"]
+    assert 0 <= result.matched <= result.contained <= 1 and result.nearest in (0.0, 0.5, 1.0)
+    assert found.detail["retain"].nearest is None and [*lengths] == [2 + 2 + 3]
+    assert lengths[7][2:] == ["in york", "the baker", "in rome", "in old paris by the sea", "pilot"]
+    assert found.model_utility is None  # copy has no wrong answers
+
+
+def test_utility_is_the_harmonic_mean_of_its_numbers_and_quality_compares_stored_ratios(model, tokenizer, sets, tmp_path):
+    told = RecordSet("copy", (replace(sets.skills["copy"].records[0], wrong=("baker", "pilot")),))
+    retain = RecordSet("retain", tuple(replace(r, wrong=("lena",)) for r in sets.retain))
+    sets = replace(sets, retain=retain, skills={"copy": told}, utility=("retain", "copy"))
+    found = evaluate(model, tokenizer, sets, FAST)
+    parts = truth.utility_parts(found)
+    assert parts == {"retain, probability": found.detail["retain"].probability,
+                     "retain, ROUGE-L recall": found.detail["retain"].rouge_l,
+                     "retain, truth ratio": found.detail["retain"].truth_ratio,
+                     "copy, probability": found.detail["copy"].choice_probability,
+                     "copy, ROUGE-L recall": found.detail["copy"].rouge_l,
+                     "copy, truth ratio": found.detail["copy"].truth_ratio}
+    detail = {name: replace(result, probability=0.5, choice_probability=0.25, rouge_l=0.5, truth_ratio=0.25)
+              for name, result in found.detail.items()}
+    assert replace(found, detail=detail).model_utility == pytest.approx(6 / (2 + 2 + 4 + 4 + 2 + 4))
+    detail["retain"] = replace(detail["retain"], rouge_l=0.0)
+    assert replace(found, detail=detail).model_utility == 0.0
+    found.save(tmp_path / "gold.json")
+    assert found.forget_quality(Evaluation.load(tmp_path / "gold.json")) == 1.0
+    for changed, message in ((replace(sets, forget=RecordSet("forget", sets.forget.records[:5])), "different forget sets"),
+                             (sets, "truth_mean was geometric")):
+        settings = replace(FAST, truth_mean="arithmetic") if changed is sets else FAST
+        with pytest.raises(ClueError, match=message):
+            found.forget_quality(evaluate(model, tokenizer, changed, settings))
+    plain = evaluate(model, tokenizer, replace(sets, forget=retain, utility=()), FAST)
+    bare = evaluate(model, tokenizer, EvaluationSets(sets.forget_paraphrase, retain), FAST)
+    assert bare.forget_quality(plain) is None and plain.forget_quality(bare) is None
+
+
+def test_every_attack_by_its_definition(model, tokenizer, sets):
+    from clue.evaluate.privacy import gradient_score
+
+    torch.manual_seed(5)
+    other = type(model)(model.config).eval()
+    settings = EvaluateSettings(batch_size=2, rouge=False, bootstrap=0, attacks="loss,zlib,min_k,min_k++,gradnorm")
+    found = evaluate(model, tokenizer, sets, settings, reference=other)
+    expected = {name: [] for name in ("loss", "zlib", "min_k", "min_k++", "gradnorm", "reference")}
+    for records in (sets.forget, sets.holdout):
+        side = {name: [] for name in expected}
+        for example in encode(records, tokenizer):
+            ids, start = torch.from_numpy(example.input_ids[None]), example.answer_start
+            model.zero_grad()
+            logits = model(ids).logits[0, start - 1:-1]
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, start:])
+            loss.backward()
+            each = logits.detach().double().log_softmax(-1)
+            p = each.gather(1, ids[0, start:, None])[:, 0].numpy()
+            mu = (each.exp() * each).sum(1).numpy()
+            variance = (each.exp() * each.square()).sum(1).numpy() - mu ** 2
+            least = max(1, int(0.4 * len(p) + 1e-9))
+            with torch.no_grad():
+                theirs = other(ids).logits[0, start - 1:-1].double().log_softmax(-1).gather(1, ids[0, start:, None])
+            side["loss"].append(p.mean())
+            side["zlib"].append(p.mean() / len(zlib.compress(example.record.answer.encode())))
+            side["min_k"].append(np.sort(p)[:least].mean())
+            side["min_k++"].append(np.sort((p - mu) / np.sqrt(np.maximum(variance, 1e-6)))[:least].mean())
+            side["gradnorm"].append(-sum(float(w.grad.square().sum()) for w in model.parameters()) ** 0.5)
+            side["reference"].append(p.mean() - float(theirs.mean()))
+        for name, values in side.items():
+            expected[name].append(values)
+    assert set(found.mia) == set(expected)
+    for name, (members, others) in expected.items():
+        assert found.mia[name].auc == pytest.approx(auc(members, others), abs=1e-12), name
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.train()
+    np.testing.assert_allclose(gradient_score(model, encode(sets.forget, tokenizer), pad=0), expected["gradnorm"][0],
+                               rtol=1e-4)
+    assert model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_attacks_that_nobody_knows_and_a_harness_that_is_not_there_are_named(model, tokenizer, sets):
+    with pytest.raises(ClueError, match="attacks: 'rumour' is unknown; known are loss, zlib"):
+        evaluate(model, tokenizer, sets, replace(FAST, attacks="loss,rumour"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "lm_eval", None)
+        with pytest.raises(ClueError, match=r"install clue-unlearn\[lm-eval\]"):
+            evaluate(model, tokenizer, sets, replace(FAST, harness="wmdp_bio"))
+    with pytest.raises(ClueError, match="utility names the set facts"):
+        replace(sets, utility=("facts",))

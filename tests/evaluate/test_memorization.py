@@ -17,6 +17,7 @@ from clue.evaluate.memorization import (
     exact_match,
     extraction_strength,
     nll,
+    perplexity,
     probability,
     score,
     token_accuracy,
@@ -131,6 +132,10 @@ def test_reductions_agree_with_their_definitions(records):
         assert probability(scores)[i] == pytest.approx(np.exp(np.mean([p for p, _ in record])))
         k = next(k for k in range(len(correct) + 1) if all(correct[k:]))
         assert extraction_strength(scores)[i] == pytest.approx(1 - k / len(correct))
+        least = max(1 - k / len(correct), 1 / len(correct))
+        assert extraction_strength(scores, least="one-token")[i] == pytest.approx(least)
+    tokens = [p for record in records for p, _ in record]
+    assert perplexity(scores) == pytest.approx(np.exp(-sum(tokens) / len(tokens)))
     part = scores.records(len(records) - 1, len(records))
     np.testing.assert_array_equal(nll(part), nll(scores)[-1:])
 
@@ -140,3 +145,20 @@ def test_weights_that_are_not_numbers_are_named(model, tokenizer, forget):
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(ModelError, match=r"records\[0\]: .* not a number"):
         score(model, encode(forget, tokenizer), pad=0, batch_size=4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_moments_are_those_of_the_models_own_distribution(model, tokenizer, forget, batch_size):
+    examples = encode(forget, tokenizer)
+    plain, found = (score(model, examples, pad=0, batch_size=batch_size, moments=m) for m in (False, True))
+    assert plain.mean is None and plain.variance is None
+    np.testing.assert_array_equal(found.log_prob, plain.log_prob)
+    mean, variance = [], []
+    with torch.no_grad():
+        for example in examples:
+            logits = model(torch.from_numpy(example.input_ids[None])).logits[0, example.answer_start - 1:-1].double()
+            for log_p in logits.log_softmax(-1).numpy():
+                mean.append(np.sum(np.exp(log_p) * log_p))
+                variance.append(np.sum(np.exp(log_p) * log_p ** 2) - mean[-1] ** 2)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-4)
+    np.testing.assert_allclose(found.variance, variance, rtol=1e-3, atol=1e-5)

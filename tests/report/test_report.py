@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
@@ -13,9 +14,10 @@ from clue.circuit.graph import Circuit, Graph
 from clue.errors import ClueError
 from clue.evaluate import Evaluation, Sample, SetResult
 from clue.evaluate.privacy import attack
+from clue.evaluate.robustness import Curve, Recall, Robustness
 from clue.logic import Assignment
 from clue.plan import Plan, Slice
-from clue.report import table, write_report
+from clue.report import robustness_table, table, write_report
 from clue.types import Gate, Provenance, Role
 from clue.unlearn.loop import UnlearnLog
 
@@ -198,6 +200,57 @@ def test_sets_whose_records_differ_between_models_are_pointed_out(tmp_path):
     other = Evaluation({**EVALUATIONS["after"].detail, "forget": result("forget", 0.1, n=41, name="forget")})
     _, page = write(tmp_path, evaluations={"before": EVALUATIONS["before"], "after": other})
     assert "not the same records in every column" in page.visible
+
+
+def with_truths(found, shift, n=60):
+    """The same evaluation with truth ratios, a utility of one set, and what else is only sometimes measured."""
+    ratio = tuple(np.random.default_rng(1).normal(shift, 1, n).tolist())
+    forget = replace(found.detail["forget"], truth_n=n, truth_ratio=0.4, choice_accuracy=0.25, choice_probability=0.3,
+                     contained=0.125, matched=0.0625, perplexity=4.5)
+    retain = replace(found.detail["retain"], truth_n=n, truth_ratio=0.5, probability=0.5, rouge_l=0.5)
+    return replace(found, detail={**found.detail, "forget": forget, "retain": retain}, utility=("retain",),
+                   records={"forget": {"log_truth_ratio": ratio}}, harness={"wmdp_bio": 0.26})
+
+
+def test_published_scores_and_directions(tmp_path):
+    found = {name: with_truths(e, shift) for (name, e), shift in zip(EVALUATIONS.items(), (-3, 0, 0), strict=True)}
+    source, page = write(tmp_path, evaluations=found)
+    quality = re.search(r"Forget quality.*?</tr>", source, re.DOTALL)[0]
+    before, after, gold = re.findall(r'<td class="figure">(.*?)</td>', quality)
+    assert float(before) < 1e-6 and after == "1" and "n/a" in gold
+    assert "Model utility" in page.visible and "50.0%" in page.visible and "wmdp_bio" in page.visible
+    assert "higher is better" in re.search(r"Truth ratio.{200}", source, re.DOTALL)[0]  # on the forget set too
+    rows = re.findall(r'<th scope="row">(Loss|Probability|Multiple choice) <span class="n" role="img" aria-label="(\w+)',
+                      source)
+    assert rows[:3] == [("Probability", "lower"), ("Loss", "higher"), ("Multiple choice", "lower")]  # the forget set
+    assert ("Probability", "higher") in rows[3:] and ("Loss", "lower") in rows[3:]
+    lines = {line[:30].strip(): line.split()[-3:] for line in table(found).splitlines() if line.startswith("  ")}
+    assert lines["forget quality (p value)"][1:] == ["1", "n/a"] and lines["model utility"] == ["50.0%"] * 3
+    without = {name: e for name, e in found.items() if name != "gold"}
+    _, page = write(tmp_path, evaluations=without)
+    assert "not available without gold" in page.visible
+    _, page = write(tmp_path)
+    assert "Published scores" not in page.visible
+    other = replace(found["gold"], settings={"evaluate": {"truth_mean": "arithmetic"}})
+    _, page = write(tmp_path, evaluations={**found, "gold": other})  # cannot be compared: said, not computed
+    assert "n/a" in re.search(r"Forget quality .*", table({**found, "gold": other}), re.IGNORECASE)[0]
+
+
+def test_robustness_is_drawn_and_tabled_under_the_models_it_was_tried_on(tmp_path):
+    def tried(value):
+        lines = {"forget, not shown": (Recall(0.0, value), Recall(0.5, 0.75)), "retain": (Recall(1.0, 0.9), Recall(1.0, 0.8))}
+        return Robustness({"relearning": Curve("steps of fine-tuning", (0.0, 50.0), lines)},
+                          {"as trained": Recall(0.0, value), EVIL: Recall(0.25, 0.5)})
+
+    source, page = write(tmp_path, robustness={"before": tried(0.9), "after": tried(0.125)})
+    assert "does it come back?" in page.visible and "After: forget, not shown" in page.visible
+    assert "0% / 0.12 50.0% / 0.75" in page.visible and "25.0% / 0.50" in page.visible and EVIL in page.visible
+    assert "<script" not in source.lower()
+    text = robustness_table({"before": tried(0.9), "after": tried(0.125)})
+    assert text.splitlines()[2].split() == ["before", "relearning", "90.0%", "12.5%"]
+    assert text.splitlines()[3].split() == ["after", "relearning", "75.0%", "75.0%"]
+    _, page = write(tmp_path)
+    assert "does it come back?" not in page.visible
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path):

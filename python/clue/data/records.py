@@ -23,6 +23,8 @@ from ..errors import OverlapError, RecordError
 PROMPT_FIELDS = ("question", "prompt", "input", "instruction")
 ANSWER_FIELDS = ("answer", "completion", "output", "response", "target")
 CORRUPTED_FIELDS = ("corrupted", "corrupted_question")
+PARAPHRASED_FIELDS = ("paraphrased_answer",)
+WRONG_FIELDS = ("perturbed_answer", "wrong_answers")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 _HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
@@ -34,7 +36,8 @@ class Record:
 
     ``corrupted`` is a given corrupted prompt; ``subject`` the entity the prompt is about, a substring of the prompt
     that counterfactuals replace; ``group`` is shared by records that ask the same thing of different subjects;
-    ``source`` says where the record came from and appears in every error about it.
+    ``source`` says where the record came from and appears in every error about it. ``paraphrased`` is the answer in
+    other words and ``wrong`` are wrong answers of the same form, both for evaluation alone: truth ratio, choice.
     """
 
     prompt: str
@@ -43,6 +46,8 @@ class Record:
     subject: str | None = None
     group: str | None = None
     source: str = ""
+    paraphrased: str | None = None
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,10 @@ class RecordSet:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the contents (prompt, answer, corrupted prompt of every record, in order), not of the file."""
-        rows = [(r.prompt, r.answer, r.corrupted) for r in self.records]
+        """SHA-256 of the contents (prompt, answer, corrupted prompt of every record, in order, and the other answers where
+        there are any), not of the file."""
+        rows = [(r.prompt, r.answer, r.corrupted, *((r.paraphrased, r.wrong) if r.paraphrased or r.wrong else ()))
+                for r in self.records]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
     def __len__(self) -> int:
@@ -65,6 +72,8 @@ class RecordSet:
         return iter(self.records)
 
 
+#: A row of a file, as it stands there, and where that is.
+Row = tuple[Any, str]
 Source = str | os.PathLike | Sequence[Mapping[str, Any] | Record | tuple[str, str] | str]
 
 
@@ -78,7 +87,8 @@ def read(source: Source | RecordSet, name: str | None = None, *, limit: int = 0)
     A mapping gives its prompt in the first present of ``question``, ``prompt``, ``input``, ``instruction`` (an
     ``instruction`` with a non-empty ``input`` is joined to it by a newline) and its answer in the first present of
     ``answer``, ``completion``, ``output``, ``response``, ``target``; or plain text in ``text``. Optional: ``corrupted``
-    or ``corrupted_question``, ``subject``, ``group``. Other fields are ignored.
+    or ``corrupted_question``, ``subject``, ``group``, ``paraphrased_answer``, and ``perturbed_answer`` or
+    ``wrong_answers`` (a string or a list of strings). Other fields are ignored.
 
     ``name`` defaults to the file's stem, the dataset's name, or ``records``. Raises :class:`RecordError` naming file
     and line for anything missing, empty, malformed or of the wrong type.
@@ -86,7 +96,8 @@ def read(source: Source | RecordSet, name: str | None = None, *, limit: int = 0)
     if isinstance(source, RecordSet):
         records, default = iter(source.records), source.name
     elif isinstance(source, (str, os.PathLike)):
-        records, default = _open(source)
+        rows, default = _open(source)
+        records = (make_record(value, where) for value, where in rows)
     elif isinstance(source, Sequence):
         records, default = (_item(item, f"records[{i}]") for i, item in enumerate(source)), "records"
     else:
@@ -99,6 +110,39 @@ def read(source: Source | RecordSet, name: str | None = None, *, limit: int = 0)
     if not kept:
         raise RecordError(f"{_described(source)}: holds no records; at least one is needed")
     return RecordSet(name or default, tuple(kept))
+
+
+def read_rows(source: str | os.PathLike) -> Iterator[tuple[Any, str]]:
+    """The rows of a file or hub dataset as they stand there, each with where it was; same sources and errors as
+    :func:`read`, which makes records of them."""
+    return _open(source)[0]
+
+
+def make_record(value: object, where: str) -> Record:
+    """A record from a mapping with the fields that :func:`read` knows; ``where`` is its source."""
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__}")
+    corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
+    prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
+    if prompt_name is None and "text" in value:
+        return Record("", _field(value, ("text",), where) or "", None, None, group, where)
+    if prompt_name is None:
+        present = ", ".join(map(str, value)) or "none"
+        raise RecordError(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)} or text, found"
+                          f" {present}")
+    if "instruction" in value and prompt_name == "input":
+        prompt = _field(value, ("instruction",), where) or ""
+        if value["input"] != "":
+            prompt += "\n" + (_field(value, ("input",), where) or "")
+    else:
+        prompt = _field(value, (prompt_name,), where) or ""
+    answer = _field(value, ANSWER_FIELDS, where)
+    if answer is None:
+        raise RecordError(f"{where}: no answer; expected one of the fields {', '.join(ANSWER_FIELDS)}")
+    if subject is not None and subject not in prompt:
+        raise RecordError(f"{where}: the subject {subject!r} does not occur in the prompt; spell it as in the prompt")
+    return Record(prompt, answer, corrupted, subject, group, where, _field(value, PARAPHRASED_FIELDS, where),
+                  _wrong(value, where))
 
 
 def overlap(a: RecordSet, b: RecordSet) -> int:
@@ -127,10 +171,12 @@ def check_disjoint(a: RecordSet, b: RecordSet, what: str) -> None:
                        f" {where}: {shown[:80]!r}; remove them from one of the two")
 
 
-def to_mapping(record: Record) -> dict[str, str]:
+def to_mapping(record: Record) -> dict[str, Any]:
     """The record as :func:`read` takes it back from a JSON lines file (without its source)."""
-    values = {"prompt": record.prompt, "answer": record.answer} if record.prompt else {"text": record.answer}
-    optional = {"corrupted": record.corrupted, "subject": record.subject, "group": record.group}
+    values: dict[str, Any] = {"prompt": record.prompt, "answer": record.answer} if record.prompt else {
+        "text": record.answer}
+    optional = {"corrupted": record.corrupted, "subject": record.subject, "group": record.group,
+                "paraphrased_answer": record.paraphrased, "perturbed_answer": list(record.wrong) or None}
     return values | {key: value for key, value in optional.items() if value is not None}
 
 
@@ -142,7 +188,7 @@ def _described(source: object) -> str:
     return str(source) if isinstance(source, (str, os.PathLike)) else "the list of records"
 
 
-def _open(source: str | os.PathLike) -> tuple[Iterator[Record], str]:
+def _open(source: str | os.PathLike) -> tuple[Iterator[Row], str]:
     path = Path(source)
     suffix = path.suffix.lower()
     hub = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
@@ -178,7 +224,7 @@ def _text(path: Path) -> str:
         raise RecordError(f"{path}:{line}: is not UTF-8; convert the file to UTF-8") from None
 
 
-def _from_lines(path: Path, text: str) -> Iterator[Record]:
+def _from_lines(path: Path, text: str) -> Iterator[Row]:
     # Split at "\n" only: str.splitlines would also cut at separators that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -187,10 +233,10 @@ def _from_lines(path: Path, text: str) -> Iterator[Record]:
                 value = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise RecordError(f"{where}: not valid JSON ({error}); put one JSON object on each line") from None
-            yield _mapping(value, where)
+            yield value, where
 
 
-def _from_array(path: Path, text: str) -> Iterator[Record]:
+def _from_array(path: Path, text: str) -> Iterator[Row]:
     # Elements are decoded one by one, so that each knows the line it starts on.
     decoder = json.JSONDecoder()
     position, line, first = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[")), True
@@ -216,13 +262,13 @@ def _from_array(path: Path, text: str) -> Iterator[Record]:
             value, position = decoder.raw_decode(text, start)
         except (json.JSONDecodeError, RecursionError) as error:
             raise RecordError(f"{where}: not valid JSON ({error}); repair this record") from None
-        yield _mapping(value, where)
+        yield value, where
         line, first = line + text.count("\n", start, position), False
     if text[start + 1:].strip():
         raise RecordError(f"{where}: text follows the end of the array; keep one JSON array in the file")
 
 
-def _from_csv(path: Path, text: str) -> Iterator[Record]:
+def _from_csv(path: Path, text: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     line = 2
     try:
@@ -230,13 +276,13 @@ def _from_csv(path: Path, text: str) -> Iterator[Record]:
             where = f"{path}:{line}"
             if None in row:
                 raise RecordError(f"{where}: more fields than the header has; quote fields that hold commas")
-            yield _mapping({key: value for key, value in row.items() if value is not None}, where)
+            yield {key: value for key, value in row.items() if value is not None}, where
             line = reader.line_num + 1
     except csv.Error as error:
         raise RecordError(f"{path}:{line}: not valid CSV ({error}); repair this row") from None
 
 
-def _from_parquet(path: Path) -> Iterator[Record]:
+def _from_parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -249,7 +295,7 @@ def _from_parquet(path: Path) -> Iterator[Record]:
     return _rows(rows, str(path))
 
 
-def _from_hub(source: str | os.PathLike, match: re.Match[str]) -> Iterator[Record]:
+def _from_hub(source: str | os.PathLike, match: re.Match[str]) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
@@ -263,47 +309,32 @@ def _from_hub(source: str | os.PathLike, match: re.Match[str]) -> Iterator[Recor
     return _rows(rows, str(source))
 
 
-def _rows(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Record]:
+def _rows(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Row]:
     for number, row in enumerate(rows, 1):
-        yield _mapping({key: value for key, value in row.items() if value is not None}, f"{where}:{number}")
+        yield {key: value for key, value in row.items() if value is not None}, f"{where}:{number}"
 
 
 def _item(item: object, where: str) -> Record:
     if isinstance(item, Record):
-        _mapping(to_mapping(item), item.source or where)
+        make_record(to_mapping(item), item.source or where)
         return item if item.source else replace(item, source=where)
     if isinstance(item, str):
-        return _mapping({"text": item}, where)
+        return make_record({"text": item}, where)
     if isinstance(item, (tuple, list)):
         if len(item) != 2:
             raise RecordError(f"{where}: a sequence must be (prompt, answer), got {len(item)} items")
-        return _mapping({"prompt": item[0], "answer": item[1]}, where)
-    return _mapping(item, where)
+        return make_record({"prompt": item[0], "answer": item[1]}, where)
+    return make_record(item, where)
 
 
-def _mapping(value: object, where: str) -> Record:
-    if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__}")
-    corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
-    prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
-    if prompt_name is None and "text" in value:
-        return Record("", _field(value, ("text",), where) or "", None, None, group, where)
-    if prompt_name is None:
-        present = ", ".join(map(str, value)) or "none"
-        raise RecordError(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)} or text, found"
-                          f" {present}")
-    if "instruction" in value and prompt_name == "input":
-        prompt = _field(value, ("instruction",), where) or ""
-        if value["input"] != "":
-            prompt += "\n" + (_field(value, ("input",), where) or "")
-    else:
-        prompt = _field(value, (prompt_name,), where) or ""
-    answer = _field(value, ANSWER_FIELDS, where)
-    if answer is None:
-        raise RecordError(f"{where}: no answer; expected one of the fields {', '.join(ANSWER_FIELDS)}")
-    if subject is not None and subject not in prompt:
-        raise RecordError(f"{where}: the subject {subject!r} does not occur in the prompt; spell it as in the prompt")
-    return Record(prompt, answer, corrupted, subject, group, where)
+def _wrong(value: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    name = next((name for name in WRONG_FIELDS if name in value), None)
+    if name is None:
+        return ()
+    answers = [value[name]] if isinstance(value[name], str) else value[name]
+    if not isinstance(answers, (list, tuple)) or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise RecordError(f"{where}: {name} must be a string or a list of strings, none of them empty")
+    return tuple(answers)
 
 
 def _field(value: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:

@@ -1,4 +1,7 @@
-"""Evaluation: everything measured on one model, as a document that saves, reloads and compares."""
+"""The document of an evaluation: everything measured on one model; it saves, reloads and compares.
+
+:mod:`.measure` makes it.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..config import DataSettings, EvaluateSettings
 from ..data.atomic import write_atomically
-from ..data.encoding import encode, length_limit, pad_id
-from ..errors import ClueError, ModelError, RecordError, RunError
-from . import memorization
-from .generation import generate, prompt_length, rouge_l_recall
-from .privacy import Attack, attack, loss_score, min_k_score
+from ..errors import ClueError, RecordError, RunError
+from .privacy import Attack
+from .truth import forget_quality, model_utility
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..data.encoding import Example
+    from ..data.benchmarks import Benchmark
     from ..data.records import RecordSet
 
-FORMAT = 1
-#: Answers kept of each generated set, for people to read.
-_SAMPLES = 6
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,12 +29,16 @@ class EvaluationSets:
     """The record sets a model is measured on.
 
     Attributes:
-        forget: what must be forgotten; the members of the privacy attacks.
+        forget: what must be forgotten; the members of the privacy attacks, unless ``members`` are.
         retain: what must stay; the headline. Most honest where unlearning was never shown these records.
         forget_paraphrase: the same facts as ``forget``, asked in words never trained on.
         retain_extra: more of what must stay, by name.
         skills: general skills that must stay, by name.
         holdout: the same kind of records, never trained on; the non-members of the privacy attacks.
+        forget_extra: more of what must be forgotten, by name.
+        members: records that were trained on and must be forgotten, in the form of ``holdout``'s (texts, say, where the
+            forget set is questions).
+        utility: names of the sets behind :func:`clue.evaluate.truth.model_utility`, ``retain`` among them.
     """
 
     forget: RecordSet
@@ -49,9 +47,15 @@ class EvaluationSets:
     retain_extra: Mapping[str, RecordSet] = field(default_factory=dict)
     skills: Mapping[str, RecordSet] = field(default_factory=dict)
     holdout: RecordSet | None = None
+    forget_extra: Mapping[str, RecordSet] = field(default_factory=dict)
+    members: RecordSet | None = None
+    utility: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _, _ in self]
+        for name in self.utility:
+            if name not in names:
+                raise ClueError(f"utility names the set {name}, which is not among {', '.join(names)}")
         for name in names:
             if names.count(name) > 1:
                 raise ClueError(f"two evaluation sets are called {name}: give one of them another name")
@@ -60,34 +64,64 @@ class EvaluationSets:
                 raise RecordError(f"the evaluation set {name} is empty: give it at least one record, or leave it out")
 
     def __iter__(self) -> Iterator[tuple[str, str, RecordSet]]:
-        """(name, purpose, records) of every set; purpose is forget, retain, skill or holdout."""
+        """(name, purpose, records) of every set; purpose is forget, retain, skill, member or holdout."""
         yield "forget", "forget", self.forget
         if self.forget_paraphrase is not None:
             yield "forget_paraphrase", "forget", self.forget_paraphrase
+        yield from ((name, "forget", records) for name, records in self.forget_extra.items())
         yield "retain", "retain", self.retain
         yield from ((name, "retain", records) for name, records in self.retain_extra.items())
         yield from ((name, "skill", records) for name, records in self.skills.items())
+        if self.members is not None:
+            yield "members", "member", self.members
         if self.holdout is not None:
             yield "holdout", "holdout", self.holdout
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, *, forget: RecordSet | None = None,
+           retain: RecordSet | None = None) -> EvaluationSets:
+        """The sets of a benchmark; ``forget`` and ``retain`` stand in where it has none.
+
+        Raises:
+            ClueError: it lacks one of the two, and nothing stands in.
+        """
+        kept = dict(benchmark.retain)
+        headline = kept.pop(next(iter(kept))) if kept else retain
+        forget = benchmark.forget or forget
+        if forget is None or headline is None:
+            raise ClueError(f"the benchmark {benchmark.name} has no {'forget' if forget is None else 'retain'} set of its own:"
+                            " give one")
+        return cls(forget, headline, benchmark.forget_paraphrase, kept, benchmark.skills, benchmark.holdout,
+                   benchmark.forget_extra, benchmark.members, benchmark.utility)
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """What a model knows of one record set: means over its records, each defined in :mod:`.memorization`.
+    """What a model knows of one record set: means over its records, each defined in :mod:`.memorization`,
+    :mod:`.generation` or :mod:`.truth`.
 
     Attributes:
-        purpose: ``forget`` (lower is better), ``retain``, ``skill`` (higher is better) or ``holdout`` (for comparison).
+        purpose: ``forget`` (lower is better), ``retain``, ``skill`` (higher is better), ``member`` or ``holdout`` (for
+            comparison).
         name: the record set's own name, where it was used under another one.
         n: number of records.
         sha256: hash of the set's contents, so that two evaluations can be known to have used the same records.
         accuracy: exact match: share of records whose every answer token is the model's first choice.
         token_accuracy: share of answer tokens that are the first choice (exact memorization).
         probability: length-normalised probability of the answer.
-        nll: mean cross-entropy per answer token, in nats.
+        nll: mean cross-entropy per answer token, in nats, averaged over records.
         extraction_strength: share of the answer that greedy decoding completes verbatim.
-        rouge_l: ROUGE-L recall of greedy answers; None for skills and the holdout set, when generation is turned off,
-            and where no reference has a word that rouge-score knows.
+        perplexity: exp of the cross-entropy per answer token, all tokens of the set together.
+        rouge_l: ROUGE-L recall of greedy answers; None for the holdout set and for skills that are not in ``utility``,
+            when generation is turned off, and where no reference has a word that rouge-score knows.
         rouge_n: number of records behind ``rouge_l``.
+        contained: share of greedy answers that contain the true one.
+        matched: share of greedy answers that are the true one, whatever the case.
+        nearest: share of greedy answers whose embedding is nearest to the true one; None without an embedding.
+        truth_n: number of records with wrong answers, behind the three below; None where there are none.
+        truth_ratio: on a forget set mean min(R, 1/R), where *higher* is better; else mean max(0, 1 - R), higher too.
+        choice_accuracy: share of records whose answer the model prefers to every wrong one.
+        choice_probability: mean share of the answer in the probabilities of all options.
     """
 
     purpose: str
@@ -99,8 +133,16 @@ class SetResult:
     probability: float
     nll: float
     extraction_strength: float
+    perplexity: float | None = None
     rouge_l: float | None = None
     rouge_n: int = 0
+    contained: float | None = None
+    matched: float | None = None
+    nearest: float | None = None
+    truth_n: int = 0
+    truth_ratio: float | None = None
+    choice_accuracy: float | None = None
+    choice_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,15 +160,25 @@ class Evaluation:
 
     Attributes:
         detail: one result per record set, ``forget`` and ``retain`` always among them.
-        mia: attacks by name, ``loss`` and ``min_k``; empty without a holdout set.
+        mia: attacks by name (:data:`clue.config.ATTACKS`, ``reference``); empty without a holdout set.
         samples: a few greedy answers per set; empty when generation was turned off.
-        settings: what the numbers depend on besides model and records: settings, seed, dtype of the weights.
+        settings: what the numbers depend on besides model and records: settings, among them the variant of every
+            measure, seed, dtype of the weights.
+        records: per set and statistic one number per record, in order, so that another evaluation can be compared with
+            this one later: ``nll``, ``tokens``, ``accuracy``, ``token_accuracy``, ``extraction_strength``, and where they
+            were measured ``log_truth_ratio`` (records with wrong answers alone) and ``rouge_l`` (those generated for, None
+            where the reference has no word).
+        utility: the sets behind :attr:`model_utility`.
+        harness: accuracy per task of lm-evaluation-harness (:mod:`.harness`).
     """
 
     detail: Mapping[str, SetResult]
     mia: Mapping[str, Attack] = field(default_factory=dict)
     samples: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    records: Mapping[str, Mapping[str, tuple[float | None, ...]]] = field(default_factory=dict)
+    utility: tuple[str, ...] = ()
+    harness: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def forget(self) -> float:
@@ -154,6 +206,15 @@ class Evaluation:
         """AUC of the loss attack, 0.5 is ideal; None without a holdout set."""
         return self.mia["loss"].auc if "loss" in self.mia else None
 
+    @property
+    def model_utility(self) -> float | None:
+        """TOFU's model utility, higher is better; None where it was not measured."""
+        return model_utility(self)
+
+    def forget_quality(self, gold: Evaluation) -> float | None:
+        """TOFU's forget quality against a model retrained without the forget set; None where it is not available."""
+        return forget_quality(self, gold)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: the headline numbers first, then everything behind them."""
         return {
@@ -163,10 +224,15 @@ class Evaluation:
             "retain": self.retain,
             "skills": self.skills,
             "mia_auc": self.mia_auc,
+            "model_utility": self.model_utility,
             "detail": {name: asdict(result) for name, result in self.detail.items()},
             "mia": {name: found.to_json() for name, found in self.mia.items()},
             "samples": {name: [asdict(sample) for sample in some] for name, some in self.samples.items()},
             "settings": dict(self.settings),
+            "utility": list(self.utility),
+            "harness": dict(self.harness),
+            "records": {name: {key: list(values) for key, values in found.items()}
+                        for name, found in self.records.items()},
         }
 
     @classmethod
@@ -177,13 +243,15 @@ class Evaluation:
             {name: Attack.from_json(found) for name, found in document["mia"].items()},
             {name: tuple(Sample(**sample) for sample in some) for name, some in document["samples"].items()},
             document["settings"],
+            {name: {key: tuple(values) for key, values in found.items()} for name, found in document["records"].items()},
+            tuple(document["utility"]), document["harness"],
         )
         _ = evaluation.forget, evaluation.retain
         return evaluation
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, whole or not at all."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = _text(self.to_json(), 3) + "\n"
         write_atomically(path, text.encode("utf-8", "replace"))
 
     @classmethod
@@ -201,65 +269,13 @@ class Evaluation:
             raise RunError(f"{path} is not an evaluation ({error!r}): make it again with `clue evaluate`") from None
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets,
-             settings: EvaluateSettings | None = None, *, data: DataSettings | None = None,
-             seed: int = 0) -> Evaluation:
-    """Measure a causal language model on every set.
-
-    One teacher-forced pass over all records gives every measure but ROUGE-L, which generates greedy answers for the
-    forget and retain sets (at most ``settings.rouge_limit`` records of each, evenly spaced over the set). The model is
-    left as it was. Results do not depend on the batch size beyond rounding.
-
-    Args:
-        seed: of the bootstrap, the only random part.
-
-    Raises:
-        RecordError: a record cannot be used (names it).
-        ModelError: the tokenizer belongs to another model, the model's probabilities are not numbers, or a batch does
-            not fit into memory.
-    """
-    import torch
-
-    settings, data = settings or EvaluateSettings(), data or DataSettings()
-    pad = pad_id(tokenizer)
-    max_length = length_limit(model, data.max_length)
-    encoded = {name: encode(records, tokenizer, chat=data.chat, append_eos=data.append_eos, max_length=max_length)
-               for name, _, records in sets}
-    examples = [example for some in encoded.values() for example in some]
-    _check_vocabulary(model, examples)
-    generated = {name: _spread(some, settings.rouge_limit) for name, some in encoded.items()
-                 if settings.rouge and name != "holdout" and name not in sets.skills}
-    try:
-        scores = memorization.score(model, examples, pad=pad, batch_size=settings.batch_size)
-        answers = generate(model, tokenizer, [example for some in generated.values() for example in some], pad=pad,
-                           batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
-    except torch.OutOfMemoryError:
-        raise ModelError(f"a batch of {settings.batch_size} records does not fit into the device's memory: evaluate"
-                         " with a smaller batch size") from None
-
-    parts: dict[str, memorization.TokenScores] = {}
-    first = 0
-    for name, some in encoded.items():
-        parts[name] = scores.records(first, first + len(some))
-        first += len(some)
-    spoken: dict[str, list[Sample]] = {}
-    first = 0
-    for name, some in generated.items():
-        spoken[name] = [Sample(_question(example, tokenizer), _reference(example, tokenizer), answer)
-                        for example, answer in zip(some, answers[first:first + len(some)], strict=True)]
-        first += len(some)
-
-    detail = {name: _result(purpose, records, parts[name], spoken.get(name, []))
-              for name, purpose, records in sets}
-    mia: dict[str, Attack] = {}
-    if sets.holdout is not None:
-        members, others = parts["forget"], parts["holdout"]
-        mia["loss"] = attack(loss_score(members), loss_score(others), resamples=settings.bootstrap, seed=seed)
-        mia["min_k"] = attack(min_k_score(members, settings.min_k), min_k_score(others, settings.min_k),
-                              resamples=settings.bootstrap, seed=seed)
-    return Evaluation(detail, mia, {name: tuple(_spread(some, _SAMPLES)) for name, some in spoken.items()},
-                      {"evaluate": asdict(settings), "data": asdict(data), "seed": seed,
-                       "dtype": str(model.dtype).removeprefix("torch.")})
+def _text(value: Any, depth: int, indent: str = "") -> str:
+    """JSON with a line per entry down to ``depth``; what is deeper, the numbers per record above all, stays on its line."""
+    if not depth or not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = indent + " "
+    lines = (f"{inner}{json.dumps(key, ensure_ascii=False)}: {_text(v, depth - 1, inner)}" for key, v in value.items())
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def privleak(evaluation: Evaluation, gold: Evaluation, name: str = "min_k") -> float | None:
@@ -274,50 +290,3 @@ def privleak(evaluation: Evaluation, gold: Evaluation, name: str = "min_k") -> f
         return None
     a, a_r = evaluation.mia[name].auc, gold.mia[name].auc
     return ((1 - a) - (1 - a_r)) / (1 - a_r) * 100
-
-
-def _result(purpose: str, records: RecordSet, scores: memorization.TokenScores, spoken: list[Sample]) -> SetResult:
-    recall = rouge_l_recall([s.answer for s in spoken], [s.generated for s in spoken]) if spoken else np.empty(0)
-    counted = recall[~np.isnan(recall)]
-    return SetResult(
-        purpose=purpose, name=records.name, n=len(records), sha256=records.sha256,
-        accuracy=float(memorization.exact_match(scores).mean()),
-        token_accuracy=float(memorization.token_accuracy(scores).mean()),
-        probability=float(memorization.probability(scores).mean()),
-        nll=float(memorization.nll(scores).mean()),
-        extraction_strength=float(memorization.extraction_strength(scores).mean()),
-        rouge_l=float(counted.mean()) if len(counted) else None, rouge_n=len(counted),
-    )
-
-
-def _question(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text a generated answer goes on from, as people know it: without chat template and special tokens."""
-    if example.record.prompt:
-        return example.record.prompt
-    tokens = example.input_ids[:prompt_length(example)]
-    return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
-
-
-def _reference(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text a generated answer is compared with: the answer, or of plain text the second half."""
-    if example.record.prompt:
-        return example.record.answer
-    tokens = example.input_ids[prompt_length(example):]
-    return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
-
-
-def _spread(items: list[Any], limit: int) -> list[Any]:
-    """At most ``limit`` items (0: all), evenly spaced and always the same ones."""
-    if not limit or len(items) <= limit:
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]
-
-
-def _check_vocabulary(model: PreTrainedModel, examples: list[Example]) -> None:
-    embedding: Any = model.get_input_embeddings()
-    size = int(embedding.weight.shape[0])
-    for example in examples:
-        largest = int(example.input_ids.max())
-        if largest >= size:
-            raise ModelError(f"the tokenizer gives token {largest}, the model knows {size} tokens: load the tokenizer"
-                             " that belongs to this model")

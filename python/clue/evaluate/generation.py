@@ -1,8 +1,9 @@
-"""Generation: greedy answers, and how much of the true answer they contain (ROUGE-L recall)."""
+"""Generation: greedy answers in batches, and how much of the true answer they contain."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..data.encoding import Example
+
+#: Texts -> their embeddings [n, d], as the ``encode`` of a sentence-transformers model (MiniLM in WAGLE).
+Embed = Callable[[Sequence[str]], npt.ArrayLike]
 
 
 def prompt_length(example: Example) -> int:
@@ -23,50 +27,71 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
              batch_size: int, max_new_tokens: int) -> list[str]:
     """Greedy answers to the prompts of ``examples``, in their order, special tokens and outer blanks removed.
 
-    Prompts are padded on the left. The model's own generation settings (sampling, penalties, forced tokens) are put
-    aside, so the answers are those of plain argmax decoding; an answer ends at any of the model's or the tokenizer's
-    end tokens, after ``max_new_tokens``, or where the longest prompt of ``examples`` plus the answer fills the context.
+    Plain argmax decoding, whatever the model's own generation settings say; an answer ends at any of the model's or the
+    tokenizer's end tokens, after ``max_new_tokens``, or where the context is full. Prompts of about the same length go
+    together, padded on the left; each token is computed once (key/value cache), and records leave the batch as soon as
+    their answer has ended, so that a long answer does not keep the others in the computation. Answers are those of one
+    record at a time, up to the rounding of the model's arithmetic.
     """
     import torch
-    from transformers import GenerationConfig
 
     prompts = [example.input_ids[:prompt_length(example)] for example in examples]
-    if not prompts:
-        return []
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None:
-        max_new_tokens = max(1, min(max_new_tokens, context - max(map(len, prompts))))
-    own = model.generation_config
-    ends = own.eos_token_id if own is not None else None
-    stop = {int(i) for i in [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if i is not None}
-    plain = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True,
-                             pad_token_id=pad, eos_token_id=sorted(stop) or None)
-
+    limits = [max(1, min(max_new_tokens, context - len(p)) if context else max_new_tokens) for p in prompts]
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    stop = {int(i) for i in [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])] if i is not None}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
     training = model.training
-    mixin: Any = model  # the type of a pretrained model does not show that it generates
     model.eval()
-    model.generation_config = plain  # generate() fills every setting left open from here
     try:
         with torch.no_grad():
             for first in range(0, len(order), batch_size):
                 chosen = order[first:first + batch_size]
-                width = max(len(prompts[i]) for i in chosen)
-                input_ids = np.full((len(chosen), width), pad, dtype=np.int64)
-                mask = np.zeros_like(input_ids)
-                for row, i in enumerate(chosen):
-                    input_ids[row, width - len(prompts[i]):] = prompts[i]
-                    mask[row, width - len(prompts[i]):] = 1
-                output = mixin.generate(input_ids=torch.from_numpy(input_ids).to(model.device),
-                                        attention_mask=torch.from_numpy(mask).to(model.device),
-                                        generation_config=plain)
-                for row, i in enumerate(chosen):
-                    answers[i] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+                spoken = _decode(model, [prompts[i] for i in chosen], [limits[i] for i in chosen], stop, pad)
+                for i, tokens in zip(chosen, spoken, strict=True):
+                    answers[i] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     finally:
-        model.generation_config = own
         model.train(training)
     return answers
+
+
+def _decode(model: Any, prompts: Sequence[npt.NDArray[np.int64]], limits: Sequence[int], stop: set[int],
+            pad: int) -> list[list[int]]:
+    """The tokens one batch says, end tokens included; at most ``limits[row]`` each."""
+    import torch
+
+    width = max(map(len, prompts))
+    ids = np.full((len(prompts), width), pad, dtype=np.int64)
+    seen = np.zeros((len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt):], seen[row, width - len(prompt):] = prompt, 1
+    tokens, mask = (torch.from_numpy(a).to(model.device) for a in (ids, seen))
+    named = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
+    places = "position_ids" in named
+    said: list[list[int]] = [[] for _ in prompts]
+    rows, cache = list(range(len(prompts))), None
+    while rows:
+        # Positions count a row's own tokens; padding in front of them gets any.
+        position = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]} if places else {}
+        output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **position, **last)
+        cache = output.past_key_values
+        chosen = output.logits[:, -1].argmax(-1)
+        going = []
+        for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            said[row].append(token)
+            if token not in stop and len(said[row]) < limits[row]:
+                going.append(place)
+        if len(going) < len(rows):
+            rows = [rows[place] for place in going]
+            kept = torch.tensor(going, device=chosen.device, dtype=torch.long)
+            chosen, mask = chosen[kept], mask[kept.to(mask.device)]
+            if rows:
+                cache.batch_select_indices(kept)
+        tokens = chosen[:, None].to(mask.device)
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+    return said
 
 
 def rouge_l_recall(references: Sequence[str], answers: Sequence[str]) -> npt.NDArray[np.float64]:
@@ -83,3 +108,37 @@ def rouge_l_recall(references: Sequence[str], answers: Sequence[str]) -> npt.NDA
         if any(c.isascii() and c.isalnum() for c in reference.lower()):
             recall[i] = scorer.score(reference, answer)["rougeL"].recall
     return recall
+
+
+def contains(references: Sequence[str], answers: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """bool [n]: the answer contains the reference, whatever the case and the length of blanks: WAGLE's accuracy on real
+    authors and world facts."""
+    return np.array([_plain(reference) in _plain(answer) for reference, answer in zip(references, answers, strict=True)],
+                    dtype=bool)
+
+
+def equals(references: Sequence[str], answers: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """bool [n]: the answer is the reference, whatever the case and the length of blanks."""
+    return np.array([_plain(reference) == _plain(answer) for reference, answer in zip(references, answers, strict=True)],
+                    dtype=bool)
+
+
+def nearest(answers: Sequence[str], right: Sequence[str], wrong: Sequence[Sequence[str]],
+            embed: Embed) -> npt.NDArray[np.bool_]:
+    """bool [n]: the answer's embedding is at least as near (cosine) to the right answer as to each of the wrong ones:
+    WAGLE's forget accuracy, with ``embed`` the MiniLM of sentence-transformers; lower is better on a forget set."""
+    texts = [*answers, *right, *(text for some in wrong for text in some)]
+    found = np.asarray(embed(texts), dtype=float)
+    found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    mine, true, rest = np.split(found, [len(answers), len(answers) + len(right)])
+    near = np.empty(len(answers), dtype=bool)
+    first = 0
+    for i, some in enumerate(wrong):
+        others = rest[first:first + len(some)] @ mine[i]
+        near[i] = mine[i] @ true[i] >= others.max(initial=-np.inf)
+        first += len(some)
+    return near
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()

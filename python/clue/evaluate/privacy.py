@@ -7,14 +7,22 @@ unseen ones, which also gives them away.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..data.encoding import collate
+from ..model.answers import answer_logits
 from .memorization import TokenScores, nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..data.encoding import Example
 
 Floats = npt.NDArray[np.float64]
 
@@ -57,11 +65,65 @@ def loss_score(scores: TokenScores) -> Floats:
     return -nll(scores)
 
 
+def zlib_score(scores: TokenScores, texts: Sequence[str]) -> Floats:
+    """float64 [n]: minus the mean cross-entropy over the bytes that zlib needs for the text (the answer), so that what is
+    likely only because it is repetitive counts less (Carlini et al., USENIX Security 2021, arXiv 2012.07805)."""
+    sizes = [len(zlib.compress(text.encode("utf-8", "replace"))) for text in texts]
+    score: Floats = -nll(scores) / np.array(sizes, dtype=float)
+    return score
+
+
+def reference_score(scores: TokenScores, reference: TokenScores) -> Floats:
+    """float64 [n]: how much lower the cross-entropy is than under a reference model that was not trained on either side
+    (Carlini et al., 2021; Mireshghallah et al., EMNLP 2022, arXiv 2203.03929)."""
+    return nll(reference) - nll(scores)
+
+
 def min_k_score(scores: TokenScores, k: float) -> Floats:
     """float64 [n]: mean log-probability of the share ``k`` of the answer tokens that are least likely, at least one
     and rounded down (Min-K% Prob, Shi et al., ICLR 2024, arXiv 2310.16789)."""
+    return _least(scores.log_prob, scores, k)
+
+
+def min_k_plus_score(scores: TokenScores, k: float) -> Floats:
+    """float64 [n]: the same mean of (log p - mean) / sqrt(variance), where mean and variance are those of a token drawn
+    from the model's own distribution at that place, the variance at least 1e-6 (Min-K%++, Zhang et al., ICLR 2025,
+    arXiv 2404.02936). Needs scores with moments."""
+    if scores.mean is None or scores.variance is None:
+        raise ValueError("scores: min-k++ needs scores with moments")
+    return _least((scores.log_prob - scores.mean) / np.sqrt(np.maximum(scores.variance, 1e-6)), scores, k)
+
+
+def gradient_score(model: PreTrainedModel, examples: Sequence[Example], *, pad: int) -> Floats:
+    """float64 [n]: minus the 2-norm, over all parameters, of the gradient of a record's mean cross-entropy; what was
+    trained on lies near a minimum. One forward and backward pass per record; gradients and flags are left as they were.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    parameters = list(model.parameters())
+    wanted, training = [p.requires_grad for p in parameters], model.training
+    score = np.empty(len(examples))
+    model.eval()
+    model.requires_grad_(True)
+    try:
+        for i, example in enumerate(examples):
+            logits, labels = answer_logits(model, collate([example], pad, model.device))
+            loss = cross_entropy(logits[0, :-1].float(), labels[0, 1:].to(logits.device))
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            norms = [torch.linalg.vector_norm(g.float()) for g in found if g is not None]
+            score[i] = -float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+    finally:
+        for parameter, flag in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(flag)
+        model.train(training)
+    return score
+
+
+def _least(values: Floats, scores: TokenScores, k: float) -> Floats:
+    """float64 [n]: mean of the smallest share ``k`` of each record's values."""
     record = np.repeat(np.arange(len(scores)), scores.length)
-    ascending = scores.log_prob[np.lexsort((scores.log_prob, record))]
+    ascending = values[np.lexsort((values, record))]
     # The product is nudged up so that 0.29 * 100 counts as 29 although it is 28.999... in binary.
     kept = np.maximum(1, np.floor(k * scores.length * (1 + 1e-12))).astype(np.int64)
     total = np.concatenate([[0.0], np.cumsum(ascending)])

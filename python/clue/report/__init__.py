@@ -1,8 +1,9 @@
-"""Reports: one HTML file for people (:func:`write_report`), aligned text for a terminal (:func:`table`)."""
+"""Reports: one HTML file for people (:func:`write_report`), aligned text for a terminal (:func:`table`,
+:func:`robustness_table`)."""
 
 from __future__ import annotations
 
 from .html import write_report
-from .text import table
+from .text import robustness_table, table
 
-__all__ = ["table", "write_report"]
+__all__ = ["robustness_table", "table", "write_report"]

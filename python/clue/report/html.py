@@ -20,12 +20,14 @@ import numpy.typing as npt
 from ..data.atomic import write_atomically
 from ..errors import ClueError
 from ..evaluate.evaluation import Evaluation, privleak
+from ..evaluate.truth import forget_quality, incomparable, model_utility
 from ..types import Role
 from .measures import ATTACKS, MEASURES, caption, mean_of, pooled
 from .svg import Series, dumbbell, line_plot, number, percent, split_bar, stacked_columns, strip_scale
 
 if TYPE_CHECKING:
     from ..circuit.graph import Circuit
+    from ..evaluate.robustness import Robustness
     from ..logic import Assignment
     from ..plan import Plan
     from ..unlearn.loop import UnlearnLog
@@ -55,7 +57,8 @@ class Column:
 
 def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mapping[str, Evaluation], plan: Plan,
                  assignment: Assignment, circuits: Mapping[str, Circuit] | Iterable[Circuit] | None = None,
-                 log: UnlearnLog | None = None, provenance: Mapping[str, Any] | None = None) -> None:
+                 log: UnlearnLog | None = None, robustness: Mapping[str, Robustness] | None = None,
+                 provenance: Mapping[str, Any] | None = None) -> None:
     """Write the report as one HTML file, whole or not at all.
 
     Args:
@@ -67,6 +70,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
         assignment: of the same nodes; which conflicts were forced.
         circuits: give the nodes' scores in the list of nodes; the forget circuit is the one named ``forget``.
         log: training curves.
+        robustness: what was tried to bring the forgotten back, by model, under the keys of ``evaluations``.
         provenance: anything nested of plain values (settings, versions, hardware, files). The text under
             ``verification``, if any, is shown beside the roles.
 
@@ -91,6 +95,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
         columns=columns,
         tiles=_tiles(evaluations, plan),
         summary=list(_summary(columns)),
+        scores=list(_scores(columns, evaluations.get("gold"))),
         scale=strip_scale(),
         samples=_samples(columns),
         roles=_roles(plan),
@@ -100,6 +105,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
         n_responsible=int(np.isin(plan.role, (Role.FORGET, Role.CONFLICT)).sum()),
         curves=_curves(log) if log is not None and log.steps else [],
         privacy=_privacy(columns, evaluations.get("gold")),
+        robustness=_robustness(columns, robustness or {}),
         details=list(_details(columns)),
         measures=[*MEASURES.values()],
         attacks=[*ATTACKS.values()],
@@ -173,7 +179,8 @@ def _tiles(evaluations: Mapping[str, Evaluation], plan: Plan) -> list[dict[str, 
 def _summary(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
     """Groups of rows: a caption, and per set its accuracy under every model with the strip that shows them."""
     titles = {"forget": "To be forgotten: lower is better", "retain": "To be kept: higher is better",
-              "skill": "General skills: higher is better", "holdout": "Never trained on: for comparison"}
+              "skill": "General skills: higher is better", "member": "To be forgotten, attacked as trained on",
+              "holdout": "Never trained on: for comparison"}
     for purpose, title in titles.items():
         rows = []
         for name in _set_names(columns, purpose):
@@ -184,6 +191,47 @@ def _summary(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
                 None if r is None else r.accuracy for _, r in found]})
         if rows:
             yield {"title": title, "purpose": purpose, "rows": rows}
+
+
+def _scores(columns: Sequence[Column], gold: Evaluation | None) -> Iterator[dict[str, Any]]:
+    """The scores that are made of several measures: name, direction, what it is, and its text under every model."""
+    asked = any(c.evaluation.detail["forget"].truth_n for c in columns)
+    qualities = [None if gold is None or c.evaluation is gold or incomparable(c.evaluation, gold) else
+                 forget_quality(c.evaluation, gold) for c in columns]
+    if asked:
+        yield {"name": "Forget quality", "better": "higher", "values": [None if v is None else number(v) for v in qualities],
+               "meaning": "p value of the Kolmogorov-Smirnov test between the truth ratios of this model and of gold: above"
+                          " 0.05 the two cannot be told apart" + ("" if gold is not None else "; not available without gold")}
+    utilities = [model_utility(c.evaluation) for c in columns]
+    if any(v is not None for v in utilities):
+        yield {"name": "Model utility", "better": "higher", "values": [None if v is None else percent(v) for v in utilities],
+               "meaning": "harmonic mean of probability, ROUGE-L recall and truth ratio over "
+                          + ", ".join(columns[-1].evaluation.utility).replace("_", " ")}
+    for task in dict.fromkeys(task for c in columns for task in c.evaluation.harness):
+        values = [c.evaluation.harness.get(task) for c in columns]
+        yield {"name": task, "better": "", "meaning": "accuracy under lm-evaluation-harness",
+               "values": [None if v is None else percent(v) for v in values]}
+
+
+def _robustness(columns: Sequence[Column], found: Mapping[str, Robustness]) -> dict[str, Any]:
+    """Per curve a plot of the set it is about under every model, and all its numbers; recall per way of asking."""
+    tried = [(c, found[c.key]) for c in columns if c.key in found]
+    curves = []
+    for name in dict.fromkeys(name for _, one in tried for name in one.curves):
+        with_it = [(c, one.curves[name]) for c, one in tried if name in one.curves]
+        first = next(iter(with_it[0][1].lines))
+        series = [Series(c.name, c.style, np.array(curve.x), np.array([r.probability for r in curve.lines[first]]))
+                  for c, curve in with_it]
+        plot = line_plot(series, label=f"{caption(name)}: probability of answers of {first}; the table has the numbers",
+                         x_label=with_it[0][1].x_label, y_label=f"probability, {first}")
+        rows = [{"name": f"{c.name}: {line}", "cells": [f"{percent(r.accuracy)} / {r.probability:.2f}" for r in recall]}
+                for c, curve in with_it for line, recall in curve.lines.items()]
+        curves.append({"name": caption(name), "plot": plot, "series": series, "rows": rows,
+                       "x_label": with_it[0][1].x_label, "x": [number(x) for x in with_it[0][1].x]})
+    ways = dict.fromkeys(way for _, one in tried for way in one.prompts)
+    prompts = [{"name": way, "cells": [None if (r := one.prompts.get(way)) is None else
+                                       f"{percent(r.accuracy)} / {r.probability:.2f}" for _, one in tried]} for way in ways]
+    return {"curves": curves, "prompts": prompts, "names": [c.name for c, _ in tried]}
 
 
 def _set_names(columns: Sequence[Column], purpose: str | None = None) -> list[str]:
@@ -302,7 +350,8 @@ def _privacy(columns: Sequence[Column], gold: Evaluation | None) -> list[dict[st
         found = [(c, c.evaluation.mia[name]) for c in columns if name in c.evaluation.mia]
         series = [Series(c.name, c.style, np.array(a.fpr), np.array(a.tpr)) for c, a in found]
         plot = line_plot(series, label=f"ROC curves of the {name} attack; the table below has the areas",
-                         x_label="false positives", y_label="members recognised", shares=True, chance=True)
+                         x_label="false positives", y_label="members recognised", shares=True, chance=True,
+                         marks=((0.01, "1%"), (0.05, "5%")))
         title = ATTACKS[name].name if name in ATTACKS else caption(name)
         attacks.append({"name": title, "plot": plot, "series": series, "rows": [
             {"name": c.name, "auc": a.auc, "low": a.low, "high": a.high, "one": a.tpr_at_1, "five": a.tpr_at_5,
@@ -322,7 +371,9 @@ def _details(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
         for field, measure in MEASURES.items():
             values = [None if r is None else getattr(r, field) for r in found]
             if any(v is not None for v in values):
-                rows.append({"name": measure.name, "values": [None if v is None else measure.show(v) for v in values]})
+                purpose = next(r.purpose for r in found if r is not None)
+                rows.append({"name": measure.name, "better": measure.better(purpose),
+                             "values": [None if v is None else measure.show(v) for v in values]})
         yield {"name": _label(name, columns), "rows": rows}
 
 
