@@ -319,6 +319,7 @@ def _plan(folder: str | os.PathLike[str]) -> Plan:
 def _plan_facts(plan: Plan, nodes: int) -> dict[str, Any]:
     """Counts, roles by layer, slices by parameter and weights of a plan, and its first ``nodes`` edited nodes."""
     from .types import Role
+    from .weights import unit_of
 
     names = [role.name.lower() for role in Role]
     layers: dict[str, Counter[str]] = {}
@@ -327,7 +328,7 @@ def _plan_facts(plan: Plan, nodes: int) -> dict[str, Any]:
         layers.setdefault(layer[1] if layer else node, Counter())[names[role]] += 1
     slices: dict[str, dict[str, Any]] = {}
     for s in plan.slices:
-        facts = slices.setdefault(s.parameter, {"axis": ("rows", "columns")[s.axis],
+        facts = slices.setdefault(s.parameter, {"axis": unit_of(s.parameter, s.axis),
                                                 "of": plan.shapes[s.parameter][s.axis], "forget": 0, "conflict": 0})
         facts[s.role.name.lower()] = len(s.index)
     edited = [{"node": node, "role": names[role]} for wanted in (Role.CONFLICT, Role.FORGET)
