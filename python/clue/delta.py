@@ -84,7 +84,7 @@ class Delta:
 
     Attributes:
         changes: one per planned weight, by name.
-        before, after: :func:`clue.pipeline.fingerprint` of the two models; empty where a folder does not say what model
+        before, after: :func:`clue.provenance.fingerprint` of the two models; empty where a folder does not say what model
             it holds. Recorded for people: what a delta fits is decided by the slices alone.
     """
 

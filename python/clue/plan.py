@@ -18,12 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .data.atomic import write_atomically
-from .errors import PlanError
-from .types import Role
+from .errors import ModelError, PlanError
+from .types import NodeKind, Role
 from .weights import flat_name, from_file, is_flat, parameter_of, shape_of, weight_of
 
 if TYPE_CHECKING:
     import torch
+
+    from .circuit.graph import Graph
+    from .model.anatomy import Anatomy
 
 FORMAT = 1
 _ROLES = (Role.FORGET, Role.CONFLICT)
@@ -138,6 +141,34 @@ class Plan:
             if s.parameter == parameter and s.role in roles:
                 mask[(slice(None),) * s.axis + (s.index,)] = True
         return mask
+
+    @classmethod
+    def of_roles(cls, body: Anatomy, graph: Graph, role: npt.NDArray[np.uint8], provenance: Mapping[str, Any]) -> Plan:
+        """Map forget and conflict nodes to the slices of the weights they own.
+
+        Args:
+            graph: of this model.
+            role: uint8 [nodes], values of :class:`clue.types.Role`.
+
+        Raises:
+            ModelError: a planned weight is tied to another one.
+        """
+        found: dict[tuple[str, Role], list[npt.NDArray[np.int64]]] = {}
+        axes: dict[str, int] = {}
+        for node in np.flatnonzero((role == Role.FORGET) | (role == Role.CONFLICT)):
+            kind = NodeKind(graph.kind[node])
+            for parameter, axis, index in body.slices(kind, int(graph.layer[node]), int(graph.index[node])):
+                axes[parameter] = axis
+                found.setdefault((parameter, Role(role[node])), []).append(index)
+        slices = tuple(Slice(parameter, axes[parameter], chosen, np.unique(np.concatenate(index)))
+                       for (parameter, chosen), index in sorted(found.items(), key=lambda item: item[0]))
+        parameters = dict(body.model.named_parameters())
+        shapes = {name: shape for name in sorted(axes) if (shape := shape_of(parameters, name)) is not None}
+        tied = [s.parameter for s in slices if s.parameter not in shapes]
+        if tied:
+            raise ModelError(f"{tied[0]} shares its storage with another weight of this model: untie them before"
+                             " localizing")
+        return cls(graph.names, role, slices, shapes, dict(provenance))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``plan.json`` and ``plan.safetensors`` into a folder, each whole or not at all."""
