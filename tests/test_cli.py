@@ -432,6 +432,29 @@ def test_run_is_the_same_job_in_one_command(world: Path, tmp_path: Path, capsys:
     assert (tmp_path / "run" / "plan").stat().st_mtime_ns == plan
 
 
+@pytest.mark.parametrize("method", ["snip", "eap"])
+def test_a_baseline_goes_the_same_way(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      method: str) -> None:
+    run = tmp_path / "run"
+    arguments = ["--method", method, "--ratio", "0.1", "-o", str(run), "--test", str(world / "retain_unseen.jsonl")]
+    assert main(["run", *inputs(world), *arguments, *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert "weights may change" in captured.err and "not a bit of any other" in captured.err
+    page = (run / "report.html").read_text()
+    assert ("chosen by snip" if method == "snip" else "eap chose") in page
+    assert 'id="conflicts"' not in page
+    assert main(["plan", "show", str(run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    plan = Plan.load(run)
+    assert facts["weights_changed"] == plan.weights_changed <= round(0.1 * plan.provenance["baseline"]["of"])
+    assert {s["axis"] for s in facts["slices"].values()} == ({"weights"} if method == "snip" else {"rows", "columns"})
+    delta = tmp_path / "delta"
+    assert main(["delta", "make", str(world / "model"), str(run / "model"), str(run), "-o", str(delta)]) == 0
+    assert main(["delta", "revert", str(run / "model"), str(delta), "-o", str(tmp_path / "back")]) == 0
+    before, back = (load_file(folder / "model.safetensors") for folder in (world / "model", tmp_path / "back"))
+    assert all(torch.equal(before[name], back[name]) for name in before)
+
+
 def test_a_stage_out_of_order_names_the_one_before(localized: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(localized)
     assert "has no model yet: make it with `clue unlearn`" in failure(capsys, "evaluate", localized)

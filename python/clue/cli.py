@@ -338,8 +338,11 @@ def _plan_facts(plan: Plan, nodes: int) -> dict[str, Any]:
 
 
 def _summary(plan: Plan) -> str:
+    weights = f"{plan.weights_changed} weights may change"
+    if not plan.nodes:  # a baseline's, which chose weights
+        return f"{weights}, in {len(plan.parameters())} matrices"
     counts = ", ".join(f"{count} {role}" for role, count in plan.counts().items())
-    return f"{len(plan.nodes)} nodes: {counts}\n{plan.weights_changed} weights may change"
+    return f"{len(plan.nodes)} nodes: {counts}\n{weights}"
 
 
 def _plan_text(facts: dict[str, Any]) -> str:
