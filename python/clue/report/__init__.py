@@ -1,8 +1,10 @@
-"""Reports: one HTML file for people (:func:`write_report`), aligned text for a terminal (:func:`table`)."""
+"""Reports: one HTML file for people (:func:`write_report`), aligned text for a terminal (:func:`table`); and the same for
+comparisons (:func:`write_comparison`, :func:`comparison_table`)."""
 
 from __future__ import annotations
 
+from .comparison import comparison_table, write_comparison
 from .html import write_report
 from .text import table
 
-__all__ = ["table", "write_report"]
+__all__ = ["comparison_table", "table", "write_comparison", "write_report"]

@@ -104,7 +104,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
         measures=[*MEASURES.values()],
         attacks=[*ATTACKS.values()],
         sets=_sets(columns),
-        provenance=_groups({**provenance, "plan": dict(plan.provenance),
+        provenance=groups_of({**provenance, "plan": dict(plan.provenance),
                             "evaluation": columns[-1].evaluation.settings}),
     )
     write_atomically(path, text.encode("utf-8", "replace"))
@@ -339,7 +339,7 @@ def _sets(columns: Sequence[Column]) -> list[dict[str, Any]]:
     return rows
 
 
-def _groups(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def groups_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Nested plain values as groups of (dotted key, text); values outside any group come first."""
     single = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     groups = [{"name": "run", "rows": list(_flat(single))}] if single else []
