@@ -25,6 +25,7 @@ from clue.cli import _parser, _settings, main
 from clue.config import Settings
 from clue.evaluate import Evaluation
 from clue.jobs import load_model
+from clue.plan import Plan
 from clue.run_directory import Run
 
 LOCALIZE = ["localize", "--model", "m", "--forget", "f", "--retain", "r", "-o", "run"]
@@ -67,7 +68,7 @@ def test_help_needs_no_heavy_import() -> None:
 
 @pytest.mark.parametrize("command", ["", "demo", "localize", "run", "unlearn", "evaluate", "report", "doctor", "plan",
                                      "plan show", "plan verify", "solve", "delta", "delta make", "delta apply",
-                                     "delta revert", "delta show"])
+                                     "delta revert", "delta show", "compare"])
 def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -406,6 +407,29 @@ def test_run_is_the_same_job_in_one_command(world: Path, tmp_path: Path, capsys:
     assert main(arguments) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == first
     assert (tmp_path / "run" / "plan").stat().st_mtime_ns == plan
+
+
+@pytest.mark.parametrize("method", ["snip", "eap"])
+def test_a_baseline_goes_the_same_way(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      method: str) -> None:
+    run = tmp_path / "run"
+    arguments = ["--method", method, "--ratio", "0.1", "-o", str(run), "--test", str(world / "retain_unseen.jsonl")]
+    assert main(["run", *inputs(world), *arguments, *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert "weights may change" in captured.err and "not a bit of any other" in captured.err
+    page = (run / "report.html").read_text()
+    assert ("chosen by snip" if method == "snip" else "eap chose") in page
+    assert 'id="conflicts"' not in page
+    assert main(["plan", "show", str(run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    plan = Plan.load(run)
+    assert facts["weights_changed"] == plan.weights_changed <= round(0.1 * plan.provenance["baseline"]["of"])
+    assert {s["axis"] for s in facts["slices"].values()} == ({"weights"} if method == "snip" else {"rows", "columns"})
+    delta = tmp_path / "delta"
+    assert main(["delta", "make", str(world / "model"), str(run / "model"), str(run), "-o", str(delta)]) == 0
+    assert main(["delta", "revert", str(run / "model"), str(delta), "-o", str(tmp_path / "back")]) == 0
+    before, back = (load_file(folder / "model.safetensors") for folder in (world / "model", tmp_path / "back"))
+    assert all(torch.equal(before[name], back[name]) for name in before)
 
 
 def test_a_stage_out_of_order_names_the_one_before(localized: Path, capsys: pytest.CaptureFixture[str]) -> None:

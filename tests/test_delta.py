@@ -24,17 +24,18 @@ from clue.pipeline import fingerprint
 from clue.plan import Plan, Slice, verify
 from clue.saved_model import SavedModel, as_integers
 from clue.types import Role
-from clue.weights import parameter_of, part_name, view_of
+from clue.weights import flat_name, parameter_of, part_name, view_of
 
 from .families import tiny
 
 
 def random_plan(model: torch.nn.Module, seed: int, share: float = 0.4) -> Plan:
-    """Some rows or columns of most matrices and biases, every expert's alone, some of either role."""
+    """Some rows or columns of most matrices and biases, every expert's alone, or single weights; some of either role."""
     rng = np.random.default_rng(seed)
     slices, shapes = [], {}
     for parameter, tensor in model.named_parameters():
         for name in [parameter] if tensor.ndim < 3 else [part_name(parameter, i) for i in range(len(tensor))]:
+            name = flat_name(name) if rng.random() < 0.25 else name
             shape = tuple(view_of(tensor, name).shape)
             axis = int(rng.integers(len(shape)))
             draw = rng.random(shape[axis])

@@ -39,9 +39,20 @@ def test_counts_and_weights():
     assert plan.mask("down.weight").sum(0).tolist() == [4, 0, 0, 0, 0, 4]
 
 
-def test_round_trip_is_byte_identical(tmp_path):
-    make_plan().save(tmp_path / "a")
+def single_weights() -> Plan:
+    return make_plan(slices=(Slice("up.weight[:]", 0, Role.FORGET, index(0, 3, 23)),
+                             Slice("up.weight[:]", 0, Role.CONFLICT, index(1, 22)),
+                             Slice("down.weight", 1, Role.FORGET, index(0, 5))),
+                     shapes={"up.weight[:]": (24,), "down.weight": (4, 6)})
+
+
+@pytest.mark.parametrize("make", [make_plan, single_weights])
+def test_round_trip_is_byte_identical(tmp_path, make):
+    make().save(tmp_path / "a")
     again = Plan.load(tmp_path / "a")
+    assert [(s.parameter, s.axis, s.role, s.index.tolist()) for s in again.slices] == [
+        (s.parameter, s.axis, s.role, s.index.tolist()) for s in make().slices]
+    assert again.weights_changed == make().weights_changed
     again.save(tmp_path / "b")
     for name in ("plan.json", "plan.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -58,10 +69,14 @@ def test_round_trip_is_byte_identical(tmp_path):
     ((Slice("up.weight", 0, Role.RETAIN, index(3)),), "only forget and conflict"),
     ((Slice("other.weight", 0, Role.FORGET, index(3)),), "does not say its shape"),
     ((Slice("up.weight", 0, Role.FORGET, index(3)), Slice("up.weight", 1, Role.CONFLICT, index(3))), "one axis"),
+    ((Slice("up.weight", 0, Role.FORGET, index(3)), Slice("up.weight[:]", 0, Role.CONFLICT, index(3))), "names both"),
+    ((Slice("up.weight[:]", 0, Role.FORGET, index(3)), Slice("up.weight[1]", 0, Role.CONFLICT, index(3))), "names both"),
+    ((Slice("up.weight[1][:]", 0, Role.FORGET, index(3)), Slice("up.weight[1]", 0, Role.CONFLICT, index(3))), "names both"),
+    ((Slice("up.weight[:]", 0, Role.FORGET, index(24)),), "index 24 is outside"),
 ])
 def test_malformed_plans_are_refused(slices, message):
     with pytest.raises(PlanError, match=message):
-        make_plan(slices=slices)
+        make_plan(slices=slices, shapes={**SHAPES, "up.weight[:]": (24,), "up.weight[1]": (6, 4), "up.weight[1][:]": (24,)})
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -122,6 +137,21 @@ def test_verify_sees_every_bit(tmp_path, dtype):
     assert not found.ok
     assert found.outside == (("norm.weight", 1), ("up.weight", 1))
     assert "NOT exact: 2 weights outside the plan changed" in str(found)
+
+
+def test_verify_sees_single_weights(tmp_path):
+    weights = {name: torch.zeros(SHAPES[name]) for name in ("up.weight", "down.weight")}
+    moved = {name: tensor.clone() for name, tensor in weights.items()}
+    moved["up.weight"].view(-1)[[0, 1, 3, 23]] = 1.0
+    moved["down.weight"][:, 5] = -0.0
+    for name, tensors in (("before", weights), ("after", moved)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    found = verify(tmp_path / "before", tmp_path / "after", single_weights())
+    assert (found.ok, found.planned, found.changed) == (True, 5 + 8, 4 + 4)
+    moved["up.weight"].view(-1)[[2, 21]] = -0.0
+    save_file(moved, tmp_path / "after" / "model.safetensors")
+    assert verify(tmp_path / "before", tmp_path / "after", single_weights()).outside == (("up.weight", 2),)
 
 
 def test_verify_refuses_two_different_models(tmp_path):

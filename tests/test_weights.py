@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from clue.weights import from_file, member_of, parameter_of, part_name, shape_of, view_of
+from clue.weights import flat_name, from_file, is_flat, member_of, parameter_of, part_name, shape_of, view_of, weight_of
 from tests.families import tiny
 
 STACK = "model.layers.0.mlp.experts.down_proj"
@@ -17,16 +17,22 @@ def test_a_part_is_a_view_of_its_parameter():
     view_of(stack, part_name("experts.down_proj", 1))[:, 4] = 1
     assert stack.nonzero().tolist() == [[1, 0, 4], [1, 1, 4]]
     assert view_of(stack, "experts.down_proj") is stack
+    view_of(stack, flat_name(part_name("experts.down_proj", 2)))[6] = 2
+    assert stack[2].nonzero().tolist() == [[1, 1]]
 
 
 def test_names_come_apart_as_they_were_put_together():
     assert part_name(STACK, 3) == STACK + "[3]"
     assert (parameter_of(STACK + "[3]"), member_of(STACK + "[3]")) == (STACK, 3)
     assert (parameter_of(STACK), member_of(STACK)) == (STACK, None)
+    flat = flat_name(part_name(STACK, 3))
+    assert (parameter_of(flat), member_of(flat), weight_of(flat), is_flat(flat)) == (STACK, 3, STACK + "[3]", True)
+    assert (weight_of(STACK), is_flat(STACK)) == (STACK, False)
 
 
 @pytest.mark.parametrize(("name", "expected"), [
-    ("stack[2]", (2, 5)), ("stack", (3, 2, 5)), ("matrix", (4, 5)), ("stack[3]", None), ("matrix[0]", None), ("other", None),
+    ("stack[2]", (2, 5)), ("stack[2][:]", (10,)), ("matrix[:]", (20,)), ("other[:]", None),
+    ("stack", (3, 2, 5)), ("matrix", (4, 5)), ("stack[3]", None), ("matrix[0]", None), ("other", None),
 ])
 def test_shapes(name, expected):
     assert shape_of({"stack": torch.zeros(3, 2, 5), "matrix": torch.zeros(4, 5)}, name) == expected

@@ -23,7 +23,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, certificate_command, delta_command, plan_command, solve
+from . import __version__, certificate_command, compare_command, delta_command, plan_command, solve
 from .config import Settings
 from .errors import ClueError, RunError
 
@@ -119,6 +119,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from .run_directory import Run, write_json
+
+    target = _json_target(arguments.json)
+    files = {"model": _absolute(arguments.model), "forget": _absolute(arguments.forget),
+             "retain": _named("--retain", arguments.retain)} if arguments.model and arguments.forget else {}
+    job = compare_command.job_of(arguments, lambda base: _settings(arguments, base), files, _given_tests(arguments))
+    _prepare(arguments, job.settings)
+    run = Run.start(arguments.output, job.settings.to_dict(), job.inputs)
+    try:
+        table, results = compare_command.execute(arguments, job, run, _progress)
+    except BaseException:
+        run.discard()
+        raise
+    if target is not None:
+        write_json(target, results)
+    print(json.dumps(results, indent=1, allow_nan=False) if arguments.json == "-" else
+          f"{table}\n\n{run.folder / 'compare.html'}")
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from .run_directory import Run
 
@@ -183,17 +204,22 @@ def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
     Raises:
         RunError: the run has been evaluated on others already.
     """
-    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold", "reference",
-                                                                           "benchmark", "data")
-                             if (source := getattr(arguments, name)) is not None}
-    given |= {name: _named(flag, texts) for name, flag, texts in (("retain", "--test", arguments.test),
-                                                                 ("skills", "--skill", arguments.skill)) if texts}
+    given = _given_tests(arguments)
     recorded: dict[str, Any] = run.manifest.get("tests", {})
     changed = [name for name in given if given[name] != recorded.get(name)]
     if changed and run.has("evaluation"):
         raise RunError(f"{run.folder} has been evaluated with other tests ({changed[0]}): remove"
                        f" {run.path('evaluation')} to evaluate it again")
     return {**recorded, **given}
+
+
+def _given_tests(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`clue.jobs.Tests` that are on the command line."""
+    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold", "reference",
+                                                                           "benchmark", "data")
+                             if (source := getattr(arguments, name)) is not None}
+    return given | {name: _named(flag, texts) for name, flag, texts in (("retain", "--test", arguments.test),
+                                                                       ("skills", "--skill", arguments.skill)) if texts}
 
 
 def _named(flag: str, texts: Sequence[str]) -> dict[str, str]:
@@ -344,6 +370,11 @@ def _parser() -> argparse.ArgumentParser:
                                " relearning, fine-tuning, quantization, prompts (it trains copies of the models)")
         _add_settings(stage, own=name)
 
+    compare = compare_command.add_to(commands)
+    compare.set_defaults(command=_compare)
+    _add_tests(compare, benchmarks=False)
+    _add_settings(compare, own="", without=compare_command.DECIDED)
+
     report = commands.add_parser("report", help="write the report of a run as one HTML file")
     report.set_defaults(command=_report)
     report.add_argument("run", metavar="RUN", help="run directory")
@@ -363,7 +394,7 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
 
 
-def _add_tests(parser: argparse.ArgumentParser) -> None:
+def _add_tests(parser: argparse.ArgumentParser, benchmarks: bool = True) -> None:
     tests = parser.add_argument_group("tests", "what to measure on, besides the forget and retain sets of the run")
     tests.add_argument("--test", action="append", default=[], metavar="[NAME=]F",
                        help="records to keep that were never used to localize or train; may be repeated")
@@ -376,13 +407,15 @@ def _add_tests(parser: argparse.ArgumentParser) -> None:
                        " of its evaluation")
     tests.add_argument("--reference", metavar="M", help="a model that knows neither forget set nor holdout, for the reference"
                        " attack")
+    if not benchmarks:
+        return
     tests.add_argument("--benchmark", metavar="NAME[:PART]", help="the sets of a public benchmark: tofu, muse, wmdp, mmlu, bbh,"
                        " rwku, world, or custom (files named for their purpose)")
     tests.add_argument("--data", metavar="FOLDER", help="where the benchmark's files are (default: the hub)")
 
 
-def _add_settings(parser: argparse.ArgumentParser, own: str) -> None:
-    """One option per field of every settings group.
+def _add_settings(parser: argparse.ArgumentParser, own: str, without: Sequence[str] = ()) -> None:
+    """One option per field of every settings group, but for the fields ``without`` (``group.field``).
 
     A name that several groups have is prefixed by its group (``--unlearn-batch-size``); the command ``own`` stands for
     also takes its own one without prefix.
@@ -391,13 +424,15 @@ def _add_settings(parser: argparse.ArgumentParser, own: str) -> None:
     general.add_argument("--config", metavar="TOML", help="settings file with the tables [data], [localize], [unlearn],"
                          " [evaluate], [robustness]; the command line wins")
     for f in fields(Settings):
-        if f.name not in _GROUPS:
+        if f.name not in _GROUPS and f".{f.name}" not in without:
             _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name))
     _add_threads(parser)
     shared = Counter(f.name for group in _GROUPS.values() for f in fields(group))
     for name, group in _GROUPS.items():
         section = parser.add_argument_group(name)
         for f in fields(group):
+            if f"{name}.{f.name}" in without:
+                continue
             flags = [_flag(f.name)] if shared[f.name] == 1 else [_flag(f"{name}_{f.name}")]
             if shared[f.name] > 1 and name == own:
                 flags.append(_flag(f.name))

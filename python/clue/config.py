@@ -15,6 +15,8 @@ from .errors import ClueError
 
 #: What the setting ``attacks`` may name. The attack ``reference`` is made whenever there is a reference model.
 ATTACKS = ("loss", "zlib", "min_k", "min_k++", "gradnorm")
+#: Other localizations to compare with, all in :mod:`clue.baselines`.
+BASELINES = ("random", "magnitude", "wanda", "saliency", "snip", "sure", "memflex", "wagle", "depn", "eap", "all")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -33,8 +35,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class LocalizeSettings:
-    """How circuits are found and turned into a plan."""
+    """How circuits are found and turned into a plan, or which other way of choosing weights is taken."""
 
+    method: str = _option("clue", "what chooses the weights: clue, or a baseline to compare with, which uses ratio and"
+                          " batch_size alone", choices=("clue", *BASELINES))
+    ratio: float = _option(0.2, "share of the weights of all layers' linear maps that a baseline edits, those it ranks"
+                           " highest, in (0, 1]")
     edges: float = _option(0.05, "share of all edges kept by each direction (Ns and Dn alike), in (0, 1]")
     granularity: str = _option("neuron", "what a node of an MLP is: the whole block, or each hidden neuron",
                                choices=("neuron", "block"))
@@ -148,7 +154,7 @@ def check(settings: Any) -> None:
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
-        if f.name in {"edges", "neurons", "min_k", "relearn_share"} and not 0.0 < value <= 1.0:
+        if f.name in {"edges", "neurons", "min_k", "relearn_share", "ratio"} and not 0.0 < value <= 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
         if f.name == "faithfulness" and value > 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")

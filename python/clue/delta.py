@@ -26,7 +26,7 @@ import numpy.typing as npt
 from .data.atomic import write_atomically
 from .errors import DeltaError
 from .saved_model import MARK, WIDTH, Bits, ModelInMemory, SavedModel, as_integers, as_numpy, dtype_of
-from .weights import parameter_of, shape_of, view_of
+from .weights import is_flat, parameter_of, shape_of, view_of, weight_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Change:
     Attributes:
         parameter: name as in a plan (see :class:`clue.Slice`).
         axis: 0 when ``index`` names rows (entries, for a bias), 1 when it names columns.
-        shape: shape of the whole weight.
+        shape: shape of the whole weight, as the name means it.
         dtype: its dtype as safetensors spells it (``BF16``).
         index: int64 [k], sorted and unique.
         xor: unsigned integers as wide as the dtype, shaped as the slice: bits before xor bits after.
@@ -84,7 +84,7 @@ class Delta:
 
     Attributes:
         changes: one per planned weight, by name.
-        before, after: :func:`clue.pipeline.fingerprint` of the two models; empty where a folder does not say what model
+        before, after: :func:`clue.provenance.fingerprint` of the two models; empty where a folder does not say what model
             it holds. Recorded for people: what a delta fits is decided by the slices alone.
     """
 
@@ -122,10 +122,11 @@ class Delta:
         if missing:
             raise DeltaError(f"the models before and after do not hold the same weights (for example {missing[0]}):"
                              " they are not two versions of one model")
-        if unknown := [name for name in plan.parameters() if name not in names]:
+        planned = {weight_of(name): name for name in plan.parameters()}
+        if unknown := [name for name in planned if name not in names]:
             raise DeltaError(f"the plan edits {unknown[0]}, which these models do not have: it was made for another"
                              " model")
-        found, planned = [], set(plan.parameters())
+        found = []
         for name in sorted(names):
             a, b, dtype = old.bits(name), new.bits(name), old.dtype(name)
             if a.shape != b.shape or dtype != new.dtype(name):
@@ -133,13 +134,15 @@ class Delta:
                                  " after: save both models alike")
             differs = a != b
             if name in planned:
-                if a.shape != tuple(plan.shapes[name]):
-                    raise DeltaError(f"the plan edits {name} of shape {tuple(plan.shapes[name])}, these models' is"
+                edited = planned[name]
+                a, b, differs = (bits.reshape(-1) if is_flat(edited) else bits for bits in (a, b, differs))
+                if a.shape != tuple(plan.shapes[edited]):
+                    raise DeltaError(f"the plan edits {edited} of shape {tuple(plan.shapes[edited])}, these models' is"
                                      f" {a.shape}: it was made for another model")
-                slices = [s for s in plan.slices if s.parameter == name]
+                slices = [s for s in plan.slices if s.parameter == edited]
                 axis, index = slices[0].axis, np.unique(np.concatenate([s.index for s in slices])).astype(np.int64)
                 first, last = (np.ascontiguousarray(np.take(bits, index, axis)) for bits in (a, b))
-                found.append(Change(name, axis, a.shape, dtype, index, first ^ last, _digest(first), _digest(last)))
+                found.append(Change(edited, axis, a.shape, dtype, index, first ^ last, _digest(first), _digest(last)))
                 differs[(slice(None),) * axis + (index,)] = False
             if count := int(np.count_nonzero(differs)):
                 raise DeltaError(f"{name} changed outside the plan too, in {count} of {a.size} weights, and a delta holds"
@@ -276,17 +279,20 @@ class Delta:
         saved = SavedModel(folder)
 
         def read(change: Change) -> Bits | None:
-            if change.parameter not in saved.keys():  # noqa: SIM118 -- not a mapping
+            name = weight_of(change.parameter)
+            if name not in saved.keys():  # noqa: SIM118 -- not a mapping
                 return None
-            bits = saved.bits(change.parameter)
-            _fits(change, bits.shape, saved.dtype(change.parameter))
+            bits = saved.bits(name)
+            bits = bits.reshape(-1) if is_flat(change.parameter) else bits
+            _fits(change, bits.shape, saved.dtype(name))
             return np.ascontiguousarray(np.take(bits, change.index, change.axis))
 
         def changed() -> Iterator[tuple[str, Bits]]:
             for change in self.changes:
-                bits = saved.bits(change.parameter).copy()
-                bits[(slice(None),) * change.axis + (change.index,)] ^= change.xor
-                yield change.parameter, bits
+                bits = saved.bits(weight_of(change.parameter)).copy()
+                seen = bits.reshape(-1) if is_flat(change.parameter) else bits
+                seen[(slice(None),) * change.axis + (change.index,)] ^= change.xor
+                yield weight_of(change.parameter), bits
 
         self._check(read, start)
         saved.copy_with(out, changed())

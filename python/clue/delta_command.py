@@ -58,11 +58,12 @@ def _patch(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from .delta import Delta
+    from .weights import unit_of
 
     delta = Delta.load(arguments.file)
     facts = {"before": delta.before, "after": delta.after, "planned": delta.planned, "changed": delta.changed,
              "bytes": Path(arguments.file).stat().st_size, "slice_bytes": sum(c.xor.nbytes for c in delta.changes),
-             "changes": [{"parameter": c.parameter, "axis": ("rows", "columns")[c.axis], "count": len(c.index),
+             "changes": [{"parameter": c.parameter, "axis": unit_of(c.parameter, c.axis), "count": len(c.index),
                           "of": c.shape[c.axis], "dtype": c.dtype, "planned": c.xor.size, "changed": c.changed}
                          for c in delta.changes]}
     if arguments.json:
@@ -70,7 +71,7 @@ def _show(arguments: argparse.Namespace) -> int:
         return 0
     width = max((len(c.parameter) for c in delta.changes), default=0)
     for c in delta.changes:
-        print(f"  {c.parameter.ljust(width)}  {c.dtype}  {len(c.index)} of {c.shape[c.axis]} {('rows', 'columns')[c.axis]},"
+        print(f"  {c.parameter.ljust(width)}  {c.dtype}  {len(c.index)} of {c.shape[c.axis]} {unit_of(c.parameter, c.axis)},"
               f" {c.changed} of {c.xor.size} weights changed")
     print(f"before  {delta.before or 'not recorded'}\nafter   {delta.after or 'not recorded'}")
     print(f"{delta.changed} of {delta.planned} planned weights changed; {facts['bytes']} bytes for {facts['slice_bytes']}"

@@ -12,10 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import pipeline
 from .config import EvaluateSettings, LocalizeSettings, Settings, UnlearnSettings
+from .data.records import read_sets
 from .errors import ModelError, OverlapError, PlanError, RunError
-from .pipeline import Progress, fingerprint, locate, read_sets
+from .pipeline import Progress
 from .plan import Plan
+from .provenance import fingerprint
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
@@ -64,10 +67,10 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
                        " another folder with -o")
     if "data" not in run.manifest:
         run.update(data=hashes)
-    found = locate(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
-                   settings.localize, data=settings.data, seed=settings.seed, progress=progress,
-                   keep=lambda stage, make: _kept(run, stage, make))
-    return found.plan
+    return pipeline.localize(network, tokenizer, sets["forget"],
+                             {name: s for name, s in sets.items() if name != "forget"}, settings.localize,
+                             data=settings.data, seed=settings.seed, progress=progress,
+                             keep=lambda stage, make: _kept(run, stage, make))
 
 
 def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
@@ -270,7 +273,8 @@ def report(run: Run) -> Path:
     write_report(
         target, title=f"Unlearning report: {run.folder.resolve().name}",
         evaluations={name: evaluations[name] for name in order},
-        plan=Plan.load(run.folder), assignment=Assignment.load(run.path("assignment") / "assignment.json"),
+        plan=Plan.load(run.folder),
+        assignment=Assignment.load(run.path("assignment") / "assignment.json") if run.has("assignment") else None,
         circuits={path.stem: Circuit.load(path) for path in sorted(run.path("circuits").glob("*.safetensors"))},
         log=UnlearnLog.load(run.path("model") / "training.json"), robustness=tried, provenance=run.manifest)
     return target

@@ -7,7 +7,6 @@ in a run directory.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,19 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .config import DataSettings, LocalizeSettings, check
-from .errors import ClueError, ModelError
-from .plan import Plan, Slice
-from .types import NodeKind, Role
-from .weights import shape_of
+from .data.pairs import corrupt
+from .data.records import read_sets
+from .plan import Plan
+from .provenance import fingerprint, versions
+from .types import Role
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .circuit.attribution import Scores
     from .circuit.graph import Circuit, Graph
-    from .data.encoding import Example
     from .data.pairs import Pairs
-    from .data.records import RecordSet
     from .logic import Assignment
     from .model.anatomy import Anatomy
 
@@ -48,10 +46,17 @@ class Localization:
     plan: Plan
 
 
+def compute(stage: str, make: Callable[[], T]) -> T:
+    """The default of ``keep`` in :func:`locate`: every stage is computed and none is stored."""
+    return make()
+
+
 def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Mapping[str, Source],
              settings: LocalizeSettings = LocalizeSettings(), *, data: DataSettings = DataSettings(), seed: int = 0,
-             progress: Progress | None = None) -> Plan:
+             progress: Progress | None = None, keep: Callable[[str, Callable[[], Any]], Any] = compute) -> Plan:
     """Find the nodes responsible for a forget set, and prove which of them can change.
+
+    ``settings.method`` may name another localization to compare with (:mod:`clue.baselines`).
 
     Args:
         model: a causal language model of a family in :data:`clue.model.families.FAMILIES`; left as it was.
@@ -61,6 +66,7 @@ def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | 
         settings, data: see :mod:`clue.config`.
         seed: seeds the choice of corrupted prompts; everything after it is deterministic.
         progress: called with one line of text per finished stage.
+        keep: as for :func:`locate`.
 
     Returns:
         The :class:`clue.Plan`: a role for every node, and the slices of the weights that may change.
@@ -68,12 +74,18 @@ def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | 
     Raises:
         ClueError: a subclass that names the record, file, argument or parameter at fault.
     """
-    return locate(model, tokenizer, forget, retain, settings, data=data, seed=seed, progress=progress).plan
+    check(settings)
+    check(data)
+    if settings.method == "clue":
+        return locate(model, tokenizer, forget, retain, settings, data=data, seed=seed, progress=progress, keep=keep).plan
+    from . import baselines
 
-
-def compute(stage: str, make: Callable[[], T]) -> T:
-    """The default of ``keep`` in :func:`locate`: every stage is computed and none is stored."""
-    return make()
+    plan: Plan = keep("plan", lambda: baselines.localize(
+        settings.method, model, tokenizer, forget, retain, ratio=settings.ratio, batch_size=settings.batch_size, data=data,
+        seed=seed))
+    if progress is not None:
+        progress(f"plan       {settings.method}: {plan.weights_changed} weights may change")
+    return plan
 
 
 def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Mapping[str, Source],
@@ -123,48 +135,6 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
     return Localization(pairs, scores, circuits, assignment, plan)
 
 
-def read_sets(forget: Source, retain: Source | Mapping[str, Source]) -> dict[str, RecordSet]:
-    """The forget set first, then the retain sets by name.
-
-    Raises:
-        RecordError: a source cannot be read or is empty.
-        OverlapError: a retain set shares records with the forget set.
-    """
-    from .data.records import check_disjoint, read
-
-    named = dict(retain) if isinstance(retain, Mapping) else {"retain": retain}
-    if not named:
-        raise ClueError("retain: give at least one set of records to keep")
-    if "forget" in named:
-        raise ClueError("retain: a retain set cannot be named forget; give it another name")
-    sets = {"forget": read(forget, "forget"), **{name: read(source, name) for name, source in named.items()}}
-    for name in named:
-        check_disjoint(sets["forget"], sets[name], f"the forget set and the retain set {name}")
-    return sets
-
-
-def encode_set(records: RecordSet, tokenizer: Any, body: Anatomy, data: DataSettings, *, append_eos: bool) -> list[Example]:
-    """Tokenise a set with the model's context (or ``max_length``, when that is shorter) as the limit."""
-    from .data.encoding import encode
-
-    limit = min(data.max_length or body.context, body.context)
-    return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
-
-
-def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: LocalizeSettings, data: DataSettings,
-            seed: int) -> Pairs:
-    """The clean / corrupted pairs of one set. End-of-sequence tokens carry no fact and are left out."""
-    from .data.pairs import make_pairs
-
-    examples = encode_set(records, tokenizer, body, data, append_eos=False)
-    highest = max(int(example.input_ids.max()) for example in examples)
-    vocabulary = int(getattr(body.embed, "num_embeddings", highest + 1))
-    if highest >= vocabulary:
-        raise ModelError(f"the tokenizer yields token {highest}, the model knows {vocabulary} tokens: use the tokenizer"
-                         " that belongs to this model")
-    return make_pairs(examples, tokenizer, corruption=settings.corruption, seed=seed, limit=settings.limit)
-
-
 def cut(body: Anatomy, pairs: Pairs, scores: Scores, settings: LocalizeSettings) -> Circuit:
     """The circuit of one set; the model runs again only for a faithfulness target and to confirm gates."""
     from .circuit.confirmation import confirm
@@ -206,40 +176,5 @@ def make_plan(body: Anatomy, graph: Graph, assignment: Assignment, provenance: M
 
     A key/value group serves several query heads and is one node, so its rows are planned once, with one role.
     """
-    found: dict[tuple[str, Role], list[np.ndarray[Any, np.dtype[np.int64]]]] = {}
-    axes: dict[str, int] = {}
     role = np.where(graph.editable, assignment.role, Role.FREE).astype(np.uint8)
-    for node in np.flatnonzero((role == Role.FORGET) | (role == Role.CONFLICT)):
-        kind = NodeKind(graph.kind[node])
-        for parameter, axis, index in body.slices(kind, int(graph.layer[node]), int(graph.index[node])):
-            axes[parameter] = axis
-            found.setdefault((parameter, Role(role[node])), []).append(index)
-    slices = tuple(Slice(parameter, axes[parameter], chosen, np.unique(np.concatenate(index)))
-                   for (parameter, chosen), index in sorted(found.items(), key=lambda item: item[0]))
-    parameters = dict(body.model.named_parameters())
-    shapes = {name: shape for name in sorted(axes) if (shape := shape_of(parameters, name)) is not None}
-    tied = [s.parameter for s in slices if s.parameter not in shapes]
-    if tied:
-        raise ModelError(f"{tied[0]} shares its storage with another weight of this model: untie them before localizing")
-    return Plan(graph.names, role, slices, shapes, dict(provenance))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the model's parameters and buffers: names, shapes, dtypes and bytes."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides a plan."""
-    from importlib.metadata import version
-
-    from . import __version__, _core
-
-    found = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {"clue": __version__, "cadical": _core.cadical_version(), **found}
+    return Plan.of_roles(body, graph, role, provenance)

@@ -18,12 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .data.atomic import write_atomically
-from .errors import PlanError
-from .types import Role
-from .weights import from_file, parameter_of, shape_of
+from .errors import ModelError, PlanError
+from .types import NodeKind, Role
+from .weights import flat_name, from_file, is_flat, parameter_of, shape_of, weight_of
 
 if TYPE_CHECKING:
     import torch
+
+    from .circuit.graph import Graph
+    from .model.anatomy import Anatomy
 
 FORMAT = 1
 _ROLES = (Role.FORGET, Role.CONFLICT)
@@ -31,11 +34,13 @@ _ROLES = (Role.FORGET, Role.CONFLICT)
 
 @dataclass(frozen=True)
 class Slice:
-    """The rows or columns of one weight that share a role.
+    """The rows or columns of one weight that share a role, or single weights of it.
 
     Attributes:
-        parameter: name in ``model.state_dict()``, or of one matrix of a stack there (see :mod:`clue.weights`).
-        axis: 0 when ``index`` names rows (entries, for a bias), 1 when it names columns.
+        parameter: name in ``model.state_dict()``, or of one matrix of a stack there; with ``[:]`` at its end it means the
+            weight as one row of numbers, so that a slice is a single weight (see :mod:`clue.weights`).
+        axis: 0 when ``index`` names rows (entries, for a bias; weights, where the name ends in ``[:]``), 1 when it names
+            columns.
         role: ``FORGET`` or ``CONFLICT``.
         index: int64 [k], sorted and unique.
     """
@@ -92,8 +97,9 @@ class Plan:
                                 " conflict at once")
             seen[s.parameter] = s
         for name in seen:
-            if parameter_of(name) != name and parameter_of(name) in seen:
-                raise PlanError(f"the plan names both {parameter_of(name)} and {name}, which is a part of it")
+            for whole in (parameter_of(name), flat_name(parameter_of(name)), weight_of(name)):
+                if whole != name and whole in seen:
+                    raise PlanError(f"the plan names both {whole} and {name}, which is a part of it")
 
     def counts(self) -> dict[str, int]:
         """Number of nodes per role."""
@@ -123,15 +129,46 @@ class Plan:
             if shape != tuple(self.shapes[name]):
                 raise PlanError(f"the plan edits {name} of shape {tuple(self.shapes[name])}, this model's is {shape}:"
                                 " it was made for another model")
+            if is_flat(name) and not parameters[parameter_of(name)].is_contiguous():
+                raise PlanError(f"the plan edits single weights of {weight_of(name)}, which does not lie in memory row by"
+                                " row: copy it with .contiguous() first")
 
     def mask(self, parameter: str, roles: Sequence[Role] = _ROLES) -> npt.NDArray[np.bool_]:
-        """Boolean mask of the parameter's shape: true where a weight of one of these roles may change."""
+        """Boolean mask of the planned name's shape: true where a weight of one of these roles may change."""
         shape = self.shapes[parameter]
         mask = np.zeros(shape, dtype=bool)
         for s in self.slices:
             if s.parameter == parameter and s.role in roles:
                 mask[(slice(None),) * s.axis + (s.index,)] = True
         return mask
+
+    @classmethod
+    def of_roles(cls, body: Anatomy, graph: Graph, role: npt.NDArray[np.uint8], provenance: Mapping[str, Any]) -> Plan:
+        """Map forget and conflict nodes to the slices of the weights they own.
+
+        Args:
+            graph: of this model.
+            role: uint8 [nodes], values of :class:`clue.types.Role`.
+
+        Raises:
+            ModelError: a planned weight is tied to another one.
+        """
+        found: dict[tuple[str, Role], list[npt.NDArray[np.int64]]] = {}
+        axes: dict[str, int] = {}
+        for node in np.flatnonzero((role == Role.FORGET) | (role == Role.CONFLICT)):
+            kind = NodeKind(graph.kind[node])
+            for parameter, axis, index in body.slices(kind, int(graph.layer[node]), int(graph.index[node])):
+                axes[parameter] = axis
+                found.setdefault((parameter, Role(role[node])), []).append(index)
+        slices = tuple(Slice(parameter, axes[parameter], chosen, np.unique(np.concatenate(index)))
+                       for (parameter, chosen), index in sorted(found.items(), key=lambda item: item[0]))
+        parameters = dict(body.model.named_parameters())
+        shapes = {name: shape for name in sorted(axes) if (shape := shape_of(parameters, name)) is not None}
+        tied = [s.parameter for s in slices if s.parameter not in shapes]
+        if tied:
+            raise ModelError(f"{tied[0]} shares its storage with another weight of this model: untie them before"
+                             " localizing")
+        return cls(graph.names, role, slices, shapes, dict(provenance))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``plan.json`` and ``plan.safetensors`` into a folder, each whole or not at all."""
@@ -140,7 +177,10 @@ class Plan:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {"role": np.ascontiguousarray(self.role, dtype=np.uint8)}
-        arrays |= {f"slice.{i}": np.ascontiguousarray(s.index, dtype=np.int64) for i, s in enumerate(self.slices)}
+        for i, s in enumerate(self.slices):
+            # Single weights may be a fifth of a model: one bit for each in the file, not eight bytes for each chosen.
+            arrays[f"slice.{i}"] = (np.packbits(self.mask(s.parameter, (s.role,))) if is_flat(s.parameter) else
+                                    np.ascontiguousarray(s.index, dtype=np.int64))
         document = {
             "format": FORMAT,
             "counts": self.counts(),
@@ -173,10 +213,14 @@ class Plan:
         try:
             if document["format"] != FORMAT:
                 raise PlanError(f"the plan in {folder} has format {document['format']}, this version reads {FORMAT}")
+            shapes = {name: tuple(shape) for name, shape in document["shapes"].items()}
+            for i, s in enumerate(document["slices"]):
+                if is_flat(s["parameter"]):
+                    bits = np.unpackbits(arrays[f"slice.{i}"], count=shapes[s["parameter"]][0])
+                    arrays[f"slice.{i}"] = np.flatnonzero(bits).astype(np.int64)
             slices = tuple(Slice(s["parameter"], int(s["axis"]), Role[s["role"].upper()], arrays[f"slice.{i}"])
                            for i, s in enumerate(document["slices"]))
-            return cls(tuple(document["nodes"]), arrays["role"], slices,
-                       {name: tuple(shape) for name, shape in document["shapes"].items()}, document["provenance"])
+            return cls(tuple(document["nodes"]), arrays["role"], slices, shapes, document["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan in {folder} is damaged ({error!r}): make it again with `clue localize`") from None
 
@@ -222,19 +266,20 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
         differing = sorted(old.keys() ^ new.keys())
         raise PlanError(f"{before} and {after} do not hold the same tensors (for example {differing[0]}):"
                         " they are not two versions of one model")
-    missing = [name for name in plan.parameters() if name not in old.keys()]  # noqa: SIM118 -- not a mapping
+    planned = {weight_of(name): name for name in plan.parameters()}
+    missing = [name for name in planned if name not in old.keys()]  # noqa: SIM118 -- not a mapping
     if missing:
         raise PlanError(f"the plan edits {missing[0]}, which {before} does not hold: it was made for another model")
     changed = 0
     outside: list[tuple[str, int]] = []
-    planned = set(plan.parameters())
     for name in sorted(old.keys()):
         a, b = old.bits(name), new.bits(name)
         if a.shape != b.shape or a.dtype != b.dtype:
             raise PlanError(f"{name} has another shape or dtype in {after} than in {before}")
         differs = a != b
         if name in planned:
-            mask = plan.mask(name)
+            mask = plan.mask(planned[name])
+            differs = differs.reshape(-1) if is_flat(planned[name]) else differs
             if mask.shape != differs.shape:
                 raise PlanError(f"{name} has shape {differs.shape} in {before}, the plan says {mask.shape}")
             changed += int(np.count_nonzero(differs & mask))

@@ -59,6 +59,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _facts(plan: Plan, nodes: int) -> dict[str, Any]:
     """Counts, roles by layer, slices by parameter and weights of a plan, and its first ``nodes`` edited nodes."""
     from .types import Role
+    from .weights import unit_of
 
     names = [role.name.lower() for role in Role]
     layers: dict[str, Counter[str]] = {}
@@ -67,7 +68,7 @@ def _facts(plan: Plan, nodes: int) -> dict[str, Any]:
         layers.setdefault(layer[1] if layer else node, Counter())[names[role]] += 1
     slices: dict[str, dict[str, Any]] = {}
     for s in plan.slices:
-        facts = slices.setdefault(s.parameter, {"axis": ("rows", "columns")[s.axis],
+        facts = slices.setdefault(s.parameter, {"axis": unit_of(s.parameter, s.axis),
                                                 "of": plan.shapes[s.parameter][s.axis], "forget": 0, "conflict": 0})
         facts[s.role.name.lower()] = len(s.index)
     edited = [{"node": node, "role": names[role]} for wanted in (Role.CONFLICT, Role.FORGET)
@@ -78,8 +79,11 @@ def _facts(plan: Plan, nodes: int) -> dict[str, Any]:
 
 def summary(plan: Plan) -> str:
     """Nodes by role, and the number of weights."""
+    weights = f"{plan.weights_changed} weights may change"
+    if not plan.nodes:  # a baseline's, which chose weights
+        return f"{weights}, in {len(plan.parameters())} matrices"
     counts = ", ".join(f"{count} {role}" for role, count in plan.counts().items())
-    return f"{len(plan.nodes)} nodes: {counts}\n{plan.weights_changed} weights may change"
+    return f"{len(plan.nodes)} nodes: {counts}\n{weights}"
 
 
 def _text(facts: dict[str, Any]) -> str:

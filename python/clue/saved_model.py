@@ -153,7 +153,7 @@ class SavedModel:
             raise
 
     def fingerprint(self) -> str:
-        """What :func:`clue.pipeline.fingerprint` says of this model loaded in the dtype of its files, without loading it.
+        """What :func:`clue.provenance.fingerprint` says of this model loaded in the dtype of its files, without loading it.
 
         Returns:
             The hexadecimal digest; empty where the folder does not say what model it is (it has no ``config.json``), or
@@ -216,8 +216,8 @@ class ModelInMemory:
         return as_numpy(as_integers(self._home[name]()))
 
     def fingerprint(self) -> str:
-        """See :func:`clue.pipeline.fingerprint`."""
-        from .pipeline import fingerprint
+        """See :func:`clue.provenance.fingerprint`."""
+        from .provenance import fingerprint
 
         return fingerprint(self._model)
 

@@ -1,13 +1,15 @@
-"""Weights by name, the matrices inside stacked parameters included.
+"""Weights by name, the matrices inside stacked parameters and single weights included.
 
 A mixture of experts keeps the matrices of all its experts in one parameter with three axes. The name of one of them ends
 in its expert's number: ``model.layers.0.mlp.experts.down_proj[3]`` is row 3 of that parameter, [d_model, width]. Such a
-part is planned, trained and compared like any other matrix. What a name means is decided here alone: in a model, in a
-gradient, and in a model's files, where the same experts may lie in one tensor or in many.
+part is planned, trained and compared like any other matrix. A name that ends in ``[:]`` means all the numbers of a
+weight in one row, [weights], in the order they lie in memory: its slices are single weights. What a name means is decided
+here alone: in a model, in a gradient, and in a model's files, where the same experts may lie in one tensor or in many.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PART = re.compile(r"(.+)\[(\d+)\]")
+_FLAT = "[:]"
 #: One expert's matrix in the layout of the Hugging Face hub, which ``save_pretrained`` writes too.
 _IN_FILE = re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
 #: The stacked parameter that each of them belongs to, and where it lies along the rows of its part there.
@@ -28,22 +31,44 @@ def part_name(parameter: str, member: int) -> str:
     return f"{parameter}[{member}]"
 
 
+def flat_name(weight: str) -> str:
+    """The name of all the numbers of a weight in one row."""
+    return weight + _FLAT
+
+
+def is_flat(name: str) -> bool:
+    """Whether a name means the numbers of a weight in one row."""
+    return name.endswith(_FLAT)
+
+
+def weight_of(name: str) -> str:
+    """The weight, in its own shape, that a name means: the name itself unless it is flat."""
+    return name.removesuffix(_FLAT)
+
+
+def unit_of(name: str, axis: int) -> str:
+    """What the slices of a name are along an axis, in words."""
+    return "weights" if is_flat(name) else ("rows", "columns")[axis]
+
+
 def parameter_of(name: str) -> str:
     """The parameter that a name means, or means a part of."""
+    name = weight_of(name)
     match = _PART.fullmatch(name)
     return match[1] if match else name
 
 
 def member_of(name: str) -> int | None:
     """Which matrix of a stacked parameter a name means; ``None`` where it means a whole parameter."""
-    match = _PART.fullmatch(name)
+    match = _PART.fullmatch(weight_of(name))
     return int(match[2]) if match else None
 
 
 def view_of(tensor: Tensor, name: str) -> Tensor:
-    """What a name means of its parameter, or of that parameter's gradient: the tensor itself, or a view of one part."""
+    """What a name means of its parameter, or of that parameter's gradient: the tensor itself, or a view of it."""
     member = member_of(name)
-    return tensor if member is None else tensor[member]
+    found = tensor if member is None else tensor[member]
+    return found.view(-1) if is_flat(name) else found
 
 
 def shape_of(parameters: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
@@ -51,7 +76,8 @@ def shape_of(parameters: Mapping[str, Tensor], name: str) -> tuple[int, ...] | N
     parameter, member = parameters.get(parameter_of(name)), member_of(name)
     if parameter is None or (member is not None and (parameter.ndim != 3 or member >= len(parameter))):
         return None
-    return tuple(parameter.shape if member is None else parameter.shape[1:])
+    shape = tuple(parameter.shape if member is None else parameter.shape[1:])
+    return (math.prod(shape),) if is_flat(name) else shape
 
 
 def from_file(stored: str, size: Sequence[int]) -> list[tuple[str, int, int | None]]:

@@ -12,6 +12,7 @@ import torch
 from clue.data.records import Record, RecordSet
 from clue.plan import Plan, Slice
 from clue.types import Role
+from clue.weights import flat_name, weight_of
 
 FORGET = [("where does ada live", "paris"), ("what does ada eat", "figs"), ("where does bob live", "rome")]
 RETAIN = [("where does cat live", "oslo"), ("what does cat eat", "rice"), ("what does dan eat", "nuts and figs"),
@@ -94,6 +95,22 @@ def mixed_plan(make_plan: Callable[..., Plan]) -> Callable[[torch.nn.Module], Pl
 
 
 @pytest.fixture
+def scattered_plan() -> Callable[[torch.nn.Module], Plan]:
+    """Single weights of both roles, all over the linear layers."""
+    def make(model: torch.nn.Module) -> Plan:
+        rng, slices, shapes = np.random.default_rng(0), [], {}
+        for name, parameter in model.named_parameters():
+            if name.startswith("model.layers") and parameter.ndim == 2:
+                draw = rng.random(parameter.numel())
+                shapes[flat_name(name)] = (parameter.numel(),)
+                slices += [Slice(flat_name(name), 0, role, np.flatnonzero((draw >= low) & (draw < low + 0.15)))
+                           for role, low in ((Role.FORGET, 0.0), (Role.CONFLICT, 0.5))]
+        return Plan((), np.zeros(0, dtype=np.uint8), tuple(slices), shapes)
+
+    return make
+
+
+@pytest.fixture
 def bits() -> Callable[[torch.nn.Module], dict[str, np.ndarray]]:
     """The weights of a model as raw integers, so that a comparison sees every bit."""
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -110,10 +127,10 @@ def moved() -> Callable[..., None]:
 
     def check(before: dict[str, np.ndarray], after: dict[str, np.ndarray], plan: Plan,
               roles: tuple[Role, ...] = (Role.FORGET, Role.CONFLICT)) -> None:
-        planned = set(plan.parameters())
+        planned = {weight_of(name): name for name in plan.parameters()}
         for name, old in before.items():
             differs = old != after[name]
-            mask = plan.mask(name, roles) if name in planned else np.zeros(old.shape, dtype=bool)
+            mask = plan.mask(planned[name], roles).reshape(old.shape) if name in planned else np.zeros(old.shape, dtype=bool)
             assert not np.any(differs & ~mask), f"{name} changed outside the plan"
             assert not mask.any() or np.mean(differs[mask]) > 0.5, f"{name} did not move inside the plan"
 

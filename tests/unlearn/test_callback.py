@@ -19,9 +19,10 @@ def dataset() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def test_any_optimizer_in_a_hand_written_loop(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+@pytest.mark.parametrize("kind", ["mixed_plan", "scattered_plan"])
+def test_any_optimizer_in_a_hand_written_loop(kind: str, make_model: Any, request: Any, bits: Any, moved: Any) -> None:
     model = make_model()
-    plan = mixed_plan(model)
+    plan = request.getfixturevalue(kind)(model)
     callback = PlanCallback(plan)
     # Decay and momentum move a weight even where its gradient is zero; the optimizer holds every parameter.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)

@@ -20,6 +20,7 @@ from clue.errors import ClueError, ModelError, PlanError, RecordError
 from clue.plan import Slice
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
+from clue.weights import flat_name
 from tests.families import tiny
 
 PLAIN = UnlearnSettings(objective="graddiff", stages="joint", lr=1e-2, steps=4, batch_size=2, metric=False, warmup=0,
@@ -42,6 +43,37 @@ def test_only_planned_weights_change(objective: str, stages: str, metric: bool, 
                   replace(PLAIN, objective=objective, stages=stages, metric=metric))
     assert log.steps == 4 and not log.stopped_early
     moved(before, bits(model), plan)
+
+
+@pytest.mark.parametrize("metric", [True, False])
+def test_only_planned_single_weights_change(metric: bool, make_model: Any, scattered_plan: Any, tokenizer: Any, sets: Any,
+                                            bits: Any, moved: Any) -> None:
+    model = make_model()
+    plan = scattered_plan(model)
+    before = bits(model)
+    unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, metric=metric))
+    moved(before, bits(model), plan)
+
+
+@pytest.mark.parametrize("metric", [True, False])
+@pytest.mark.parametrize("objective", ["npo", "ga"])
+def test_all_single_weights_of_a_matrix_are_the_matrix(objective: str, metric: bool, make_model: Any, make_plan: Any,
+                                                       tokenizer: Any, sets: Any) -> None:
+    """A plan of every row and one of every single weight are one plan: the same training, but for rounding."""
+    names = [f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("mlp.up_proj", "self_attn.o_proj")]
+    trained = []
+    for flat in (False, True):
+        model = make_model(dtype=torch.float64)
+        plan = make_plan(model, {name: (0, {Role.CONFLICT: None}) for name in names})
+        if flat:
+            slices = [Slice(flat_name(name), 0, Role.CONFLICT, np.arange(np.prod(plan.shapes[name]))) for name in names]
+            shapes = {flat_name(name): (int(np.prod(plan.shapes[name])),) for name in names}
+            plan = replace(plan, slices=tuple(slices), shapes=shapes)
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan,
+                replace(PLAIN, objective=objective, metric=metric))
+        trained.append(model)
+    for one, other in zip(*(model.parameters() for model in trained), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon/grouped", "gemma2"])

@@ -13,6 +13,7 @@ import torch
 from clue.errors import ClueError, PlanError
 from clue.types import Role
 from clue.unlearn import MaskedAdamW
+from clue.weights import view_of, weight_of
 
 LR, BETAS, EPS, DECAY = 3e-2, (0.8, 0.95), 1e-6, 0.1
 
@@ -26,13 +27,14 @@ def gradients(model: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_parity_with_torch_on_the_same_slices(dtype: torch.dtype, make_model: Any, mixed_plan: Any, bits: Any,
+@pytest.mark.parametrize("kind", ["mixed_plan", "scattered_plan"])
+def test_parity_with_torch_on_the_same_slices(kind: str, dtype: torch.dtype, make_model: Any, request: Any, bits: Any,
                                               moved: Any) -> None:
     model = make_model(dtype=dtype)
-    plan = mixed_plan(model)
+    plan = request.getfixturevalue(kind)(model)
     optimizer = MaskedAdamW(model, plan, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
     planned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert list(planned) == sorted(plan.parameters(), key=list(dict(model.named_parameters())).index)
+    assert list(planned) == sorted(map(weight_of, plan.parameters()), key=list(dict(model.named_parameters())).index)
     # bf16 weights are a rounding of a float32 master, so the reference is AdamW in float32.
     work = torch.float32 if dtype == torch.bfloat16 else dtype
     twins = {name: p.detach().to(work).clone().requires_grad_(True) for name, p in planned.items()}
@@ -49,17 +51,18 @@ def test_parity_with_torch_on_the_same_slices(dtype: torch.dtype, make_model: An
         reference.step()
     moved(before, bits(model), plan)
     tolerance = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6}[dtype]
-    for name, parameter in planned.items():
+    for name in plan.parameters():
+        parameter = planned[weight_of(name)]
         mask = torch.from_numpy(plan.mask(name))
-        expected = twins[name].detach()
+        found, expected = view_of(parameter.detach(), name), view_of(twins[weight_of(name)].detach(), name)
         if dtype == torch.bfloat16:
             (_, axis, index), = optimizer._planned[parameter]
-            master = optimizer.state[parameter]["master"]
+            master = optimizer._state_of(parameter, name)["master"]
             master = master.T if axis == 1 else master
             torch.testing.assert_close(master, expected.index_select(axis, index), rtol=tolerance, atol=tolerance)
-            assert torch.equal(parameter.detach().index_select(axis, index), master.bfloat16())
+            assert torch.equal(found.index_select(axis, index), master.bfloat16())
         else:
-            torch.testing.assert_close(parameter.detach()[mask], expected[mask], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(found[mask], expected[mask], rtol=tolerance, atol=tolerance)
 
 
 def test_state_is_kept_for_planned_slices_only(make_model: Any, mixed_plan: Any) -> None:

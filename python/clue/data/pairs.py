@@ -16,14 +16,18 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ClueError, RecordError
+from ..config import DataSettings, LocalizeSettings
+from ..errors import ClueError, ModelError, RecordError
 from .atomic import write_atomically
 from .encoding import Example, encode, special_prefix
-from .records import Record
+from .records import Record, RecordSet
+
+if TYPE_CHECKING:
+    from ..model.anatomy import Anatomy
 
 CORRUPTIONS = ("auto", "given", "subject", "question")
 _TRIED_AT_ONCE = 16  # subjects tokenised together; nearly always the first few hold one of the right length
@@ -117,6 +121,24 @@ def make_pairs(examples: Sequence[Example], tokenizer: Any, *, corruption: str =
     made = [maker.make(example, rng.permutation(len(donors))) for example in chosen]
     return Pairs(tuple(m[0] for m in made), tuple(m[1] for m in made), np.array([m[2] for m in made], dtype=np.int64),
                  tuple(m[3] for m in made), tuple(e.record.source for e in chosen))
+
+
+def encode_set(records: RecordSet, tokenizer: Any, body: Anatomy, data: DataSettings, *, append_eos: bool) -> list[Example]:
+    """Tokenise a set with the model's context (or ``max_length``, when that is shorter) as the limit."""
+    limit = min(data.max_length or body.context, body.context)
+    return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
+
+
+def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: LocalizeSettings, data: DataSettings,
+            seed: int) -> Pairs:
+    """The clean / corrupted pairs of one set. End-of-sequence tokens carry no fact and are left out."""
+    examples = encode_set(records, tokenizer, body, data, append_eos=False)
+    highest = max(int(example.input_ids.max()) for example in examples)
+    vocabulary = int(getattr(body.embed, "num_embeddings", highest + 1))
+    if highest >= vocabulary:
+        raise ModelError(f"the tokenizer yields token {highest}, the model knows {vocabulary} tokens: use the tokenizer"
+                         " that belongs to this model")
+    return make_pairs(examples, tokenizer, corruption=settings.corruption, chat=data.chat, seed=seed, limit=settings.limit)
 
 
 class _Maker:

@@ -171,6 +171,25 @@ def check_disjoint(a: RecordSet, b: RecordSet, what: str) -> None:
                        f" {where}: {shown[:80]!r}; remove them from one of the two")
 
 
+def read_sets(forget: Source | RecordSet, retain: Source | RecordSet | Mapping[str, Source | RecordSet],
+              ) -> dict[str, RecordSet]:
+    """The forget set first, then the retain sets by name.
+
+    Raises:
+        RecordError: a source cannot be read or is empty, or no set is given to retain.
+        OverlapError: a retain set shares records with the forget set.
+    """
+    named = dict(retain) if isinstance(retain, Mapping) else {"retain": retain}
+    if not named:
+        raise RecordError("retain: give at least one set of records to keep")
+    if "forget" in named:
+        raise RecordError("retain: a retain set cannot be named forget; give it another name")
+    sets = {"forget": read(forget, "forget"), **{name: read(source, name) for name, source in named.items()}}
+    for name in named:
+        check_disjoint(sets["forget"], sets[name], f"the forget set and the retain set {name}")
+    return sets
+
+
 def to_mapping(record: Record) -> dict[str, Any]:
     """The record as :func:`read` takes it back from a JSON lines file (without its source)."""
     values: dict[str, Any] = {"prompt": record.prompt, "answer": record.answer} if record.prompt else {

@@ -56,7 +56,7 @@ class Column:
 
 
 def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mapping[str, Evaluation], plan: Plan,
-                 assignment: Assignment, circuits: Mapping[str, Circuit] | Iterable[Circuit] | None = None,
+                 assignment: Assignment | None = None, circuits: Mapping[str, Circuit] | Iterable[Circuit] | None = None,
                  log: UnlearnLog | None = None, robustness: Mapping[str, Robustness] | None = None,
                  provenance: Mapping[str, Any] | None = None) -> None:
     """Write the report as one HTML file, whole or not at all.
@@ -67,7 +67,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
             without the forget set) have a meaning, other names are shown as they are. At least one.
         plan: roles of the nodes, and the weights that could move. The share of weights is shown when
             ``plan.provenance["model"]["parameters"]`` gives the size of the model.
-        assignment: of the same nodes; which conflicts were forced.
+        assignment: of the same nodes; which conflicts were forced. None where no formula was solved (a baseline).
         circuits: give the nodes' scores in the list of nodes; the forget circuit is the one named ``forget``.
         log: training curves.
         robustness: what was tried to bring the forgotten back, by model, under the keys of ``evaluations``.
@@ -100,7 +100,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
         samples=_samples(columns),
         roles=_roles(plan),
         verification=provenance.pop("verification", None),
-        conflicts=_conflicts(assignment),
+        conflicts=None if assignment is None else _conflicts(assignment),
         nodes=_nodes(plan, assignment, circuits),
         n_responsible=int(np.isin(plan.role, (Role.FORGET, Role.CONFLICT)).sum()),
         curves=_curves(log) if log is not None and log.steps else [],
@@ -110,7 +110,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, evaluations: Mappi
         measures=[*MEASURES.values()],
         attacks=[*ATTACKS.values()],
         sets=_sets(columns),
-        provenance=_groups({**provenance, "plan": dict(plan.provenance),
+        provenance=groups_of({**provenance, "plan": dict(plan.provenance),
                             "evaluation": columns[-1].evaluation.settings}),
     )
     write_atomically(path, text.encode("utf-8", "replace"))
@@ -281,7 +281,9 @@ def _roles(plan: Plan) -> dict[str, Any]:
                 [str(i) for i in range(n_layers)], used, x_label="layer", y_label="nodes",
                 label=f"{name} nodes of each role by layer; the table below has the numbers")})
     counts_by_role = plan.counts()
-    return {"counts": counts_by_role, "total": len(plan.nodes), "panels": panels, "table": table, "names": _ROLES,
+    baseline = plan.provenance.get("baseline") or {}
+    return {"weights": plan.weights_changed, "parameters": len(plan.parameters()), "baseline": baseline.get("name"),
+            "counts": counts_by_role, "total": len(plan.nodes), "panels": panels, "table": table, "names": _ROLES,
             "split": split_bar([(r, r, counts_by_role[r]) for r in _ROLES])}
 
 
@@ -294,7 +296,7 @@ def _conflicts(assignment: Assignment) -> dict[str, Any]:
             "split": split_bar([("forced", "forced", forced), ("chosen", "chosen", chosen)])}
 
 
-def _nodes(plan: Plan, assignment: Assignment,
+def _nodes(plan: Plan, assignment: Assignment | None,
            circuits: Mapping[str, Circuit] | Iterable[Circuit] | None) -> dict[str, Any]:
     """The forget and conflict nodes with the largest forget scores; without circuits in the order of the graph."""
     listed = list(circuits.values() if isinstance(circuits, Mapping) else circuits or ())
@@ -303,7 +305,8 @@ def _nodes(plan: Plan, assignment: Assignment,
     responsible = np.flatnonzero(np.isin(plan.role, (Role.FORGET, Role.CONFLICT)))
     order = responsible[np.argsort(-forget[responsible], kind="stable")][:TOP_NODES]
     rows = [{"name": plan.nodes[i], "role": Role(plan.role[i]).name.lower(),
-             "why": ("forced" if assignment.forced[i] else "chosen") if plan.role[i] == Role.CONFLICT else "",
+             "why": ("forced" if assignment.forced[i] else "chosen")
+             if assignment is not None and plan.role[i] == Role.CONFLICT else "",
              "forget": float(forget[i]), "retain": float(retain[i])} for i in order]
     return {"rows": rows, "scored": bool(listed)}
 
@@ -387,7 +390,7 @@ def _sets(columns: Sequence[Column]) -> list[dict[str, Any]]:
     return rows
 
 
-def _groups(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def groups_of(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Nested plain values as groups of (dotted key, text); values outside any group come first."""
     single = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     groups = [{"name": "run", "rows": list(_flat(single))}] if single else []

@@ -31,6 +31,15 @@ class Series:
     y: npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One row of a trade-off: its name, (x, y) shares, the last of which carries the name, and whether it stands out."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    stressed: bool
+
+
 def number(value: float) -> str:
     """Three significant digits, as a person would write them: 1240, 3.14, 0.05, 2e-4."""
     if value == 0 or 1e-2 <= abs(value) < 1e5:
@@ -136,6 +145,35 @@ def line_plot(series: Sequence[Series], *, label: str, x_label: str, y_label: st
             text = f"{s.label}: {show(float(b))} at {x_label} {show(float(a))}"
             parts.append(f'<circle class="dot {s.style}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(text)}'
                          '</title></circle>')
+    return _svg(parts, label)
+
+
+def tradeoff(curves: Sequence[Curve], *, label: str, x_label: str, y_label: str) -> Markup:
+    """Curves of two shares of which more is better in both, each named at its last point; the Pareto front of the last
+    points is dashed."""
+    last = [curve.points[-1] for curve in curves]
+    xs, ys = ([p[axis] for curve in curves for p in curve.points] for axis in (0, 1))
+    x_low, y_low = (max(0.0, min(values, default=0.0) - 0.04) for values in (xs, ys))
+    axes = _Axes((x_low, 1 + 0.45 * (1 - x_low)), (y_low, 1.0))  # names stand to the right of 100%
+    parts = axes.frame(x_label, y_label, [(v, _whole(v)) for v in ticks(x_low, 1.0)],
+                       [(v, _whole(v)) for v in ticks(y_low, 1.0)])
+    front = sorted({p for p in last if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in last)})
+    if len(front) > 1:
+        path = " ".join(f"{axes.at_x(x):.1f},{axes.at_y(y):.1f}" for x, y in front)
+        parts.append(f'<polyline class="chance" fill="none" points="{path}"><title>Pareto front</title></polyline>')
+    below = float(_TOP)
+    for curve in sorted(curves, key=lambda curve: (-curve.points[-1][1], curve.label)):
+        style = "after" if curve.stressed else "holdout"
+        points = [(axes.at_x(x), axes.at_y(y)) for x, y in curve.points]
+        parts.append(f'<polyline class="line {style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}">'
+                     f'<title>{escape(curve.label)}</title></polyline>')
+        for (x, y), (a, b) in zip(points, curve.points, strict=True):
+            parts.append(f'<circle class="marker {style}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(curve.label)}:'
+                         f' {y_label} {percent(b)} at {percent(a)} {x_label}</title></circle>')
+        x, y = points[-1]
+        below = max(below, y + 4)  # names do not run into each other
+        parts.append(f'<text class="tick" x="{axes.at_x(1) + 12:.1f}" y="{below:.1f}">{escape(curve.label)}</text>')
+        below += 13
     return _svg(parts, label)
 
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from ..errors import PlanError
 from ..plan import Plan
 from ..types import Role
-from ..weights import parameter_of, part_name, view_of
+from ..weights import member_of, parameter_of, view_of
 from .optimizer import MaskedAdamW, planned_parameters
 
 
@@ -63,9 +63,9 @@ class PlanCallback(TrainerCallback):
             slices = [s for s in self._plan.slices if s.parameter == name and s.role in self._roles]
             self._keep(parameter, name, slices[0].axis, np.concatenate([s.index for s in slices]))
         for whole, parameter in {parameter_of(name): parameter for name, parameter in planned.items()}.items():
-            if whole not in planned:  # only parts of it are planned: the others stay
-                members = [number for number in range(len(parameter)) if part_name(whole, number) in planned]
-                self._keep(parameter, whole, 0, np.array(members))
+            members = {member_of(name) for name in planned if parameter_of(name) == whole}
+            if None not in members:  # only parts of it are planned: the others stay
+                self._keep(parameter, whole, 0, np.array(sorted(m for m in members if m is not None)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the unplanned weights back (the trainer calls this after each optimizer step)."""

@@ -7,7 +7,8 @@ step
     P(g) = (G / damping + I)^-1  g  (A / damping + I)^-1,   A and G each divided by its mean diagonal,
 
 keeps the part of a forget gradient g that retention does not use and shrinks the rest. Both factors are restricted to
-what the plan moves: planned rows need G over these rows only, planned columns A over these columns only. A bias is a
+what the plan moves: planned rows need G over these rows only, planned columns A over these columns only. Single weights
+need both whole: their gradient stands among zeros, is stepped, and is read off again. A bias is a
 layer whose only input is the constant 1. An expert is two linear layers that see the tokens routed to it. Where a layer
 keeps W transposed (Conv1D), so are g, the step and its factors.
 """
@@ -27,7 +28,7 @@ from ..model.answers import answer_logits
 from ..model.capture import frozen
 from ..model.experts import Routed, is_experts, linear_traffic
 from ..types import Role
-from ..weights import member_of, parameter_of
+from ..weights import is_flat, member_of, parameter_of, weight_of
 from .objectives import answer_log_probs
 from .optimizer import planned_parameters
 
@@ -39,16 +40,20 @@ if TYPE_CHECKING:
 class RetainMetric:
     """Inverse curvature factors of planned slices. Make one with :meth:`measure`."""
 
-    def __init__(self, factors: dict[str, tuple[Tensor, Tensor]], damping: float) -> None:
+    def __init__(self, factors: dict[str, tuple[Tensor, Tensor]], damping: float,
+                 places: dict[str, Tensor] | None = None) -> None:
         """``factors``: parameter -> (curvature over its planned rows, over its planned columns), both symmetric.
 
-        That is (G, A), or (A, G) for a weight kept transposed.
+        That is (G, A), or (A, G) for a weight kept transposed. ``places``: where the planned single weights of a
+        parameter lie, int64 [k].
         """
+        self._places = places or {}
         done: dict[int, Tensor | None] = {}  # q, k, v share one A, and so do gate and up
         for factor in (f for pair in factors.values() for f in pair):
             if id(factor) not in done:
                 done[id(factor)] = _inverse(factor, damping)
         self._inverses = {name: (done[id(rows)], done[id(columns)]) for name, (rows, columns) in factors.items()}
+        self._sizes = {name: (len(rows), len(columns)) for name, (rows, columns) in factors.items()}
 
     @classmethod
     def measure(cls, model: nn.Module, plan: Plan, batches: Iterable[Batch], *, damping: float) -> RetainMetric:
@@ -118,14 +123,16 @@ class RetainMetric:
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in layers:
             for name, factor in layer.outputs.items():
-                a = layer.input.total if layer.input is not None and name == layer.weight else one
+                a = layer.input.total if layer.input is not None and weight_of(name) == layer.weight else one
                 if factor.total is not None and a is not None:
-                    transposed = layer.transposed and name == layer.weight
+                    transposed = layer.transposed and weight_of(name) == layer.weight
                     found[name] = (a, factor.total) if transposed else (factor.total, a)
         for part in (part for planned in stacks.values() for parts in planned.values() for part in parts):
             if part.outputs.total is not None and part.inputs.total is not None:
                 found[part.name] = part.outputs.total, part.inputs.total
-        return cls(found, damping)
+        places = {s.parameter: torch.from_numpy(s.index).to(found[s.parameter][0].device)
+                  for s in plan.of_role(Role.CONFLICT) if is_flat(s.parameter) and s.parameter in found}
+        return cls(found, damping, places)
 
     @torch.no_grad()
     def precondition(self, parameter: str, gradient: Tensor) -> Tensor:
@@ -133,18 +140,26 @@ class RetainMetric:
 
         Args:
             parameter: name in ``model.state_dict()``.
-            gradient: [k, columns] for k planned rows, [rows, k] for k planned columns, [k] for entries of a bias.
+            gradient: [k, columns] for k planned rows, [rows, k] for k planned columns, [k] for entries of a bias and for
+                single weights.
 
         Returns:
             a tensor of the same shape and dtype; computed in float32 (float64 for float64).
         """
         rows, columns = self._inverses[parameter]
-        step = gradient.unsqueeze(1) if gradient.ndim == 1 else gradient
+        place = self._places.get(parameter)
+        if place is not None:
+            size = self._sizes[parameter]
+            step = gradient.new_zeros(size[0] * size[1]).index_copy_(0, place, gradient).view(size)
+        else:
+            step = gradient.unsqueeze(1) if gradient.ndim == 1 else gradient
         for inverse, left in ((rows, True), (columns, False)):
             if inverse is not None:
                 inverse = inverse.to(step.device)
                 step = step.to(inverse.dtype)
                 step = inverse @ step if left else step @ inverse
+        if place is not None:
+            step = step.reshape(-1).index_select(0, place)
         return step.reshape(gradient.shape).to(gradient.dtype)
 
 
@@ -196,7 +211,7 @@ def _layers(model: nn.Module, plan: Plan) -> tuple[list[_Layer], dict[nn.Module,
         number = member_of(s.parameter)
         if number is not None and is_experts(module):
             index = torch.from_numpy(s.index).to(parameters[s.parameter].device)
-            rows, columns = (index if axis == s.axis else None for axis in (0, 1))
+            rows, columns = (index if axis == s.axis and not is_flat(s.parameter) else None for axis in (0, 1))
             part = _Part(s.parameter, kind, _Factor(columns), _Factor(rows))
             stacks.setdefault(module, {}).setdefault(number, []).append(part)
             continue
@@ -207,6 +222,9 @@ def _layers(model: nn.Module, plan: Plan) -> tuple[list[_Layer], dict[nn.Module,
         layer = layers.setdefault(path, _Layer(module, f"{path}.weight", transposed, None, {}))
         index = torch.from_numpy(s.index).to(parameters[s.parameter].device)
         of_outputs = kind == "bias" or s.axis == (1 if transposed else 0)
+        if kind == "weight" and is_flat(s.parameter):
+            layer.outputs[s.parameter], layer.input = _Factor(None), _Factor(None)
+            continue
         layer.outputs[s.parameter] = _Factor(index if of_outputs else None)
         if kind == "weight":
             layer.input = _Factor(None if of_outputs else index)

@@ -1,0 +1,192 @@
+"""Comparisons made for real on a small world: matched, tuned on held-back records, resumed cell by cell."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clue.cli import main
+from clue.compare import Row, Task, Tuning, compare, hold_back
+from clue.data.records import Record, RecordSet
+from clue.errors import ClueError, RunError
+from clue.evaluate.comparison import VALIDATION
+from clue.plan import Plan
+from clue.run_directory import Run
+
+
+def records(name: str, subjects: list[str | None]) -> RecordSet:
+    return RecordSet(name, tuple(Record(f"q{i}", "a", subject=subject) for i, subject in enumerate(subjects)))
+
+
+@given(st.lists(st.sampled_from(["ada", "bob", "cat", None]), min_size=1, max_size=30), st.integers(0, 9))
+def test_held_back_records_are_whole_subjects_and_never_seen(subjects: list[str | None], seed: int) -> None:
+    given = {"people": records("people", subjects), "skill": records("skill", [None] * 10)}
+    seen, held = hold_back(given, seed)
+    again, _ = hold_back(given, seed)
+    assert [s.sha256 for s in seen.values()] == [s.sha256 for s in again.values()]
+    assert len(held[f"{VALIDATION}skill"]) == 2
+    for name, whole in given.items():
+        kept, back = list(seen[name]), list(held.get(f"{VALIDATION}{name}", ()))
+        assert kept and sorted(r.prompt for r in kept + back) == sorted(r.prompt for r in whole)
+        if all(r.subject for r in whole) and len({r.subject for r in whole}) > 1:
+            assert not {r.subject for r in kept} & {r.subject for r in back}
+        assert bool(back) == (len(whole) > 1)
+
+
+def test_nothing_to_hold_back_is_an_error() -> None:
+    with pytest.raises(ClueError, match="give more records"):
+        hold_back({"retain": records("retain", [None])}, 0)
+
+
+def test_rows_are_named_as_they_are_read() -> None:
+    for name in ("clue", "clue-metric", "wagle", "wagle+metric", "all"):
+        assert Row.of(name).name == name
+    assert (Row.of("clue").metric, Row.of("sure").metric, Row.of("clue+metric").name) == (True, False, "clue")
+    with pytest.raises(ClueError, match="localization 'wagel' is not one of clue, random"):
+        Row.of("wagel")
+    for lrs, levels in (((), (1.0,)), ((0.0,), (1.0,)), ((1.0,), (1.5,)), ((1.0,), ())):
+        with pytest.raises(ClueError):
+            Tuning(lrs, levels)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a small world, and a ``model`` that knows most of it."""
+    from clue.data.world import build_world, save_world, train_model
+
+    folder = tmp_path_factory.mktemp("world")
+    small = build_world(n_people=12, n_forget=2)
+    save_world(small, folder)
+    train_model(small, size="small", steps=120).save_pretrained(folder / "model")
+    small.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def command(world: Path, out: Path, *more: str) -> list[str]:
+    files = [f"--{name}={world / file}" for name, file in (
+        ("model", "model"), ("forget", "forget.jsonl"), ("retain", "retain.jsonl"), ("test", "retain_unseen.jsonl"),
+        ("skill", "induction_eval.jsonl"), ("holdout", "holdout.jsonl"), ("paraphrase", "forget_paraphrase.jsonl"))]
+    return ["compare", *files, "--retain", str(world / "induction_train.jsonl"), "-o", str(out), "--seeds", "1",
+            "--edges", "0.2", "--neurons", "0.2", "--steps", "15", "--lrs", "1e-3,2e-3", "--levels", "0.3,1",
+            "--localize-batch-size", "32", *more]
+
+
+def cells(out: Path) -> dict[str, Any]:
+    return {folder.name.removeprefix("cell-files-0-"): json.loads((folder / "cell.json").read_text())
+            for folder in out.glob("cell-*")}
+
+
+def untimed(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell without what differs between two equal runs."""
+    points = [{k: v for k, v in p.items() if k != "cpu_seconds"} for p in cell["points"]]
+    return {k: v for k, v in cell.items() if k not in ("peak_bytes", "localize_seconds")} | {"points": points}
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_where_it_was_stopped(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    from clue import compare as module
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    names = "clue,random,sure"
+    assert main(command(world, whole, "--localization", names, "--json", "-")) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [row["row"] for row in results["groups"][0]["rows"]] == names.split(",")
+    assert results["groups"][0]["rows"][1]["against"].keys() == results["groups"][0]["rows"][1]["measures"].keys()
+    assert {"forget.accuracy", "forget_paraphrase.accuracy", "retain.accuracy", "retain_seen.accuracy", "skills",
+            "mia.loss.auc", "forget.probability"} <= results["groups"][0]["rows"][0]["measures"].keys()
+    found = cells(whole)
+    assert set(found) == {"clue-npo", "random-npo", "sure-npo"}
+
+    # Matched: as many weights as CLUE's plan, exactly or as many whole rows as fit.
+    planned = {name: Plan.load(whole / f"plan-files-0-{name}") for name in names.split(",")}
+    clue = planned["clue"].weights_changed
+    assert planned["random"].weights_changed == clue
+    assert 0 <= clue - planned["sure"].weights_changed < 64
+    assert not any(key.startswith(VALIDATION) for cell in found.values() for p in cell["points"] for key in p["measures"])
+
+    # Killed in the middle of the second cell: the first stays, nothing half made, and the rest comes out the same.
+    made = module._cell
+
+    def killed(run: Any, task: Any, row: Row, *more: Any) -> Any:
+        if row.localization == "random":
+            raise KeyboardInterrupt
+        return made(run, task, row, *more)
+
+    monkeypatch.setattr(module, "_cell", killed)
+    assert main(command(world, stopped, "--localization", names)) == 130
+    assert set(cells(stopped)) == {"clue-npo"}
+    monkeypatch.setattr(module, "_cell", made)
+    first = (stopped / "cell-files-0-clue-npo" / "cell.json").stat().st_mtime_ns
+    assert main(command(world, stopped, "--localization", names)) == 0
+    assert (stopped / "cell-files-0-clue-npo" / "cell.json").stat().st_mtime_ns == first
+    assert {name: untimed(cell) for name, cell in cells(stopped).items()} == {
+        name: untimed(cell) for name, cell in found.items()}
+
+    # More rows are added to what is there; other settings, or other records, do not get in.
+    capsys.readouterr()
+    assert main(command(world, stopped, "--localization", "clue,sure", "--with-metric")) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("train  ") == 2 and "sure+metric" in captured.out
+    page = (stopped / "compare.html").read_text()
+    assert "sure+metric" in page and "<script" not in page
+    assert main(command(world, stopped, "--localization", "clue", "--floor", "0.3")) == 2
+    assert "floor = " in capsys.readouterr().err
+    changed = tmp_path / "changed"
+    shutil.copytree(world, changed)
+    lines = (world / "retain_unseen.jsonl").read_text().splitlines(keepends=True)
+    (changed / "retain_unseen.jsonl").write_text("".join(lines[1:]))
+    manifest = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps(manifest).replace(str(world), str(changed)))
+    assert main(command(changed, stopped, "--localization", "clue")) == 2
+    assert "other records of files-0" in capsys.readouterr().err
+
+
+def test_a_cell_that_diverges_stays_in_the_table(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--localization", "random", "--lrs", "1e30", "--clip", "0"]
+    assert main(command(world, tmp_path / "run", *more)) == 0
+    captured = capsys.readouterr()
+    assert "diverged" in captured.out
+    cell, = cells(tmp_path / "run").values()
+    assert cell["points"] == [] and "1e+30" in cell["failed"]
+    assert "diverged" in (tmp_path / "run" / "compare.html").read_text()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--benchmark", "world", "--model", "m"], "--benchmark world brings its own model and records: leave out --model"),
+    (["--benchmark", "world", "--gold", "m"], "leave out tests"),
+    (["--model", "m", "--forget", "f"], "name a --benchmark, or give --model, --forget and --retain"),
+    (["--benchmark", "moon"], "invalid choice: 'moon'"),
+    (["--benchmark", "world", "--seeds", "0"], "--seeds 0 must be at least 1"),
+    (["--benchmark", "world", "--localization", "clue,wagel"], "localization 'wagel' is not one of"),
+    (["--benchmark", "world", "--objective", "npo,gaa"], "objective = 'gaa' is not one of"),
+    (["--benchmark", "world", "--lrs", "1e-4,fast"], "--lrs '1e-4,fast': expected numbers"),
+    (["--benchmark", "world", "--levels", "0.5,2"], "levels of forgetting must lie in"),
+    (["--benchmark", "world", "--at", "0.7"], "--at 0.7 is not one of the --levels"),
+    (["--benchmark", "world", "--ratio", "0"], "--ratio 0 must lie in"),
+    (["--benchmark", "world", "--floor", "0"], "floor = 0 counts nothing as forgotten"),
+    (["--benchmark", "world", "--localization", ","], "expected names, separated by commas"),
+])
+def test_mistakes_are_one_sentence_and_leave_nothing(options: list[str], message: str, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *options, "-o", str(tmp_path / "run")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and len(captured.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_that_changed_are_refused(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    run.update(data={"x-0": {"forget": "old"}})
+    empty = records("forget", [None])
+    task = Task("x", 0, lambda: (None, None), None, empty, {}, None, {"forget": "new"})  # type: ignore[arg-type]
+    from clue.config import Settings
+
+    with pytest.raises(RunError, match="other records of x-0"):
+        compare(run, [lambda: task], [], [], Settings(), Tuning((1.0,), (1.0,)))
