@@ -215,8 +215,9 @@ def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 def _given_tests(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of :class:`clue.jobs.Tests` that are on the command line."""
-    given: dict[str, Any] = {name: _absolute(source) for name in ("paraphrase", "holdout", "gold", "reference",
-                                                                           "benchmark", "data")
+    of_benchmark = ("benchmark", "data") if "data" in arguments else ()  # `compare` means something else by the first
+    given: dict[str, Any] = {name: _absolute(source)
+                             for name in ("paraphrase", "holdout", "gold", "reference", *of_benchmark)
                              if (source := getattr(arguments, name)) is not None}
     return given | {name: _named(flag, texts) for name, flag, texts in (("retain", "--test", arguments.test),
                                                                        ("skills", "--skill", arguments.skill)) if texts}
