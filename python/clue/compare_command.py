@@ -23,7 +23,7 @@ BENCHMARKS = {"world": ("easy", "hard"), "world-easy": ("easy",), "world-hard": 
 DECIDED = ("localize.method", "localize.ratio", "unlearn.objective", "unlearn.lr", "unlearn.metric", ".seed",
            "evaluate.rouge", "evaluate.bootstrap")
 #: Learning rates of every cell, as multiples of the benchmark's own.
-FACTORS = (0.125, 0.25, 0.5, 1.0)
+FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
                          help="every baseline also with the step in the retain metric, as a row of its own")
     compare.add_argument("--objective", default="npo", metavar="LIST", help="objectives of unlearn (default: %(default)s)")
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
-    compare.add_argument("--lrs", metavar="LIST", help="learning rates tried in every cell (default: an eighth, a quarter,"
-                         " half and all of the benchmark's lr)")
+    compare.add_argument("--lrs", metavar="LIST", help="learning rates tried in every cell (default: the benchmark's lr and"
+                         " four halvings of it)")
     compare.add_argument("--levels", default="0.5,0.8,1", metavar="LIST",
                          help="shares of forgotten records at which models are measured (default: %(default)s)")
     compare.add_argument("--at", type=float, metavar="X", help="the level compared in the table (default: the highest)")

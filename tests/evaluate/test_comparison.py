@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -103,7 +104,19 @@ def test_rows_that_lose_or_diverge_stay() -> None:
         ("clue", 1, 0, 1), ("bad", 0, 1, 0), ("slow", 0, 0, 1)]
     assert clue.curve == ((0.5, 0.8), (1.0, 0.7)) and bad.curve == ()
     assert np.isnan(bad.forgotten) and slow.forgotten == 0.4
+    assert clue.at_end == 0  # one learning rate is no grid
     assert (clue.train_seconds, clue.tuning_seconds, clue.share) == (20.0, 20.0, 0.2)
+
+
+def test_a_learning_rate_at_an_end_of_the_grid_is_told() -> None:
+    ends = {1: 1, 2: 0, 3: 1}
+    for lr in (1.0, 2.0, 3.0):
+        found = cell(*(point(each, 10, 1.0, 0.9 if each == lr else 0.1) for each in (1.0, 2.0, 3.0)))
+        row, = summarise([found], 1.0, (1.0,))
+        assert row.lrs == (lr,) and row.at_end == ends[int(lr)]
+    # One that diverged was tried too.
+    row, = summarise([replace(found, failed={"4.0": "nan"})], 1.0, (1.0,))
+    assert row.lrs == (3.0,) and row.at_end == 0
 
 
 def test_groups_hold_their_own_seeds_references() -> None:

@@ -30,7 +30,8 @@ VALIDATION = "validation "
 #: What a table shows of a model: the key of a measure, and its title.
 HEADLINES = {
     "forget.accuracy": "forget", "forget_paraphrase.accuracy": "paraphrase", "forget.probability": "probability",
-    "retain.accuracy": "retain", "retain_seen.accuracy": "retain seen", "skills": "skills", "mia.loss.auc": "MIA AUC",
+    "retain.accuracy": "retain", "retain.probability": "retain prob",
+    "retain_seen.accuracy": "retain seen", "skills": "skills", "mia.loss.auc": "MIA AUC",
 }
 #: The measure in which CLUE is compared with the others.
 HEADLINE = "retain.accuracy"
@@ -183,6 +184,8 @@ class RowSummary:
         diverged: at how many every learning rate diverged; these have no numbers.
         share: mean share of the model's weights that may move.
         forgotten, steps, lrs: of the points compared; ``lrs`` by seed.
+        at_end: at how many seeds the learning rate was the smallest or the largest tried, so that a wider grid may find a
+            better one.
         measures: by key, over seeds.
         against: by key, differences to CLUE over the seeds both have; None for CLUE itself or where it is missing.
         localize_seconds, train_seconds: mean processor time of choosing the weights and of training the point compared.
@@ -200,6 +203,7 @@ class RowSummary:
     forgotten: float
     steps: float
     lrs: tuple[float, ...]
+    at_end: int
     measures: Mapping[str, Interval]
     against: Mapping[str, Interval] | None
     localize_seconds: float
@@ -238,12 +242,14 @@ def _summary(row: str, cells: Mapping[int, Cell], points: Mapping[int, Point], o
             curve.append((mean([p.forgotten for p in found]), mean([p.measures[HEADLINE] for p in found])))
     last = {(seed, point.lr): point for seed, cell in cells.items()
             for point in sorted(cell.points, key=lambda point: point.steps)}
+    tried = {seed: sorted({p.lr for p in cell.points} | {float(lr) for lr in cell.failed}) for seed, cell in cells.items()}
+    at_end = sum(len(tried[seed]) > 1 and point.lr in (tried[seed][0], tried[seed][-1]) for seed, point in points.items())
     peaks = [cell.peak_bytes for cell in cells.values() if cell.peak_bytes is not None]
     return RowSummary(
         row=row, seeds=tuple(points), reached=sum(p.forgotten >= level for p in points.values()),
         diverged=len(cells) - len(points), share=mean([c.weights / c.parameters for c in cells.values()]),
         weights=mean([c.weights for c in cells.values()]), forgotten=mean([p.forgotten for p in points.values()]),
-        steps=mean([p.steps for p in points.values()]), lrs=tuple(p.lr for p in points.values()),
+        steps=mean([p.steps for p in points.values()]), lrs=tuple(p.lr for p in points.values()), at_end=at_end,
         measures={key: mean_over([p.measures[key] for p in points.values()]) for key in keys}, against=against,
         localize_seconds=mean([c.localize_seconds for c in cells.values()]),
         train_seconds=mean([p.cpu_seconds for p in points.values()]),

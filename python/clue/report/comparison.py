@@ -40,7 +40,7 @@ def _lines(group: Group, level: float) -> list[str]:
     for name, measures in group.reference.items():
         lines.append(_line(f"({name})", ["", "", _number(measures.get(HEADLINE))], _WIDE))
     keys = [key for key in HEADLINES if key != HEADLINE and any(key in row.measures for row in group.rows)]
-    widths = [max(7, len(HEADLINES[key]) + 1) for key in keys] + [8, 7, 6]
+    widths = [len(HEADLINES[key]) + 1 if len(HEADLINES[key]) > 6 else 7 for key in keys] + [7, 6, 6]
     lines += ["", _line("", [*(HEADLINES[key] for key in keys), "CPU s", "steps", "MB"], widths)]
     for row in group.rows:
         cost = "" if not row.seeds else f"{row.localize_seconds + row.train_seconds:.0f}"
@@ -51,6 +51,9 @@ def _lines(group: Group, level: float) -> list[str]:
         lines.append(_line(f"({name})", [_number(measures.get(key)) for key in keys], widths))
     if any(row.reached < len(row.seeds) for row in group.rows):
         lines.append("* did not get there in its steps at every seed: read where it forgot most")
+    ends = [row.row for row in group.rows if row.at_end]
+    if ends:
+        lines.append(f"learning rate at an end of the grid, where a wider one (--lrs) may find a better: {', '.join(ends)}")
     return lines
 
 
