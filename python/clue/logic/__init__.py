@@ -117,7 +117,8 @@ def assign(
             scaled by its maximum and rounded (ties to even) to integers 0 .. :data:`SCORE_STEPS`.
         time_limit: seconds after which the best assignment so far is returned; 0 never stops early.
         certify: a file to write the proof of the least cost to, for :func:`check_certificate`. It is written if
-            ``optimal``, and not at all if the time limit struck.
+            ``optimal``, and not at all if the time limit struck. What the search derives is kept until then, about 2 MB
+            for each second of a hard one.
 
     Raises:
         CircuitError: no circuit on a side, circuits of different graphs, an edge that names an unknown node or closes a
