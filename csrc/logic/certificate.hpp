@@ -37,13 +37,14 @@
 // none.
 //
 // Variables are those of the axioms, from 1 on as they appear. What one of them costs belongs to the first section that
-// has it. A core of two literals or more is followed by the
-// variables of its totalizer: a balanced tree over the literals in their order, split at half the size (rounded down).
-// From the root down, left before right, each inner node over s literals has s variables, "at least 1 is true" to "at
-// least s are". A leaf's only variable is its literal. A step 3 names a variable z_j of a node and 0 <= i <= j: when i
-// of the left child and j - i of the right one are true, then z_j is. A step 4 says that z_j needs z_(j-1), j >= 2. A
-// step 5 says that M falsifies a literal: it may where what is paid plus the literal's cost is k or more; its clause is
-// the negated literal.
+// has it. A core of two literals or more makes the variables of its totalizer: a balanced tree over the literals in
+// their order, split at half the size (rounded down). From the root down, left before right, each inner node over s
+// literals has s variables, "at least 1 is true" to "at least s are". A leaf's only variable is its literal. A step 3
+// names a variable z_j of a node and 0 <= i <= j: when i of the left child and j - i of the right one are true, then
+// z_j is. A step 4 says that z_j needs z_(j-1), j >= 2. A step 5 says that M falsifies a literal: it may where what is
+// paid plus the literal's cost is k or more; its clause is the negated literal. The cores weigh k together, or the
+// empty clause is derived. Where the claim is that there is no model, k is 0, there is no step 5, and each section
+// derives the empty clause.
 //
 // Axioms of circuits, where x_n is as in circuit.hpp. Literals that unit propagation decides at the root are left out
 // of the clauses. An axiom is the node, as a signed difference to the one before (the first: to 0), and a number:
@@ -53,9 +54,9 @@
 //   2 + 8 (node - input) + 4 side      authors, of a group that asks for any: x_input implies x_node
 //   3 + 8 (3 circuit + gate) + 4 side  a group that asks for any: x_node implies one of its inputs, in order of ids
 //   4 + 8 (3 circuit + gate) + 4 side  authors, a group that asks for all: together they imply x_node
-// with side 1 for retain and 0 for forget; no circuit is named by the second, since it does not matter which has the
-// edge. A conflict's cost is on its variable where both sides are open, and on the open one of the two where the other
-// is true; where both are true, it is paid at the root.
+// with side 1 for retain and 0 for forget; edges name no circuit, since it does not matter which one has them. A
+// conflict's cost is on its variable where both sides are open, and on the open one of the two where the other is true;
+// where both are true, it is paid at the root.
 //
 // Axioms of a formula: the number of the clause, hard ones first, from 0 on, as a signed difference to the one before.
 // A soft clause has its literals in order of variables, without repeats. Of several literals, it has a new variable in

@@ -54,7 +54,9 @@ int Derivation::literal() {
 
 void Derivation::literals() {
   clause_.clear();
-  for (std::size_t left = in_.count(); left > 0; --left) clause_.push_back(literal());
+  const std::size_t size = in_.count();
+  if (size > static_cast<std::size_t>(kMostVariables)) refuse("it has too many literals");
+  for (std::size_t i = 0; i < size; ++i) clause_.push_back(literal());
 }
 
 void Derivation::assign(int literal) {
@@ -128,7 +130,6 @@ void Derivation::steps(std::int64_t k, bool no_model) {
     const std::uint64_t kind = in_.number();
     if (kind == static_cast<std::uint64_t>(Step::End)) break;
     ++step_;
-    if (ends_.size() >= std::numeric_limits<std::uint32_t>::max()) refuse("it has too many clauses");
     clause_.clear();
     switch (kind) {
       case static_cast<std::uint64_t>(Step::Clause):
