@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from .config import EvaluateSettings, LocalizeSettings, Settings, UnlearnSettings
 from .errors import ModelError, OverlapError, PlanError, RunError
-from .pipeline import Progress, fingerprint, locate, read_sets
+from .pipeline import Progress, locate, read_sets
 from .plan import Plan
 from .run_directory import Run, write_json
+from .weights import fingerprint
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation, EvaluationSets
@@ -193,7 +194,7 @@ def report(run: Run) -> Path:
     from .evaluate import Evaluation
     from .logic import Assignment
     from .report import write_report
-    from .unlearn.loop import UnlearnLog
+    from .unlearn.log import UnlearnLog
 
     run.require("evaluation", "evaluate")
     evaluations = {path.stem: Evaluation.load(path) for path in sorted(run.path("evaluation").glob("*.json"))

@@ -7,7 +7,6 @@ in a run directory.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ from .config import DataSettings, LocalizeSettings, check
 from .errors import ClueError, ModelError
 from .plan import Plan, Slice
 from .types import NodeKind, Role
+from .weights import fingerprint as fingerprint
 from .weights import shape_of
 
 if TYPE_CHECKING:
@@ -222,17 +222,6 @@ def make_plan(body: Anatomy, graph: Graph, assignment: Assignment, provenance: M
     if tied:
         raise ModelError(f"{tied[0]} shares its storage with another weight of this model: untie them before localizing")
     return Plan(graph.names, role, slices, shapes, dict(provenance))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the model's parameters and buffers: names, shapes, dtypes and bytes."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -8,12 +8,13 @@ gradient, and in a model's files, where the same experts may lie in one tensor o
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _PART = re.compile(r"(.+)\[(\d+)\]")
 #: One expert's matrix in the layout of the Hugging Face hub, which ``save_pretrained`` writes too.
@@ -73,3 +74,14 @@ def from_file(stored: str, size: Sequence[int]) -> list[tuple[str, int, int | No
     if len(size) == 3 and name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
         return [(part_name(name, member), 0, member) for member in range(size[0])]
     return [(name, 0, None)]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the model's parameters and buffers: names, shapes, dtypes and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
