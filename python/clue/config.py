@@ -82,13 +82,21 @@ class UnlearnSettings:
                              " wga, undial, or, which teach refusals, dpo and refusal",
                              choices=("npo", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal", "undial",
                                       "wga"))
-    stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper) or joint",
-                          choices=("two", "joint"))
+    stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper), joint, or"
+                          " alternating (a forget step on all planned weights, then a retain step on conflict weights)",
+                          choices=("two", "joint", "alternating"))
     lr: float = _option(1e-4, "learning rate at the top of the schedule")
     steps: int = _option(200, "most optimizer steps, all stages together")
     forget_share: float = _option(0.2, "share of the steps given to the forget stage when stages = two")
     batch_size: int = _option(16, "forget records per step; as many retain records go with them")
-    retain_weight: float = _option(1.0, "lambda: weight of the retain loss on conflict weights")
+    retain_weight: float = _option(1.0, "lambda: weight of the retain loss on conflict weights; where there is a retain"
+                                   " budget, the one to begin with")
+    retain_budget: float = _option(0.0, "how far the retain loss may rise above that of the model before; the retain"
+                                   " weight is adapted to hold it; 0 leaves the weight fixed")
+    budget_kind: str = _option("relative", "the retain budget is relative (a share of the loss before) or absolute (nats"
+                               " per token)", choices=("relative", "absolute"))
+    budget_rate: float = _option(1.0, "how fast the retain weight follows: by this much per step and nat above budget")
+    retain_most: float = _option(20.0, "largest retain weight that a budget may lead to; the least is 0")
     beta: float = _option(0.1, "inverse temperature of npo, npo-kl and dpo")
     simnpo_beta: float = _option(2.5, "inverse temperature of simnpo, whose log-probabilities are means over tokens")
     simnpo_gamma: float = _option(0.0, "reward margin of simnpo")
@@ -106,6 +114,14 @@ class UnlearnSettings:
                            " length-normalised answer probability is at or below this, about what a model gives to"
                            " answers it never saw, and greedy decoding does not give the answer; training stops when"
                            " all are; 0 forgets without end")
+    validation: float = _option(0.0, "share of the forget records, drawn by seed, that is held out of the training to see"
+                                " how far forgetting carries; 0 trains on all. It costs what it holds out: facts that"
+                                " only these records tell stay in the model, so it suits sets that say things twice")
+    forget_target: float = _option(0.15, "training also stops once the validation records' mean length-normalised answer"
+                                   " probability is at or below this")
+    bad_steps: int = _option(3, "a step whose loss or gradient is NaN or infinite is skipped; so many of them running"
+                             " end the training")
+    metric_every: int = _option(0, "steps after which the retain metric is measured anew; 0 measures it once")
     check_every: int = _option(5, "steps between looks at the whole forget set, to stop once all of it is forgotten")
 
 
@@ -156,6 +172,8 @@ def check(settings: Any) -> None:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
         if f.name in {"edges", "neurons", "min_k", "relearn_share", "ratio"} and not 0.0 < value <= 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
+        if f.name == "validation" and value >= 1.0:
+            raise ClueError(f"validation = {value} must be less than 1: records to train on must be left")
         if f.name == "faithfulness" and value > 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")
         if f.name == "path_steps" and (value < 2 or value % 2):
@@ -166,8 +184,8 @@ def check(settings: Any) -> None:
                 raise ClueError(f"{f.name}: {unknown[0]!r} is unknown; known are {', '.join(names)}")
         if f.name in {"beta", "simnpo_beta"} and not value > 0.0:
             raise ClueError(f"{f.name} = {value} must be greater than 0")
-        if f.name in {"batch_size", "steps", "check_every", "max_new_tokens", "relearn_steps", "drift_steps", "curve_points",
-                      "hints"} and value < 1:
+        if f.name in {"batch_size", "steps", "check_every", "bad_steps", "max_new_tokens", "relearn_steps", "drift_steps",
+                      "curve_points", "hints"} and value < 1:
             raise ClueError(f"{f.name} = {value} must be at least 1")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not (0 <= value < float("inf")):
             raise ClueError(f"{f.name} = {value} must be finite and not negative")

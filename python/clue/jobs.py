@@ -7,6 +7,7 @@ its training log), ``evaluation``, on request ``robustness``, and ``report.html`
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -76,6 +77,7 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
 def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
     """Train the planned weights and save the model, whole, into the run's ``model`` stage."""
     from .report.svg import percent
+    from .unlearn.checkpoint import FILE as CHECKPOINT
     from .unlearn.loop import unlearn as train
 
     run.require("plan", "localize")
@@ -98,16 +100,23 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
     if plan.provenance["model"]["fingerprint"] != fingerprint(network):
         raise RunError(f"{inputs['model']} is not the model this run was localized on: its weights, or their dtype, have"
                        " changed since; localize again into another folder with -o")
+    checkpoint = run.path(".training")  # so that a killed job goes on at the step it came to
+    if (checkpoint / CHECKPOINT).exists():
+        progress(f"unlearn    goes on from {checkpoint / CHECKPOINT}")
     log = train(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
-                plan, settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step)
+                plan, settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step, checkpoint=checkpoint)
     with run.stage("model") as folder:
         network.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
         log.save(folder / "training.json")
         verification = _verified(inputs["model"], folder, plan)
     run.update(settings=settings.to_dict(), verification=verification)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps"
              + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))
+    if log.skipped:
+        progress(f"model      {log.skipped} steps were not finite and moved nothing")
+    progress(f"model      {log.moved} of {log.planned} planned weights moved")
     progress(f"verify     {verification}")
 
 
@@ -261,7 +270,7 @@ def report(run: Run) -> Path:
     from .evaluate.robustness import Robustness
     from .logic import Assignment
     from .report import write_report
-    from .unlearn.loop import UnlearnLog
+    from .unlearn.log import UnlearnLog
 
     run.require("evaluation", "evaluate")
     evaluations = {path.stem: Evaluation.load(path) for path in sorted(run.path("evaluation").glob("*.json"))

@@ -19,7 +19,7 @@ from clue.logic import Assignment
 from clue.plan import Plan, Slice
 from clue.report import robustness_table, table, write_report
 from clue.types import Gate, Provenance, Role
-from clue.unlearn.loop import UnlearnLog
+from clue.unlearn.log import UnlearnLog
 
 EVIL = '<script>alert("x")</script>&\'"'
 
@@ -47,8 +47,8 @@ def log(steps=60):
     step = np.arange(steps, dtype=float)
     return UnlearnLog(stage=np.where(step < steps // 3, 1, 2).astype(np.uint8), forget_loss=np.exp(-step / 20),
                       retain_loss=np.where(step < steps // 3, np.nan, 0.1), forget_probability=np.exp(-step / 9),
-                      grad_norm=np.ones(steps), lr=np.linspace(1e-3, 1e-4, steps), stopped_early=True,
-                      forgotten=step / steps, final_probability=0.02, final_forgotten=1.0)
+                      grad_norm=np.ones(steps), lr=np.linspace(1e-3, 1e-4, steps), retain_weight=np.ones(steps),
+                      stopped_early=True, forgotten=step / steps, final_probability=0.02, final_forgotten=1.0)
 
 
 def run(graph, seed=0):

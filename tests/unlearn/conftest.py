@@ -29,8 +29,8 @@ def sets() -> dict[str, RecordSet]:
     return {"forget": records("forget", FORGET), "retain": records("retain", RETAIN), "skill": records("skill", SKILL)}
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
+def build_tokenizer() -> Any:
+    """One token for each word of the sets."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,23 +41,29 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+def build_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+                "tie_word_embeddings": False, "initializer_range": 0.2, "attention_bias": True,
+                "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None} | changes
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # Hugging Face starts biases at zero, where weight decay would be invisible
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
+
+
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        settings = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-                    "tie_word_embeddings": False, "initializer_range": 0.2, "attention_bias": True,
-                    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None} | changes
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**settings))
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # Hugging Face starts biases at zero, where weight decay would be invisible
-                torch.nn.init.normal_(parameter, std=0.1)
-        return model.to(dtype)
-
-    return make
+    return build_model
 
 
 @pytest.fixture

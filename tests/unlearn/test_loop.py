@@ -20,6 +20,7 @@ from clue.errors import ClueError, ModelError, PlanError, RecordError
 from clue.plan import Slice
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
+from clue.unlearn.log import SERIES
 from clue.weights import flat_name
 from tests.families import tiny
 
@@ -279,16 +280,16 @@ def test_a_forgotten_record_pulls_at_no_weight(make_model: Any, make_plan: Any, 
 
 
 def test_an_answer_that_greedy_decoding_gives_is_not_forgotten(make_model: Any, tokenizer: Any, sets: Any) -> None:
-    from clue.unlearn.loop import _forgotten
+    from clue.unlearn.role_gradient import forgotten_now
 
     labels = torch.tensor([[-100, 3, 5], [-100, 3, 5], [-100, 3, -100]])
     logits = torch.zeros(3, 3, 8)
     logits[0, 0, 3] = logits[0, 1, 5] = logits[1, 0, 3] = logits[1, 1, 6] = logits[2, 0, 4] = 1e-3
-    probability, forgotten = _forgotten(logits, labels, 0.5)
+    probability, forgotten = forgotten_now(logits, labels, 0.5)
     assert torch.allclose(probability, torch.full((3,), 1 / 8), rtol=1e-3)  # all alike, and all below the floor
     assert forgotten.tolist() == [False, True, True]
-    assert not _forgotten(logits, labels, 0.0)[1].any()
-    assert not _forgotten(logits, labels, 0.1)[1].any()
+    assert not forgotten_now(logits, labels, 0.0)[1].any()
+    assert not forgotten_now(logits, labels, 0.1)[1].any()
 
 
 def test_roles_without_weights(make_model: Any, make_plan: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
@@ -319,28 +320,56 @@ def test_refusals(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -
         unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, steps=0))
 
 
-def test_divergence_is_an_error_and_leaves_the_flags(make_model: Any, make_plan: Any, tokenizer: Any,
-                                                     sets: Any) -> None:
+def test_divergence_is_an_error_and_leaves_the_flags(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any,
+                                                     bits: Any) -> None:
     model = make_model().train()
     plan = make_plan(model, {"model.layers.0.mlp.down_proj.weight": (1, {Role.CONFLICT: None})})
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(ModelError, match="diverged at step 1"):
+    before = bits(model)
+    with pytest.raises(ModelError, match="diverged at step 3: forget loss nan, .* in the last of 3 steps running"):
         unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, PLAIN)
+    with pytest.raises(ModelError, match="diverged at step 1"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, bad_steps=1))
+    assert all(np.array_equal(before[name], now) for name, now in bits(model).items())
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_step_that_is_not_finite_moves_nothing(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                                                 bits: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    met = []  # the weights that each loss was computed with
+
+    def spoilt(answers: Any, refusals: Any, settings: Any) -> torch.Tensor:
+        met.append(bits(model))
+        loss = answers.log_p.sum()
+        bad = {3: math.inf, 5: math.nan, 6: math.nan}
+        return loss * bad.get(len(met), 1.0)
+
+    readings: list[int] = []
+    log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, steps=8, lr=1e-3),
+                  objective=spoilt, on_step=lambda entry: readings.append(entry["step"]))
+    assert (log.skipped, log.steps, readings) == (3, 5, [1, 2, 3, 4, 5])
+    assert np.isfinite(log.forget_loss).all() and np.isfinite(log.grad_norm).all()
+    for earlier in range(7):
+        same = all(np.array_equal(met[earlier][name], now) for name, now in met[earlier + 1].items())
+        assert same == (earlier + 1 in (3, 5, 6)), earlier + 1
+    assert (log.planned, log.moved) == (plan.weights_changed, plan.weights_changed)
 
 
 def test_log_survives_saving(tmp_path: Path) -> None:
     log = UnlearnLog(np.array([1, 2], dtype=np.uint8), np.array([0.5, 0.25]), np.array([math.nan, 0.1]),
-                     np.array([0.9, 0.8]), np.array([0.0, 0.5]), np.array([2.0, 1.0]), np.array([1e-3, 1e-4]), True,
-                     0.125, 0.75)
+                     np.array([0.9, 0.8]), np.array([0.0, 0.5]), np.array([2.0, 1.0]), np.array([1e-3, 1e-4]),
+                     np.array([1.0, 0.5]), True, 0.125, 0.75, skipped=2, planned=9, moved=8)
     log.save(tmp_path / "log.json")
     back = UnlearnLog.load(tmp_path / "log.json")
     assert [p.name for p in tmp_path.iterdir()] == ["log.json"]
-    for name in ("stage", "forget_loss", "retain_loss", "forget_probability", "forgotten", "grad_norm", "lr"):
+    for name in ("stage", *SERIES):
         assert np.array_equal(getattr(log, name), getattr(back, name), equal_nan=name == "retain_loss")
         assert getattr(log, name).dtype == getattr(back, name).dtype
     assert (back.steps, back.stopped_early, back.final_probability, back.final_forgotten) == (2, True, 0.125, 0.75)
+    assert (back.skipped, back.planned, back.moved) == (2, 9, 8) and math.isnan(back.final_validation)
     (tmp_path / "log.json").write_text("{}")
     with pytest.raises(ClueError, match="not a readable unlearning log"):
         UnlearnLog.load(tmp_path / "log.json")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..evaluate.robustness import Robustness
     from ..logic import Assignment
     from ..plan import Plan
-    from ..unlearn.loop import UnlearnLog
+    from ..unlearn.log import UnlearnLog
 
 #: Nodes listed by name; the plan itself holds all of them.
 TOP_NODES = 20
@@ -42,7 +42,7 @@ FEW_CHOICES = 0.05
 _ROLES = ("forget", "conflict", "retain", "free")
 _STYLES = {"before": "before", "after": "after", "gold": "gold"}
 _OTHER_STYLES = ("other-1", "other-2", "other-3")
-_STAGES = {0: "joint", 1: "forget weights", 2: "conflict weights"}
+_STAGES = {0: "joint", 1: "forget weights", 2: "conflict weights", 3: "in turn"}
 
 
 @dataclass(frozen=True)
@@ -331,9 +331,9 @@ def _curves(log: UnlearnLog) -> list[dict[str, Any]]:
     marks = [(float(i), _STAGES.get(int(stage[i]), f"stage {stage[i]}")) for i in starts] if len(starts) > 1 else []
 
     def curve(name: str, y_label: str, *lines: tuple[str, str, str]) -> dict[str, Any]:
-        series = [Series(label, style, step, np.asarray(getattr(log, field), dtype=np.float64))
-                  for field, label, style in lines]
-        series = [s for s in series if np.isfinite(s.y).any()]
+        found = [(label, style, np.asarray(getattr(log, field), dtype=np.float64)) for field, label, style in lines]
+        series = [Series(label, style, step[np.isfinite(y)], y[np.isfinite(y)]) for label, style, y in found
+                  if np.isfinite(y).any()]
         plot = line_plot(series, label=f"{name} by optimizer step", x_label="step", y_label=y_label, marks=marks)
         return {"name": name, "series": series, "plot": plot}
 

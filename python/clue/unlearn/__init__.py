@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "unlearn": ".loop",
-    "UnlearnLog": ".loop",
+    "UnlearnLog": ".log",
     "MaskedAdamW": ".optimizer",
     "RetainMetric": ".metric",
     "PlanCallback": ".callback",
@@ -28,7 +28,8 @@ __all__ = ["OBJECTIVES", "Answers", "MaskedAdamW", "Objective", "PlanCallback", 
 
 if TYPE_CHECKING:
     from .callback import PlanCallback
-    from .loop import UnlearnLog, unlearn
+    from .log import UnlearnLog
+    from .loop import unlearn
     from .metric import RetainMetric
     from .objectives import OBJECTIVES, Answers, Objective, answer_log_probs
     from .optimizer import MaskedAdamW

@@ -2,43 +2,43 @@
 
 A step is one forward and backward pass over forget and retain records together, which computes the gradients of planned
 slices only, forget and retain apart (:mod:`clue.unlearn.sparse`). On conflict slices the forget gradient is measured in
-the retain metric and the retain gradient added. The sum is clipped once, and the slices are updated.
+the retain metric and the retain gradient added (:mod:`clue.unlearn.role_gradient`). The sum is clipped once, and the
+slices are updated. :mod:`clue.unlearn.schedule` says which roles move when; a step that is not finite moves nothing.
 
-A record that is forgotten already gets no more gradient (:func:`_forgotten`). Pushed further, its answer would become
-more unlikely than one the model never saw, which gives it away as surely as being remembered does, and all that extra
-pushing is paid for by what must stay.
+A record that is forgotten already gets no more gradient (:func:`~clue.unlearn.role_gradient.forgotten_now`). Pushed
+further, its answer would become more unlikely than one the model never saw, which gives it away as surely as being
+remembered does, and all that extra pushing is paid for by what must stay.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from ..config import DataSettings, UnlearnSettings, check
-from ..data.atomic import write_atomically
-from ..data.encoding import IGNORED, Example, batches, collate, encode, length_limit, pad_id
-from ..errors import ClueError, ModelError, PlanError, RecordError
+from ..data.encoding import Example, batches, encode, length_limit, pad_id
+from ..errors import ClueError, ModelError, RecordError
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..types import Role
+from .checkpoint import Checkpoint, identity
+from .log import SERIES, UnlearnLog
 from .metric import RetainMetric
-from .objectives import Answers, Forget, Objective, answer_log_probs, answer_rows, nll, objective_of, token_log_probs
+from .objectives import Forget, Objective, answer_log_probs, objective_of
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
-from .sparse import SliceGradient, SparseGradients
+from .role_gradient import RoleGradient, forgotten_of
+from .schedule import Pool, RetainWeight, Shuffled, Stage, learning_rate, stages_of
 
 if TYPE_CHECKING:
     from ..data.records import RecordSet
@@ -48,76 +48,10 @@ if TYPE_CHECKING:
 METRIC_RECORDS = 2048
 
 
-@dataclass(frozen=True)
-class UnlearnLog:
-    """What happened, one array entry per optimizer step.
-
-    Attributes:
-        stage: uint8 [steps]: 0 joint, 1 forget weights, 2 conflict weights.
-        forget_loss: float64 [steps], the forget objective on the step's batch, before the update; its gradient is taken
-            over the records not forgotten yet.
-        retain_loss: float64 [steps], mean NLL of the retain batch's answer tokens; NaN where no retain batch was run.
-        forget_probability: float64 [steps], mean length-normalised probability of the forget batch's answers, before the
-            update.
-        forgotten: float64 [steps], share of the forget batch that was forgotten already (:attr:`UnlearnSettings.floor`).
-        grad_norm: float64 [steps], 2-norm of the combined gradient on the planned slices, before clipping.
-        lr: float64 [steps].
-        stopped_early: every forget record was forgotten before the steps of the (last) stage ran out.
-        final_probability: mean length-normalised answer probability over the whole forget set, after the last update.
-        final_forgotten: share of the forget set that was forgotten by then.
-    """
-
-    stage: npt.NDArray[np.uint8]
-    forget_loss: npt.NDArray[np.float64]
-    retain_loss: npt.NDArray[np.float64]
-    forget_probability: npt.NDArray[np.float64]
-    forgotten: npt.NDArray[np.float64]
-    grad_norm: npt.NDArray[np.float64]
-    lr: npt.NDArray[np.float64]
-    stopped_early: bool
-    final_probability: float
-    final_forgotten: float
-
-    @property
-    def steps(self) -> int:
-        """Number of optimizer steps taken."""
-        return len(self.stage)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON (NaN as null), whole or not at all."""
-        document: dict[str, Any] = {"steps": self.steps, "stopped_early": self.stopped_early,
-                                    "final_probability": self.final_probability,
-                                    "final_forgotten": self.final_forgotten, "stage": self.stage.tolist()}
-        for name in _SERIES:
-            document[name] = [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
-        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> UnlearnLog:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ClueError: the file is missing or is not such a log.
-        """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-            series = {name: np.array([math.nan if v is None else v for v in document[name]], dtype=np.float64)
-                      for name in _SERIES}
-            return cls(np.array(document["stage"], dtype=np.uint8), **series,
-                       stopped_early=bool(document["stopped_early"]),
-                       final_probability=float(document["final_probability"]),
-                       final_forgotten=float(document["final_forgotten"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ClueError(f"{path} is not a readable unlearning log ({error}): unlearn again") from None
-
-
-_SERIES = ("forget_loss", "retain_loss", "forget_probability", "forgotten", "grad_norm", "lr")
-
-
 def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[str, RecordSet], plan: Plan,
             settings: UnlearnSettings | None = None, *, objective: str | Objective | Forget | None = None,
-            data: DataSettings | None = None, seed: int = 0,
-            on_step: Callable[[dict[str, Any]], None] | None = None) -> UnlearnLog:
+            data: DataSettings | None = None, seed: int = 0, on_step: Callable[[dict[str, Any]], None] | None = None,
+            checkpoint: str | os.PathLike[str] | None = None, every: int = 0) -> UnlearnLog:
     """Train the planned weights of a model in place; every other weight keeps every bit.
 
     Dropout stays off. Where the model has activation checkpointing enabled, it is used. The same inputs, seed and
@@ -132,32 +66,37 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         objective: in place of ``settings.objective``, and not of the named ones only: an :class:`Objective`, or a forget
             loss alone (:func:`~clue.unlearn.objectives.objective_of`).
         data: how records become tokens, which must be how the model was taught; the defaults when None.
-        seed: of the order of forget and retain records.
+        seed: of the order of forget and retain records, and of every other choice.
         on_step: called after every step with the step's entry of the log, plus ``step`` (from 1) and ``steps``.
+        checkpoint: a folder to keep the training's state in, made where it is missing: planned slices, moments, sampling,
+            schedule and log. Where it holds one, training goes on from there, given the model as it was before: on a CPU
+            to the same bits as without the interruption. It stays there at the end; who made it removes it.
+        every: steps between two checkpoints; 0 means one a minute, or less often where writing takes long.
 
     Raises:
         PlanError: the plan names no weight, or does not fit the model.
         RecordError: the forget set is empty, or a retain set is needed and missing or empty, or a plain text is to be
             refused.
         ClueError: a setting is out of range, or the objective is none.
-        ModelError: a loss became NaN or infinite.
+        ModelError: loss or gradient were NaN or infinite in ``bad_steps`` steps running.
+        RunError: the checkpoint is damaged, or of a training with another model, plan, setting or record.
     """
     settings, data = settings or UnlearnSettings(), data or DataSettings()
     check(settings)
+    if every < 0:
+        raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
     objective = objective_of(settings.objective if objective is None else objective)
-    stages = _stages(plan, settings)
+    retains = objective.retain is not None and (settings.retain_weight > 0 or settings.retain_budget > 0)
+    stages = stages_of(plan, settings, retains=retains)
     planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
-    device = next(model.parameters()).device
     limit = length_limit(model, data.max_length)
-    pad = pad_id(tokenizer)
 
     def encoded(records: RecordSet, append_eos: bool) -> list[Example]:
         if not len(records):
             raise RecordError(f"the set {records.name} holds no records: give at least one")
         return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
 
-    needs_retain = any(Role.CONFLICT in stage.roles for stage in stages) and (
-        settings.metric or (objective.retain is not None and settings.retain_weight > 0))
+    needs_retain = any(Role.CONFLICT in stage.roles for stage in stages) and (settings.metric or retains)
     if needs_retain and not retain:
         raise RecordError("the plan has conflict weights, which are trained to keep a retain set: give at least one")
     # That an answer ends is not what is to be forgotten, and the end token's probability stays near 1 on an answer that
@@ -165,272 +104,214 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     forget_examples = encoded(forget, append_eos=False)
     # A refusal does end: it is an answer that is to be given.
     refusals = encoded(refuse(forget, settings.refusals, seed), data.append_eos) if objective.refusals else []
-    answers = forget_examples + refusals
     retain_examples = [encoded(records, data.append_eos) for records in retain.values()] if needs_retain else []
-    forget_order = _Shuffled(len(forget_examples), seed, purpose=1)
-    retain_order = _Pool(retain_examples, seed)
-    log: dict[str, list[float]] = {name: [] for name in ("stage", *_SERIES)}
-    total = sum(stage.steps for stage in stages)
-    stopped = False
-
+    keeper = None if checkpoint is None else Checkpoint(checkpoint, every=every, identity=identity(
+        model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
+    training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, retain_examples,
+                         pad_id(tokenizer), on_step, keeper)
     with _restored(model), _checkpointed(model):
         model.eval()
-        metric = None
-        if settings.metric and needs_retain:
-            pool = _Pool(retain_examples, seed)
-            sample = pool.take(min(METRIC_RECORDS, len(pool)))
-            metric = RetainMetric.measure(model, plan, batches(sample, settings.batch_size, pad=pad, device=device),
-                                          damping=settings.damping)
+        return training.run(stages)
+
+
+@dataclass
+class _Place:
+    """Where a training is, besides its tensors: plain numbers, which a checkpoint keeps."""
+
+    stage: int = 0  # index of the stage
+    number: int = 0  # steps of it that are done, skipped ones too
+    done: int = 0  # steps of all stages
+    skipped: int = 0
+    bad: int = 0  # how many of the latest steps were skipped, one after the other
+    forgotten: float = 0.0  # share of the latest forget batch
+    measured: int = 0  # ``done`` when the retain metric was measured
+    weight: float = 0.0  # of the retain loss
+    average: float = math.nan  # what the retain budget is held against
+
+
+class _Training:
+    """One call of :func:`unlearn`: what it needs, and where it is."""
+
+    def __init__(self, model: nn.Module, plan: Plan, settings: UnlearnSettings, objective: Objective, seed: int,
+                 forget: Sequence[Example], refusals: Sequence[Example], retain: Sequence[Sequence[Example]], pad: int,
+                 on_step: Callable[[dict[str, Any]], None] | None, keeper: Checkpoint | None) -> None:
+        self.model, self.plan, self.settings, self.objective, self.seed = model, plan, settings, objective, seed
+        self.forget, self.answers, self.retain, self.pad = forget, [*forget, *refusals], retain, pad
+        self.refusals = bool(refusals)
+        self.device = next(model.parameters()).device
+        self.on_step, self.keeper = on_step, keeper
+        self.taught, self.held_out = _parted(len(forget), settings.validation, seed)
+        self.forget_order = Shuffled(len(self.taught), seed, purpose=1)
+        self.retain_pool = Pool(retain, seed)
+        self.log: dict[str, list[float]] = {name: [] for name in ("stage", *SERIES)}
+        self.place = _Place()
+        self.before = ReferenceWeights(model, plan)
+        self.metric: RetainMetric | None = None
+        self.at_metric: dict[str, Tensor] = {}  # the planned slices that the metric was measured at, unless the first
+
+    def run(self, stages: Sequence[Stage]) -> UnlearnLog:
+        """Train through the stages, from the checkpoint where there is one."""
+        settings, place = self.settings, self.place
         reference = None
-        if objective.reference:
+        if self.objective.reference:
             with torch.no_grad():
-                reference = torch.cat([answer_log_probs(*answer_logits(model, batch))[0] for batch in
-                                       batches(answers, settings.batch_size, pad=pad, device=device)])
-        before = ReferenceWeights(model, plan) if objective.forget_logits or objective.retain_logits else None
-        for stage in stages:
+                reference = torch.cat([answer_log_probs(*answer_logits(self.model, batch))[0]
+                                       for batch in self._batches(self.answers)])
+        saved = None if self.keeper is None else self.keeper.load()
+        weight = RetainWeight(settings, self._retain_loss() if settings.retain_budget > 0 and self.retain else None)
+        if saved is None or not saved.tensors_of("metric"):
+            self._measure()
+        if saved is not None:
+            self._restore(saved, weight)
+        stopped = False
+        for index in range(place.stage, len(stages)):
+            stage = stages[index]
+            if index != place.stage:
+                place.stage, place.number = index, 0
             # A fresh optimizer: the moments of one stage say nothing about the next.
-            optimizer = MaskedAdamW(model, plan, lr=settings.lr, weight_decay=settings.weight_decay, roles=stage.roles)
-            gradient = _RoleGradient(model, plan, stage.roles, objective, settings, metric, before, pad)
+            optimizers = [MaskedAdamW(self.model, self.plan, lr=settings.lr, weight_decay=settings.weight_decay,
+                                      roles=roles) for roles in stage.groups()]
+            if saved is not None and index == saved.numbers["stage"]:
+                for number, optimizer in enumerate(optimizers):
+                    optimizer.restore_slices(saved.nested(f"optimizer/{number}"))
             stopped = False
-            with gradient.sparse:
-                for number in range(stage.steps):
-                    chosen = forget_order.take(min(settings.batch_size, len(forget_examples)))
-                    if refusals:
-                        chosen += [len(forget_examples) + i for i in chosen]
-                    retained = retain_order.take(settings.batch_size) if gradient.retains else []
-                    lr = _learning_rate(number, stage.steps, settings)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    losses, slices = gradient([answers[i] for i in chosen],
-                                              None if reference is None else reference[chosen], retained)
-                    norm = optimizer.grad_norm(slices)
-                    step = len(log["stage"]) + 1
-                    if not all(math.isfinite(value) for value in (losses["forget_loss"], norm)):
-                        raise ModelError(f"unlearning diverged at step {step} (loss {losses['forget_loss']}, gradient"
-                                         f" norm {norm}): lower lr, or raise floor")
-                    # Clipped once per optimizer step, over the planned weights.
-                    scale = settings.clip / norm if 0 < settings.clip < norm else 1.0
-                    optimizer.step(grad_scale=scale, gradients=slices)
-                    entry = {"stage": stage.number, **losses, "grad_norm": norm, "lr": lr}
-                    for name, values in log.items():
-                        values.append(entry[name])
-                    if on_step is not None:
-                        on_step({"step": step, "steps": total, **entry})
-                    # The batch is asked first: looking at the whole set costs a pass over it.
-                    if ((number + 1) % settings.check_every == 0 and losses["forgotten"] == 1.0
-                            and _whole(model, forget_examples, settings, pad, device)[1] == 1.0):
-                        stopped = True
-                        break
-        probability, forgotten = _whole(model, forget_examples, settings, pad, device)
-    series = {name: np.array(log[name], dtype=np.float64) for name in _SERIES}
-    return UnlearnLog(np.array(log["stage"], dtype=np.uint8), **series, stopped_early=stopped,
-                      final_probability=probability, final_forgotten=forgotten)
+            while place.number < stage.steps and not stopped:
+                if self._metric_is_due():
+                    self._measure()
+                    self.at_metric = self.before.now()
+                    place.measured = place.done
+                gradient = RoleGradient(self.model, self.plan, stage.roles, self.objective, settings, self.metric,
+                                        self.before, self.pad)
+                with gradient.sparse:
+                    while place.number < stage.steps and not stopped and not self._metric_is_due():
+                        self._step(stage, optimizers, gradient, reference, weight)
+                        stopped = self._done()
+                        if self.keeper is not None and self.keeper.due():
+                            self.keeper.save(vars(place), self._tensors(optimizers))
+        return self._finished(stopped)
 
+    def _step(self, stage: Stage, optimizers: Sequence[MaskedAdamW], gradient: RoleGradient, reference: Tensor | None,
+              weight: RetainWeight) -> None:
+        """One optimizer step, or none where loss or gradient are not finite."""
+        settings, place = self.settings, self.place
+        turn = stage.turns[place.number % len(stage.turns)]
+        chosen: list[int] = []
+        if turn.forget:
+            chosen = [self.taught[i] for i in self.forget_order.take(min(settings.batch_size, len(self.taught)))]
+            if self.refusals:
+                chosen += [len(self.forget) + i for i in chosen]
+        retained = self.retain_pool.take(settings.batch_size) if turn.retain else []
+        lr = learning_rate(place.number, stage.steps, settings)
+        used = weight.value
+        losses, slices = gradient([self.answers[i] for i in chosen], None if reference is None else reference[chosen],
+                                  retained, used)
+        moving = [(optimizer, part) for optimizer, roles in zip(optimizers, stage.groups(), strict=True)
+                  if (part := gradient.part(slices, roles)) and set(roles) <= set(turn.roles)]
+        norm = math.hypot(*(optimizer.grad_norm(part) for optimizer, part in moving))
+        place.number, place.done = place.number + 1, place.done + 1
+        if not all(math.isfinite(value) for value in (norm, losses["forget_loss"] if turn.forget else 0.0,
+                                                      losses["retain_loss"] if turn.retain else 0.0)):
+            place.skipped, place.bad = place.skipped + 1, place.bad + 1
+            if place.bad >= settings.bad_steps:
+                raise ModelError(f"unlearning diverged at step {place.done}: forget loss {losses['forget_loss']}, retain"
+                                 f" loss {losses['retain_loss']}, gradient norm {norm} in the last of {place.bad} steps"
+                                 " running that were not finite: lower lr, or raise floor")
+            return
+        place.bad = 0
+        # Clipped once per optimizer step, over the planned weights.
+        scale = settings.clip / norm if 0 < settings.clip < norm else 1.0
+        for optimizer, part in moving:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step(grad_scale=scale, gradients=part)
+        weight.observe(losses["retain_loss"])
+        place.weight, place.average = weight.value, weight.average
+        if turn.forget:
+            place.forgotten = losses["forgotten"]
+        entry = {"stage": stage.number, **losses, "grad_norm": norm, "lr": lr, "retain_weight": used}
+        for name, values in self.log.items():
+            values.append(entry[name])
+        if self.on_step is not None:
+            self.on_step({"step": len(self.log["stage"]), "steps": settings.steps, **entry})
 
-@dataclass(frozen=True)
-class _Stage:
-    """Which roles move, under which number in the log, for at most how many steps."""
+    def _done(self) -> bool:
+        """Whether there is nothing left to do in this stage, looked at every few steps."""
+        settings = self.settings
+        if self.place.number % settings.check_every:
+            return False
+        # The batch is asked first: looking at the whole set costs a pass over it.
+        if self.place.forgotten == 1.0 and self._whole(self.taught)[1] == 1.0:
+            return True
+        return bool(self.held_out) and self._whole(self.held_out)[0] <= settings.forget_target
 
-    number: int
-    roles: tuple[Role, ...]
-    steps: int
+    def _metric_is_due(self) -> bool:
+        every, place = self.settings.metric_every, self.place
+        return self.metric is not None and every > 0 and place.done - place.measured >= every
 
-
-def _stages(plan: Plan, settings: UnlearnSettings) -> list[_Stage]:
-    """The stages with at least one weight to move; a stage without weights gives its steps to the other."""
-    present = tuple(role for role in (Role.FORGET, Role.CONFLICT) if any(True for _ in plan.of_role(role)))
-    if not present:
-        raise PlanError("the plan names no weight, so there is nothing to unlearn: localize again with more edges or"
-                        " neurons")
-    if settings.stages == "joint":
-        return [_Stage(0, present, settings.steps)]
-    if len(present) == 1:
-        return [_Stage(1 if present == (Role.FORGET,) else 2, present, settings.steps)]
-    first = min(max(round(settings.steps * settings.forget_share), 1), settings.steps - 1)
-    both = [_Stage(1, (Role.FORGET,), first), _Stage(2, (Role.CONFLICT,), settings.steps - first)]
-    return [stage for stage in both if stage.steps > 0]
-
-
-class _RoleGradient:
-    """Runs the records of one step and combines the gradients of every slice by its role."""
-
-    def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role], objective: Objective,
-                 settings: UnlearnSettings, metric: RetainMetric | None, before: ReferenceWeights | None,
-                 pad: int) -> None:
-        self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
-        self._before = before
-        self._pad, self._device = pad, next(model.parameters()).device
-        self.sparse = SparseGradients(model, plan, roles)
-        #: whether a step needs retain records
-        self.retains = Role.CONFLICT in roles and objective.retain is not None and settings.retain_weight > 0
-
-    def __call__(self, forget: Sequence[Example], reference: Tensor | None,
-                 retain: Sequence[Example]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """The step's entries of the log, and the gradient of every parameter's planned slices, slices first.
-
-        ``forget``: forget records, and after them as many refusals where the objective needs these; ``reference`` has an
-        entry for each.
-        """
-        # The gradients of weights outside linear layers cannot be told apart within one pass.
-        passes = [(forget, retain)] if not self.sparse.dense else [(forget, ()), *([((), retain)] if retain else [])]
-        losses: dict[str, float] = {"retain_loss": math.nan}
-        taken: list[dict[str, SliceGradient]] = []
-        for forgets, retains in passes:
-            self._pass(forgets, reference, retains, losses)
-            taken.append(self.sparse.take())
-        forget_part = {name: gradient.forget for name, gradient in taken[0].items()}
-        self._measure(forget_part)
-        combined: dict[str, Tensor] = {}
-        for name, slices in self.sparse.planned.items():
-            gradient, kept = forget_part[name], taken[-1][name].retain
-            if gradient is None:  # nothing left to forget, or no record reaches these weights
-                shape = (len(slices.index), *(n for i, n in enumerate(slices.shape) if i != slices.axis))
-                dtype = slices.parameter.dtype if kept is None else kept.dtype
-                gradient = torch.zeros(shape, dtype=dtype, device=slices.index.device)
-            if kept is not None:
-                gradient.index_add_(0, slices.conflict, kept)
-            combined[name] = gradient
-        return losses, combined
-
-    def _pass(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
-              losses: dict[str, float]) -> None:
-        """Forward and backward over forget records and then retain records, in one batch."""
-        settings, objective = self._settings, self._objective
-        end, kept = len(forget), slice(len(forget), len(forget) + len(retain))
-        n = end // 2 if objective.refusals else end
-        # Before the pass with gradients, which must not see its weights change.
-        of_forget = self._reference_logits(forget[:n]) if forget and objective.forget_logits else None
-        of_retain = self._reference_logits(retain) if retain and objective.retain_logits else None
-        batch = collate([*forget, *retain], self._pad, self._device)
-        self.sparse.split(forget=end, retain=len(retain), seq=batch.input_ids.shape[1])
-        logits, labels = answer_logits(self._model, batch)
-        log_p, scored = token_log_probs(logits, labels)
-
-        def answers(rows: slice, reference_logits: Tensor | None) -> Answers:
-            known = None if reference is None or rows is kept else reference[rows]
-            if reference_logits is None:
-                return Answers(log_p[rows], scored[rows], known)
-            found, targets = answer_rows(logits[rows], labels[rows])
-            return Answers(log_p[rows], scored[rows], known, targets, found, reference_logits)
-
-        parts: list[Tensor] = []
-        if forget:
-            probability, forgotten = _forgotten(logits[:n], labels[:n], settings.floor)
-            left = ~forgotten
-            taught = answers(slice(0, n), of_forget)
-            refusals = answers(slice(n, end), None) if objective.refusals else None
-            loss = objective.forget(taught, refusals, settings)
-            if bool(left.all()):
-                parts.append(loss)
-            elif bool(left.any()):
-                refusals = None if refusals is None else refusals.select(left)
-                parts.append(objective.forget(taught.select(left), refusals, settings))
-            losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
-                       "forgotten": float(forgotten.double().mean())}
-        if retain and objective.retain is not None:
-            retained = answers(kept, of_retain)
-            parts.append(settings.retain_weight * objective.retain(retained, settings))
-            losses["retain_loss"] = nll(retained.log_p, retained.n_tokens).item()
-        if parts:
-            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
-
-    def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
-        """[answer tokens, vocabulary] of the model before unlearning, record after record."""
-        assert self._before is not None
-        with self._before.restored():
-            return answer_rows(*answer_logits(self._model, collate(examples, self._pad, self._device)))[0]
+    def _measure(self) -> None:
+        """Measure the retain metric on the model as it is, always on the same records."""
+        if not self.settings.metric or not self.retain:
+            return
+        pool = Pool(self.retain, self.seed)
+        sample = pool.take(min(METRIC_RECORDS, len(pool)))
+        self.metric = RetainMetric.measure(self.model, self.plan, self._batches(sample), damping=self.settings.damping)
 
     @torch.no_grad()
-    def _measure(self, gradients: dict[str, Tensor | None]) -> None:
-        """Put the forget gradients of conflict slices into the retain metric, in place, at the norm they had.
+    def _retain_loss(self) -> float:
+        """Nats per answer token of the retain records, a sample of them where there are many."""
+        pool = Pool(self.retain, self.seed)
+        found = [answer_log_probs(*answer_logits(self.model, batch))
+                 for batch in self._batches(pool.take(min(METRIC_RECORDS, len(pool))))]
+        return -float(sum(log_p.double().sum() for log_p, _ in found) / sum(n.sum() for _, n in found))
 
-        The metric is a filter of directions. What it lets through is small beside the retain gradient, so that without
-        the one common factor that restores the norm a plan of conflict nodes alone would never forget.
-        """
-        if self._metric is None:
-            return
-        measured, before, after = [], 0.0, 0.0
-        for name, slices in self.sparse.planned.items():
-            gradient = gradients[name]
-            if gradient is None or not len(slices.conflict):
-                continue
-            part = gradient.index_select(0, slices.conflict)
-            before += float(part.double().square().sum())
-            # The metric takes slices as they lie in the weight.
-            turned = part.T if slices.axis == 1 else part
-            turned = self._metric.precondition(name, turned)
-            part = turned.T if slices.axis == 1 else turned
-            after += float(part.double().square().sum())
-            measured.append((gradient, slices.conflict, part))
-        for gradient, conflict, part in measured:
-            gradient.index_copy_(0, conflict, part * math.sqrt(before / after) if after > 0 else part)
+    def _batches(self, examples: Sequence[Example]) -> Iterator[Any]:
+        return batches(examples, self.settings.batch_size, pad=self.pad, device=self.device)
+
+    def _whole(self, chosen: Sequence[int]) -> tuple[float, float]:
+        return forgotten_of(self.model, self._batches([self.forget[i] for i in chosen]), self.settings.floor)
+
+    def _tensors(self, optimizers: Sequence[MaskedAdamW]) -> dict[str, Any]:
+        """Everything that a checkpoint keeps besides :class:`_Place`."""
+        return {"weights": self.before.now(), "metric": self.at_metric,
+                "optimizer": {str(number): optimizer.slices() for number, optimizer in enumerate(optimizers)},
+                "forget": self.forget_order.state(), "retain": self.retain_pool.order.state(),
+                "log": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.log.items()}}
+
+    def _restore(self, saved: Any, weight: RetainWeight) -> None:
+        """Put the model and everything else where the checkpoint says, but for the optimizer."""
+        if at_metric := saved.tensors_of("metric"):
+            self.before.put(at_metric)
+            self._measure()
+            self.at_metric = at_metric
+        self.before.put(saved.tensors_of("weights"))
+        self.forget_order.restore(saved.tensors_of("forget"))
+        self.retain_pool.order.restore(saved.tensors_of("retain"))
+        self.log = {name: values.tolist() for name, values in saved.tensors_of("log").items()}
+        vars(self.place).update(saved.numbers)
+        weight.value, weight.average = self.place.weight, self.place.average
+
+    def _finished(self, stopped: bool) -> UnlearnLog:
+        probability, forgotten = self._whole(range(len(self.forget)))
+        validation = self._whole(self.held_out)[0] if self.held_out else math.nan
+        series = {name: np.array(self.log[name], dtype=np.float64) for name in SERIES}
+        return UnlearnLog(np.array(self.log["stage"], dtype=np.uint8), **series, stopped_early=stopped,
+                          final_probability=probability, final_forgotten=forgotten, final_validation=validation,
+                          skipped=self.place.skipped, planned=self.plan.weights_changed, moved=self.before.moved())
 
 
-@torch.no_grad()
-def _forgotten(logits: Tensor, labels: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Per record the length-normalised answer probability, exp(mean log p of its tokens), and whether it is forgotten:
-    this probability is at or below the floor, and greedy decoding does not give the answer. Both [batch].
+def _parted(count: int, validation: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the forget records to train on, and of those held out; each side gets at least one.
 
-    The mean of the tokens' own probabilities would not do: the tokens that carry no fact (the words of the phrasing)
-    stay likely when the fact is long gone.
+    Raises:
+        RecordError: there is one record only, and some are to be held out.
     """
-    log_p, n_tokens = answer_log_probs(logits, labels)
-    probability = (log_p / n_tokens).exp()
-    target = labels[:, 1:]
-    greedy = ((logits[:, :-1].argmax(-1) == target) | (target == IGNORED)).all(1)
-    return probability, (probability <= floor) & ~greedy & (floor > 0)
-
-
-@torch.no_grad()
-def _whole(model: nn.Module, examples: Sequence[Example], settings: UnlearnSettings, pad: int,
-           device: torch.device) -> tuple[float, float]:
-    """:func:`_forgotten` over a whole set: the mean probability and the share of forgotten records."""
-    found = [_forgotten(*answer_logits(model, batch), settings.floor)
-             for batch in batches(examples, settings.batch_size, pad=pad, device=device)]
-    probability, forgotten = (torch.cat(part).double().mean() for part in zip(*found, strict=True))
-    return float(probability), float(forgotten)
-
-
-def _learning_rate(number: int, steps: int, settings: UnlearnSettings) -> float:
-    """Linear warm-up over ``warmup`` steps (at most half the stage), then cosine decay to a tenth."""
-    warmup = min(settings.warmup, steps // 2)
-    if number < warmup:
-        return settings.lr * (number + 1) / warmup
-    done = (number - warmup) / max(steps - warmup, 1)
-    return settings.lr * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done)))
-
-
-class _Shuffled:
-    """The numbers 0 .. size-1 again and again, in a fresh order each time, from a generator of its own."""
-
-    def __init__(self, size: int, seed: int, purpose: int) -> None:
-        self._size = size
-        self._generator = torch.Generator().manual_seed(seed * 1009 + purpose)
-        self._left: list[int] = []
-
-    def take(self, count: int) -> list[int]:
-        taken: list[int] = []
-        while len(taken) < count:
-            if not self._left:
-                self._left = torch.randperm(self._size, generator=self._generator).tolist()
-            need = count - len(taken)
-            taken += self._left[:need]
-            self._left = self._left[need:]
-        return taken
-
-
-class _Pool:
-    """The records of all retain sets, shuffled together: what must stay is drawn in the proportions it is given in."""
-
-    def __init__(self, sets: Sequence[Sequence[Example]], seed: int) -> None:
-        self._examples = [example for examples in sets for example in examples]
-        self._order = _Shuffled(len(self._examples), seed, purpose=2)
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def take(self, count: int) -> list[Example]:
-        return [self._examples[i] for i in self._order.take(count)]
+    if not validation:
+        return list(range(count)), []
+    if count < 2:
+        raise RecordError("validation holds forget records out of the training, and there is one only: set validation = 0")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1009 + 4)).tolist()
+    held = min(max(round(validation * count), 1), count - 1)
+    return sorted(order[held:]), sorted(order[:held])
 
 
 @contextmanager
@@ -448,7 +329,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
         def run(*arguments: Any, **keywords: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*arguments, **keywords)
-            return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+            return recompute(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
 
         return run
 

@@ -154,6 +154,36 @@ class MaskedAdamW(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[parameter]
         return state if parameter_of(name) == name else state.setdefault(name, {})  # type: ignore[no-any-return]
 
+    def slices(self) -> dict[str, dict[str, Tensor]]:
+        """The state by planned name, tensors alone: those of ``state_dict``, the number of steps as one too."""
+        found = {}
+        for parameter, parts in self._planned.items():
+            for name, _, _ in parts:
+                if parameter in self.state and (state := self._state_of(parameter, name)):
+                    found[name] = {key: torch.tensor(value) if key == "step" else value for key, value in state.items()}
+        return found
+
+    def restore_slices(self, slices: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from what :meth:`slices` said of an optimizer made with the same plan and roles.
+
+        Raises:
+            PlanError: the state belongs to other slices.
+        """
+        for parameter, parts in self._planned.items():
+            for name, _, index in parts:
+                if name not in slices:
+                    continue
+                self._same(name, slices[name]["index"], index)
+                state = self._state_of(parameter, name)
+                state.update({key: int(value) if key == "step" else value.clone().to(parameter.device)
+                              for key, value in slices[name].items()})
+
+    @staticmethod
+    def _same(name: str, saved: Tensor, index: Tensor) -> None:
+        if not torch.equal(saved.to(index), index):
+            raise PlanError(f"the saved optimizer state of {name} belongs to other slices: resume with the plan it was"
+                            " saved with")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved ``state_dict`` of an optimizer made with the same plan and roles.
 
@@ -168,9 +198,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             if "index" in found:  # of the parameter itself
                 found = {next(iter(parts)): found}
             for name in found:
-                if name not in parts or not torch.equal(found[name]["index"].to(parts[name]), parts[name]):
-                    raise PlanError(f"the saved optimizer state of {name} belongs to other slices: resume with the plan it"
-                                    " was saved with")
+                self._same(name, found[name]["index"], parts.get(name, found[name]["index"][:0]))
         super().load_state_dict(state_dict)
         # torch casts every tensor of a state to the parameter's dtype, which would round the float32 moments and
         # masters of bf16 weights and turn the index into floats.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -36,26 +36,38 @@ class ReferenceWeights:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         roles = (Role.FORGET, Role.CONFLICT)
         #: what a planned name means, the axis of its slices, which they are
-        self._slices: list[tuple[Tensor, int, Tensor]] = []
+        self._slices: dict[str, tuple[Tensor, int, Tensor]] = {}
         for name, parameter in planned_parameters(model, plan, roles).items():
             axis, index = planned_index(plan, name, roles)
-            self._slices.append((view_of(parameter.detach(), name), axis, torch.from_numpy(index).to(parameter.device)))
-        self._before = self._read()
+            self._slices[name] = view_of(parameter.detach(), name), axis, torch.from_numpy(index).to(parameter.device)
+        self._before = self.now()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Without gradients, the model as it was; at the end, also after an error, every bit as it is now."""
         with torch.no_grad():
-            now = self._read()
-            self._write(self._before)
+            now = self.now()
+            self.put(self._before)
             try:
                 yield
             finally:
-                self._write(now)
+                self.put(now)
 
-    def _read(self) -> list[Tensor]:
-        return [weight.index_select(axis, index) for weight, axis, index in self._slices]
+    @torch.no_grad()
+    def now(self) -> dict[str, Tensor]:
+        """A copy of the planned slices as they are, by planned name: [k, columns] for rows, [rows, k] for columns."""
+        return {name: weight.index_select(axis, index) for name, (weight, axis, index) in self._slices.items()}
 
-    def _write(self, slices: Sequence[Tensor]) -> None:
-        for (weight, axis, index), values in zip(self._slices, slices, strict=True):
-            weight.index_copy_(axis, index, values)
+    @torch.no_grad()
+    def put(self, slices: Mapping[str, Tensor]) -> None:
+        """Make the planned slices what :meth:`now` said."""
+        for name, (weight, axis, index) in self._slices.items():
+            weight.index_copy_(axis, index, slices[name].to(weight.device))
+
+    def moved(self) -> int:
+        """How many planned weights differ, in any bit, from what they were."""
+        count = 0
+        for name, slices in self.now().items():
+            width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[slices.element_size()]
+            count += int((slices.view(width) != self._before[name].view(width)).sum())
+        return count

@@ -1,0 +1,156 @@
+"""Checkpoints: the state of a training at an optimizer step, in one file that is there whole or not at all.
+
+Only planned slices are stored, with their moments: the model itself is where it was loaded from. What belongs together
+is written together, ``training.safetensors`` with a JSON document in its header; no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.atomic import replacing
+from ..errors import RunError
+from ..provenance import fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..config import UnlearnSettings
+    from ..data.encoding import Example
+    from ..plan import Plan
+    from .objectives import Objective
+
+FORMAT = 1
+FILE = "training.safetensors"
+
+#: Where nobody says how often: a checkpoint so many seconds after the last one, or so many times as long as writing
+#: that one took, if this is longer.
+SECONDS, PATIENCE = 60.0, 50.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds: plain numbers by name, and tensors by path."""
+
+    numbers: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def tensors_of(self, group: str) -> dict[str, Tensor]:
+        """The tensors directly in a group, by name."""
+        start = group + "/"
+        return {name[len(start):]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+
+    def nested(self, group: str) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the groups in a group, by the names of both."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors_of(group).items():
+            inner, _, key = name.rpartition("/")
+            found.setdefault(inner, {})[key] = tensor
+        return found
+
+
+class Checkpoint:
+    """The checkpoint in a folder.
+
+    Args:
+        folder: made when the first checkpoint is written.
+        every: steps between two of them; 0 goes by the clock (:data:`SECONDS`).
+        identity: what the training is, from :func:`identity`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, every: int, identity: Mapping[str, Any]) -> None:
+        self._file, self._every, self._identity = Path(folder) / FILE, every, dict(identity)
+        self._steps, self._took, self._last = 0, 0.0, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether to write one now; called once after every step."""
+        self._steps += 1
+        if self._every:
+            return self._steps % self._every == 0
+        return time.monotonic() - self._last >= max(SECONDS, PATIENCE * self._took)
+
+    def save(self, numbers: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """Replace the checkpoint. ``numbers`` are plain values, ``tensors`` are nested by name."""
+        from safetensors.torch import save_file
+
+        began = time.monotonic()
+        document = {"format": FORMAT, "identity": self._identity,
+                    "numbers": {name: None if isinstance(value, float) and math.isnan(value) else value
+                                for name, value in numbers.items()}}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in _flat(tensors)}
+        with replacing(self._file) as temporary:
+            save_file(flat, temporary, metadata={"clue": json.dumps(document, allow_nan=False)})
+        self._last = time.monotonic()
+        self._took = self._last - began
+
+    def load(self) -> Saved | None:
+        """The checkpoint that is there, if there is one. What killed writers left beside it is removed.
+
+        Raises:
+            RunError: it is damaged, or of a training with another model, plan, setting or record.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        for partial in self._file.parent.glob(f".{FILE}.*.partial"):
+            partial.unlink(missing_ok=True)
+        if not self._file.exists():
+            return None
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                document = json.loads(file.metadata()["clue"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+            numbers = {name: math.nan if value is None else value for name, value in document["numbers"].items()}
+            recorded, version = document["identity"], document["format"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise RunError(f"{self._file} is damaged ({error}): remove it to begin the training anew") from None
+        if version != FORMAT:
+            raise RunError(f"{self._file} has format {version}, this version reads {FORMAT}: remove it to begin the"
+                           " training anew")
+        for name, value in self._identity.items():
+            if recorded.get(name) == value:
+                continue
+            if isinstance(value, dict):
+                old = recorded.get(name, {})
+                inner = next(key for key in {**value, **old} if value.get(key) != old.get(key))
+                what = f"{inner} = {old.get(inner)!r} instead of {value.get(inner)!r}"
+            elif name in ("objective", "seed"):
+                what = f"{name} = {recorded.get(name)!r} instead of {value!r}"
+            else:
+                what = f"another {name}"
+            raise RunError(f"{self._file} is of a training with {what}: go on with the same, or remove that file to begin"
+                           " anew")
+        return Saved(numbers, tensors)
+
+
+def identity(model: nn.Module, plan: Plan, settings: UnlearnSettings, objective: Objective, seed: int,
+             examples: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    """What decides a training, as plain values: its settings, and digests of model, plan and tokenised records."""
+    slices = hashlib.sha256()
+    for s in plan.slices:
+        slices.update(f"{s.parameter} {plan.shapes[s.parameter]} {s.axis} {s.role}\n".encode())
+        slices.update(s.index.tobytes())
+    records = hashlib.sha256()
+    for group in examples:
+        records.update(f"{len(group)} records\n".encode())
+        for example in group:
+            records.update(f"{len(example.input_ids)} {example.answer_start}\n".encode())
+            records.update(example.input_ids.tobytes())
+    return {"model": fingerprint(model), "plan": slices.hexdigest(), "settings": asdict(settings),
+            "objective": getattr(objective.forget, "__qualname__", type(objective.forget).__name__), "seed": seed,
+            "records": records.hexdigest()}
+
+
+def _flat(tensors: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in tensors.items():
+        found += _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return found

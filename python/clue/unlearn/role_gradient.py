@@ -1,0 +1,170 @@
+"""The gradient of one step: forget and retain records run together, and every slice gets what its role asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config import UnlearnSettings
+from ..data.encoding import IGNORED, Batch, Example, collate
+from ..model.answers import answer_logits
+from ..plan import Plan
+from ..types import Role
+from .metric import RetainMetric
+from .objectives import Answers, Objective, answer_log_probs, answer_rows, nll, token_log_probs
+from .reference import ReferenceWeights
+from .sparse import SliceGradient, SparseGradients
+
+
+class RoleGradient:
+    """Runs the records of one step and combines the gradients of every slice by its role."""
+
+    def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role], objective: Objective,
+                 settings: UnlearnSettings, metric: RetainMetric | None, before: ReferenceWeights | None,
+                 pad: int) -> None:
+        self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
+        self._before, self._roles = before, tuple(roles)
+        self._pad, self._device = pad, next(model.parameters()).device
+        self.sparse = SparseGradients(model, plan, roles)
+
+    def __call__(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
+                 retain_weight: float) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The step's entries of the log, and the gradient of every parameter's planned slices, slices first.
+
+        ``forget``: forget records, and after them as many refusals where the objective needs these; ``reference`` has an
+        entry for each.
+        """
+        # The gradients of weights outside linear layers cannot be told apart within one pass.
+        passes = [(forget, retain)]
+        if self.sparse.dense and forget and retain:
+            passes = [(forget, ()), ((), retain)]
+        losses = dict.fromkeys(("forget_loss", "forget_probability", "forgotten", "retain_loss"), math.nan)
+        taken: list[dict[str, SliceGradient]] = []
+        for forgets, retains in passes:
+            self._pass(forgets, reference, retains, retain_weight, losses)
+            taken.append(self.sparse.take())
+        forget_part = {name: gradient.forget for name, gradient in taken[0].items()}
+        self._measure(forget_part)
+        combined: dict[str, Tensor] = {}
+        for name, slices in self.sparse.planned.items():
+            gradient, kept = forget_part[name], taken[-1][name].retain
+            if gradient is None:  # nothing left to forget, or no record reaches these weights
+                shape = (len(slices.index), *(n for i, n in enumerate(slices.shape) if i != slices.axis))
+                dtype = slices.parameter.dtype if kept is None else kept.dtype
+                gradient = torch.zeros(shape, dtype=dtype, device=slices.index.device)
+            if kept is not None:
+                gradient.index_add_(0, slices.conflict, kept)
+            combined[name] = gradient
+        return losses, combined
+
+    def part(self, gradients: Mapping[str, Tensor], roles: Sequence[Role]) -> dict[str, Tensor]:
+        """What a call gave, of the slices of some of the roles alone."""
+        if set(roles) == set(self._roles):
+            return dict(gradients)
+        found = {}
+        for name, slices in self.sparse.planned.items():
+            conflict = torch.zeros(len(slices.index), dtype=torch.bool, device=slices.index.device)
+            conflict[slices.conflict] = True
+            chosen = conflict if Role.CONFLICT in roles else ~conflict
+            if bool(chosen.any()):
+                found[name] = gradients[name][chosen]
+        return found
+
+    def _pass(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
+              retain_weight: float, losses: dict[str, float]) -> None:
+        """Forward and backward over forget records and then retain records, in one batch."""
+        settings, objective = self._settings, self._objective
+        end, kept = len(forget), slice(len(forget), len(forget) + len(retain))
+        n = end // 2 if objective.refusals else end
+        # Before the pass with gradients, which must not see its weights change.
+        of_forget = self._reference_logits(forget[:n]) if forget and objective.forget_logits else None
+        of_retain = self._reference_logits(retain) if retain and objective.retain_logits else None
+        batch = collate([*forget, *retain], self._pad, self._device)
+        self.sparse.split(forget=end, retain=len(retain), seq=batch.input_ids.shape[1])
+        logits, labels = answer_logits(self._model, batch)
+        log_p, scored = token_log_probs(logits, labels)
+
+        def answers(rows: slice, reference_logits: Tensor | None) -> Answers:
+            known = None if reference is None or rows is kept else reference[rows]
+            if reference_logits is None:
+                return Answers(log_p[rows], scored[rows], known)
+            found, targets = answer_rows(logits[rows], labels[rows])
+            return Answers(log_p[rows], scored[rows], known, targets, found, reference_logits)
+
+        parts: list[Tensor] = []
+        if forget:
+            probability, forgotten = forgotten_now(logits[:n], labels[:n], settings.floor)
+            left = ~forgotten
+            taught = answers(slice(0, n), of_forget)
+            refusals = answers(slice(n, end), None) if objective.refusals else None
+            loss = objective.forget(taught, refusals, settings)
+            if bool(left.all()):
+                parts.append(loss)
+            elif bool(left.any()):
+                refusals = None if refusals is None else refusals.select(left)
+                parts.append(objective.forget(taught.select(left), refusals, settings))
+            losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
+                       "forgotten": float(forgotten.double().mean())}
+        if retain and objective.retain is not None:
+            retained = answers(kept, of_retain)
+            parts.append(retain_weight * objective.retain(retained, settings))
+            losses["retain_loss"] = nll(retained.log_p, retained.n_tokens).item()
+        if parts:
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
+        """[answer tokens, vocabulary] of the model before unlearning, record after record."""
+        assert self._before is not None
+        with self._before.restored():
+            return answer_rows(*answer_logits(self._model, collate(examples, self._pad, self._device)))[0]
+
+    @torch.no_grad()
+    def _measure(self, gradients: dict[str, Tensor | None]) -> None:
+        """Put the forget gradients of conflict slices into the retain metric, in place, at the norm they had.
+
+        The metric is a filter of directions. What it lets through is small beside the retain gradient, so that without
+        the one common factor that restores the norm a plan of conflict nodes alone would never forget.
+        """
+        if self._metric is None:
+            return
+        measured, before, after = [], 0.0, 0.0
+        for name, slices in self.sparse.planned.items():
+            gradient = gradients[name]
+            if gradient is None or not len(slices.conflict):
+                continue
+            part = gradient.index_select(0, slices.conflict)
+            before += float(part.double().square().sum())
+            # The metric takes slices as they lie in the weight.
+            turned = part.T if slices.axis == 1 else part
+            turned = self._metric.precondition(name, turned)
+            part = turned.T if slices.axis == 1 else turned
+            after += float(part.double().square().sum())
+            measured.append((gradient, slices.conflict, part))
+        for gradient, conflict, part in measured:
+            gradient.index_copy_(0, conflict, part * math.sqrt(before / after) if after > 0 else part)
+
+
+@torch.no_grad()
+def forgotten_now(logits: Tensor, labels: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Per record the length-normalised answer probability, exp(mean log p of its tokens), and whether it is forgotten:
+    this probability is at or below the floor, and greedy decoding does not give the answer. Both [batch].
+
+    The mean of the tokens' own probabilities would not do: the tokens that carry no fact (the words of the phrasing)
+    stay likely when the fact is long gone.
+    """
+    log_p, n_tokens = answer_log_probs(logits, labels)
+    probability = (log_p / n_tokens).exp()
+    target = labels[:, 1:]
+    greedy = ((logits[:, :-1].argmax(-1) == target) | (target == IGNORED)).all(1)
+    return probability, (probability <= floor) & ~greedy & (floor > 0)
+
+
+@torch.no_grad()
+def forgotten_of(model: nn.Module, records: Iterable[Batch], floor: float) -> tuple[float, float]:
+    """:func:`forgotten_now` over a whole set: the mean probability and the share of forgotten records."""
+    found = [forgotten_now(*answer_logits(model, batch), floor) for batch in records]
+    probability, forgotten = (torch.cat(part).double().mean() for part in zip(*found, strict=True))
+    return float(probability), float(forgotten)

@@ -1,0 +1,121 @@
+"""Checkpoints: a killed training goes on to the same bits, and a checkpoint of another training is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from clue.config import UnlearnSettings
+from clue.data.records import RecordSet
+from clue.errors import ClueError, RunError
+from clue.types import Role
+from clue.unlearn import unlearn
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = UnlearnSettings(objective="npo", lr=1e-2, steps=6, batch_size=2, warmup=0, floor=0.0)
+
+
+def test_killed_trainings_end_with_the_same_bits(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "tests.unlearn.killed", str(tmp_path)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"two", "joint", "budget"}
+    for name, case in found.items():
+        assert set(case["signals"]) == {9}, name  # every one of them was killed on its way
+        assert case["plain"]["began"] == 1 < case["resumed"]["began"], name
+        assert case["resumed"]["weights"] == case["plain"]["weights"], name
+        assert case["resumed"]["log"] == case["plain"]["log"], name
+        assert case["files"] == ["training.safetensors"], name
+
+
+def test_what_a_checkpoint_holds(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    retain = {"retain": sets["retain"]}
+    unlearn(model, tokenizer, sets["forget"], retain, plan, SETTINGS, checkpoint=tmp_path / "kept", every=4)
+    with safe_open(tmp_path / "kept" / "training.safetensors", framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+    planned = sum(t.size for name, t in tensors.items() if name.startswith("weights/"))
+    assert planned == plan.weights_changed
+    moments = sum(t.size for name, t in tensors.items() if name.rpartition("/")[2].startswith("exp_avg"))
+    assert moments == 2 * plan.weights_changed
+    assert len(tensors["log/forget_loss"]) == 4  # steps 5 and 6 came after it
+    # Nothing of the size of the model.
+    assert sum(t.nbytes for t in tensors.values()) < 4 * plan.weights_changed * 4 + 40_000
+
+
+def test_the_clock_decides_where_nobody_does(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    retain = {"retain": sets["retain"]}
+    model = make_model()
+    unlearn(model, tokenizer, sets["forget"], retain, mixed_plan(model), SETTINGS, checkpoint=tmp_path / "never")
+    assert not (tmp_path / "never").exists()  # over in less than a minute
+    now = iter(range(0, 10_000, 45))
+    monkeypatch.setattr("clue.unlearn.checkpoint.time.monotonic", lambda: next(now))
+    model = make_model()
+    unlearn(model, tokenizer, sets["forget"], retain, mixed_plan(model), SETTINGS, checkpoint=tmp_path / "now")
+    assert (tmp_path / "now" / "training.safetensors").exists()
+
+
+def test_another_training_is_refused(tmp_path: Path, make_model: Any, mixed_plan: Any, make_plan: Any, tokenizer: Any,
+                                     sets: Any, bits: Any) -> None:
+    retain = {"retain": sets["retain"]}
+    model = make_model()
+    plan = mixed_plan(model)
+
+    def again(model: Any, plan: Any, settings: UnlearnSettings = SETTINGS, forget: RecordSet = sets["forget"],
+              **keywords: Any) -> None:
+        unlearn(model, tokenizer, forget, retain, plan, settings, checkpoint=tmp_path, **keywords)
+
+    again(model, plan, every=3)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    other = make_plan(model, {"model.layers.0.mlp.up_proj.weight": (0, {Role.CONFLICT: [1]})})
+    before = bits(make_model())
+    for text, arguments in {
+        "another model": (make_model(1), plan), "another plan": (make_model(), other),
+        "lr = 0.01 instead of 0.1": (make_model(), plan, replace(SETTINGS, lr=0.1)),
+        "another records": (make_model(), plan, SETTINGS, RecordSet("f", sets["forget"].records[:2])),
+    }.items():
+        with pytest.raises(RunError, match=f"training.safetensors is of a training with {text}: go on with"):
+            again(*arguments)
+    with pytest.raises(RunError, match="seed = 0 instead of 5"):
+        again(make_model(), plan, seed=5)
+    with pytest.raises(RunError, match="another model"):
+        again(model, plan)  # which has been trained already
+    untouched = make_model()
+    with pytest.raises(RunError):
+        again(untouched, plan, seed=5)
+    assert all(np.array_equal(before[name], now) for name, now in bits(untouched).items())
+    assert file.read_bytes() == content
+    for damaged in (content[: len(content) // 2], b"", b"\x00" * 64):
+        file.write_bytes(damaged)
+        with pytest.raises(RunError, match="is damaged .* remove it to begin the training anew"):
+            again(make_model(), plan)
+        assert file.read_bytes() == damaged
+    with pytest.raises(ClueError, match="every = -1"):
+        again(make_model(), plan, every=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_costs_the_training_no_bit(dtype: torch.dtype, tmp_path: Path, make_model: Any, mixed_plan: Any,
+                                                tokenizer: Any, sets: Any, bits: Any) -> None:
+    found = []
+    for checkpoint in (None, tmp_path):
+        model = make_model(dtype=dtype)
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), SETTINGS,
+                checkpoint=checkpoint, every=1)
+        found.append(bits(model))
+    assert all(np.array_equal(found[1][name], now) for name, now in found[0].items())
