@@ -322,12 +322,9 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
              f"{len(world.retain_unseen)} only to check on")
     base, gold = cached_models(world, seed=seed, on_step=on_step)
     home = folder.resolve()
-    data = {name: str(home / "world" / f"{name}.jsonl") for name in ("forget", "forget_paraphrase", "retain",
-                                                                     "retain_unseen", "retain_paraphrase", "holdout")}
-    train_skills, test_skills = ({name: str(home / "world" / f"{name}_{part}.jsonl") for name in world.skills}
-                                 for part in ("train", "eval"))
+    data = {name: str(home / "world" / f"{name}.jsonl") for name in world.sets()}
     inputs: dict[str, Any] = {"model": str(home / "before"), "forget": data["forget"],
-              "retain": {"retain": data["retain"], **train_skills}}
+              "retain": {"retain": data["retain"], **{name: data[f"{name}_train"] for name in world.skills}}}
     run = Run.create(folder, settings.to_dict(), kind="demo", inputs=inputs)
     try:
         with run.stage("world") as place:
@@ -336,9 +333,7 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
             with run.stage(name) as place:
                 network.save_pretrained(place)
                 world.tokenizer.save_pretrained(place)
-        tests = Tests(paraphrase=data["forget_paraphrase"], holdout=data["holdout"],
-                      retain={"retain_unseen": data["retain_unseen"], "retain_paraphrase": data["retain_paraphrase"]},
-                      skills=test_skills, gold=str(home / "gold"))
+        tests = Tests(benchmark=f"world:{setting}", gold=str(home / "gold"))
         found = run_all(run, **inputs, settings=settings, tests=tests, progress=progress)
     except BaseException:
         run.discard()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,6 +158,28 @@ def test_the_world_needs_no_files_and_gives_wrong_answers_of_the_same_kind():
     assert not any(overlap(s, shown) for s in found.retain.values() for shown in found.shown.values())
     with pytest.raises(ClueError, match="easy, hard"):
         load("world:soft")
+
+
+def test_without_a_folder_the_hub_is_asked_for_tables_by_name(monkeypatch):
+    """The hub itself is out of reach of a test: its library is replaced by one that gives TOFU's tables, but no holdout."""
+    asked = []
+
+    def load_dataset(path, config, split):
+        asked.append((path, config, split))
+        if "holdout" in config:
+            raise ValueError(f"BuilderConfig {config} not found")
+        return [{"question": f"{config} ?", "answer": "yes", "perturbed_answer": ["no"], "paraphrased_answer": None}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = load("tofu:forget01")
+    assert {path for path, _, _ in asked} == {"locuslab/TOFU"} and {split for _, _, split in asked} == {"train"}
+    assert found.holdout is None and found.forget.records[0].source == "locuslab/TOFU:forget01_perturbed@train:1"
+    assert found.shown["retain"].records[0].prompt == "retain99 ?"
+    load("tofu:forget01", "somebody/copy")
+    assert asked[-1][0] == "somebody/copy"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RecordError, match="reading a hub dataset needs datasets"):
+        load("tofu:forget01")
 
 
 def test_a_folder_of_ones_own(tmp_path):

@@ -31,9 +31,9 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: S
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise ClueError("tasks of lm-evaluation-harness need the package lm-eval: install clue-unlearn[lm-eval], or leave"
-                        " out harness") from None
+    except ImportError as error:
+        raise ClueError(f"tasks of lm-evaluation-harness need the package lm-eval ({error}): install clue-unlearn[lm-eval], or"
+                        " leave out harness") from None
     training = model.training
     model.eval()
     try:
