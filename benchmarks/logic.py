@@ -50,10 +50,13 @@ def sizes(found: Claims, repeats: int) -> None:
             found.add(f"{what}: peak memory of the process, the arrays included", run["peak"] / 1e9, "GB",
                       f"{run['peak_before'] / 1e9:.3f} GB before the question", f"under {memory:g}",
                       run["peak"] / 1e9 < memory)
-    cost: list[tuple[int, float]] = []
-    for n in (25_000, 50_000, 100_000, 200_000):
-        run = alone(n, 12 * n, 3, TRANSFORMER, 1, repeats)
-        cost.append((run["edges"], run["cpu"] / run["edges"]))
+    # The least of interleaved runs: whatever else the machine does can only add time, and does so to some runs only.
+    least: dict[int, float] = {}
+    for _ in range(max(repeats, 5)):
+        for n in (25_000, 50_000, 100_000, 200_000):
+            run = alone(n, 12 * n, 3, TRANSFORMER, 1, 1)
+            least[run["edges"]] = min(run["cpu"], least.get(run["edges"], run["cpu"]))
+    cost = [(edges, seconds / edges) for edges, seconds in least.items()]
     worst = max(b / a for i, (_, a) in enumerate(cost) for _, b in cost[i + 1:])
     text = ", ".join(f"{e} edges: {c * 1e9:.0f} ns" for e, c in cost)
     found.add("time per edge, a size against a smaller one, over four sizes (the worst pair)", worst, "times",

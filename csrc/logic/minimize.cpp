@@ -8,7 +8,8 @@
 //    literal of weight w. When that one is in a later core, "at most two" takes over, and so on: outputs are made on
 //    demand. A count proven too small at once ("core exhaustion") raises the bound without another core.
 // 3. The best model so far, which may come from minimising a core too, bounds the cost from above; soft literals dearer
-//    than the gap between the bounds become hard, and where there is no gap the level is closed.
+//    than the gap between the bounds become hard, and where there is no gap the level is closed. Local search improves
+//    it once, when a search turns out to be hard (descent.cpp).
 // 4. A closed level's soft literals that still carry weight hold in every optimum and only there, so making them hard
 //    clauses fixes the level's cost for all later levels.
 //
@@ -20,10 +21,14 @@
 #include <stdexcept>
 #include <utility>
 
+#include "descent.hpp"
 #include "record.hpp"
 
 namespace clue::logic {
 namespace {
+
+// Decisions, beside one per variable, of a search without local search before it.
+constexpr int kEasy = 5000;
 
 // A limit struck where half the work is of no use.
 struct Expired {};
@@ -106,7 +111,8 @@ class Minimizer {
  public:
   Minimizer(const Formula& formula, std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds,
             Recorder* recorder)
-      : limits_(limits),
+      : formula_(&formula),
+        limits_(limits),
         on_bounds_(on_bounds),
         solver_(limits),
         recorder_(recorder),
@@ -150,6 +156,7 @@ class Minimizer {
     }
     bound = bound_;
     on_bounds_ = nullptr;  // they are those of the first level
+    formula_ = nullptr;
     return closed;
   }
 
@@ -289,7 +296,12 @@ class Minimizer {
       }
       bool found = false;
       for (;;) {
-        const Verdict verdict = run(assumptions_);
+        Verdict verdict = formula_ == nullptr ? Verdict::Unknown : run(assumptions_, kEasy + n_original_);
+        if (verdict == Verdict::Unknown) {
+          descend_once();
+          if (bound_ == cost_) return true;
+          verdict = run(assumptions_);
+        }
         if (verdict == Verdict::Unknown) return false;
         if (verdict == Verdict::Satisfiable) break;
         found = true;
@@ -305,6 +317,17 @@ class Minimizer {
       if (!found || bound_ == cost_) return true;
       harden_dear();
     }
+  }
+
+  // A search is hard: perhaps a better model is not. Later levels have more clauses than the formula's.
+  void descend_once() {
+    if (formula_ != nullptr && !limits_.expired() && descend(*formula_, *level_, model_, limits_)) {
+      cost_ = 0;
+      for (const Soft& soft : *level_)
+        if (!holds(soft.literal)) cost_ += soft.weight;
+      tell();
+    }
+    formula_ = nullptr;
   }
 
   // Softs that weigh more than the gap between the model and the bound hold in every optimum.
@@ -372,6 +395,7 @@ class Minimizer {
     }
   }
 
+  const Formula* formula_;  // null after the first level, and once local search has been tried
   Limits& limits_;
   OnBounds on_bounds_;  // null after the first level
   Solver solver_;
