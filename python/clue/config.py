@@ -79,9 +79,9 @@ class UnlearnSettings:
 
     objective: str = _option("npo", "what forgetting minimises: npo, ga (gradient ascent, without retention), graddiff (ga"
                              " with it), npo-kl, ga-kl (retention by KL divergence to the model before unlearning), simnpo,"
-                             " wga, undial, or, which teach refusals, dpo and refusal",
+                             " wga, undial, rmu (hidden states steered away), or, which teach refusals, dpo and refusal",
                              choices=("npo", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal", "undial",
-                                      "wga"))
+                                      "wga", "rmu"))
     stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper), joint, or"
                           " alternating (a forget step on all planned weights, then a retain step on conflict weights)",
                           choices=("two", "joint", "alternating"))
@@ -102,6 +102,10 @@ class UnlearnSettings:
     simnpo_gamma: float = _option(0.0, "reward margin of simnpo")
     wga_alpha: float = _option(1.0, "wga weighs every token by its probability to this power; 0 is gradient ascent")
     undial_strength: float = _option(10.0, "undial lowers the answer token's logit by this much")
+    rmu_layer: int = _option(0, "rmu steers the hidden states behind this layer, counted from 1; 0 means a quarter of the"
+                             " depth, the 8th of 32 as in its paper")
+    rmu_c: float = _option(6.5, "length of the hidden states that rmu steers to; about the norm of hidden states there")
+    rmu_alpha: float = _option(1200.0, "rmu weighs the hidden states of retain records by this")
     refusals: str = _option("", "what dpo and refusal teach instead of the answer, one refusal per line; empty means a"
                             " built-in list")
     metric: bool = _option(True, "precondition the forget gradient of conflict weights by the retain set's Kronecker"

@@ -11,7 +11,15 @@ import torch
 
 from clue.config import UnlearnSettings, check
 from clue.errors import ClueError
-from clue.unlearn.objectives import OBJECTIVES, Answers, answer_log_probs, answer_rows, objective_of, token_log_probs
+from clue.unlearn.objectives import (
+    OBJECTIVES,
+    Answers,
+    Hidden,
+    answer_log_probs,
+    answer_rows,
+    objective_of,
+    token_log_probs,
+)
 
 SETTINGS = UnlearnSettings(beta=0.3, simnpo_beta=1.7, simnpo_gamma=0.4, wga_alpha=0.6, undial_strength=2.5)
 
@@ -110,7 +118,7 @@ def test_objectives_match_their_formulas(batch: tuple[torch.Tensor, torch.Tensor
     assert torch.equal(seen.log_p, answer_log_probs(logits, labels)[0])
     assert seen.n_tokens.tolist() == counts.tolist() == [3, 1, 4]
     expected = expected_losses(*(a.numpy() for a in (logits, labels, before, other)), reference, other_reference)
-    assert expected.keys() == OBJECTIVES.keys()
+    assert expected.keys() == OBJECTIVES.keys() - {"rmu"}  # which is on hidden states
     for name, value in expected.items():
         got = OBJECTIVES[name].forget(seen, refusals, SETTINGS)
         assert got.item() == pytest.approx(value, rel=1e-10), name
@@ -124,7 +132,7 @@ def test_retain_losses_match_their_formulas(batch: tuple[torch.Tensor, torch.Ten
     pairs = zip(by_token(logits.numpy(), labels.numpy()), by_token(before.numpy(), labels.numpy()), strict=True)
     divergence = np.mean([np.sum(q * np.log(q / p)) for (_, p, _), (_, q, _) in pairs])
     for name, objective in OBJECTIVES.items():
-        if objective.retain is not None:
+        if objective.retain is not None and not objective.hidden:
             value = divergence if name.endswith("-kl") else -sums.sum() / counts.sum()
             assert objective.retain(seen, SETTINGS).item() == pytest.approx(value, rel=1e-10), name
     same = OBJECTIVES["ga-kl"].retain
@@ -145,6 +153,26 @@ def test_known_values() -> None:
     # The teacher is even; a third of the odds on the answer leaves it 1/4, and 3/4 for the other token.
     undial = -0.5 * (np.log(0.5) + 0.25 * np.log(0.25) + 0.75 * np.log(0.75))
     assert OBJECTIVES["undial"].forget(seen, None, settings).item() == pytest.approx(undial)
+
+
+def test_simnpo_and_rmu_by_hand() -> None:
+    # SimNPO at beta 2.5 without margin: one token of p = e^-0.8 gives -2/2.5 log sigmoid(2) = 0.8 log(1 + e^-2).
+    one = Answers(torch.tensor([[-0.8]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool))
+    settings = UnlearnSettings()
+    assert OBJECTIVES["simnpo"].forget(one, None, settings).item() == pytest.approx(0.8 * np.log1p(np.exp(-2.0)))
+    # With the margin 0.125: sigmoid of 2 - 0.125.
+    margin = OBJECTIVES["simnpo"].forget(one, None, UnlearnSettings(simnpo_gamma=0.125)).item()
+    assert margin == pytest.approx(0.8 * np.log1p(np.exp(-1.875)))
+    # RMU with c = 5 along (0.6, 0.8), target (3, 4): of two tokens and a pad, (3, 4) is there and (0, 0) is 5 away.
+    states = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [100.0, 100.0]]], dtype=torch.float64)
+    hidden = Hidden(states, states - 0.1, torch.tensor([[True, True, False]]),
+                    torch.tensor([0.6, 0.8], dtype=torch.float64))
+    seen = Answers(one.token_log_p, one.scored, hidden=hidden)
+    settings = UnlearnSettings(rmu_c=5.0)
+    assert OBJECTIVES["rmu"].forget(seen, None, settings).item() == pytest.approx(25 / 4)
+    assert OBJECTIVES["rmu"].retain is not None
+    assert OBJECTIVES["rmu"].retain(seen, settings).item() == pytest.approx(1200 * 0.01)
+    assert (UnlearnSettings().rmu_c, UnlearnSettings().rmu_alpha, UnlearnSettings().simnpo_beta) == (6.5, 1200.0, 2.5)
 
 
 def test_npo_weighs_each_answer_as_its_paper_says() -> None:
@@ -174,6 +202,8 @@ def test_selected_records_are_a_batch_of_their_own(batch: tuple[torch.Tensor, to
     some = answers(logits, labels, reference, logits.flip(1)).select(chosen)
     alone = answers(logits[chosen], labels[chosen], reference[chosen.numpy()], logits.flip(1)[chosen])
     for field in fields(Answers):
+        if field.name == "hidden":
+            continue
         assert torch.equal(getattr(some, field.name), getattr(alone, field.name)), field.name
     assert Answers(*token_log_probs(logits, labels)).select(chosen).logits is None
 
@@ -182,7 +212,8 @@ def test_what_an_objective_lacks_is_named(batch: tuple[torch.Tensor, torch.Tenso
     bare = Answers(*token_log_probs(*batch))
     for name, objective in OBJECTIVES.items():
         for needed, message in ((objective.reference and not objective.refusals, "log-probabilities"),
-                                (objective.refusals, "refusals=True"), (objective.forget_logits, "needs logits")):
+                                (objective.refusals, "refusals=True"), (objective.hidden, "hidden=True"),
+                                (objective.forget_logits, "needs logits")):
             if needed:
                 with pytest.raises(ClueError, match=message):
                     objective.forget(bare, None, SETTINGS)

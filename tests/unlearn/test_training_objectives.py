@@ -13,7 +13,7 @@ import torch
 from clue.config import UnlearnSettings
 from clue.data.encoding import batches, encode
 from clue.data.records import Record, RecordSet
-from clue.errors import ClueError, RecordError
+from clue.errors import ClueError, PlanError, RecordError
 from clue.model.answers import answer_logits
 from clue.plan import Plan, Slice
 from clue.types import Role
@@ -59,6 +59,8 @@ def test_every_objective_forgets(make_model: Any, make_plan: Any, mixed_plan: An
     before, refused = log_p(known, tokenizer, sets["forget"]), refuse(sets["forget"], PLAIN.refusals, 0)
     assert before.exp().min() > 0.5
     for name, objective in OBJECTIVES.items():
+        if name == "rmu":  # which unlearns elsewhere than in the answers; below
+            continue
         model = copy.deepcopy(known)
         log = unlearn(model, tokenizer, sets["forget"], retain, everything(model, make_plan),
                       replace(PLAIN, objective=name))
@@ -189,3 +191,36 @@ def test_refusals_are_drawn_once_per_question(sets: Any) -> None:
         refuse(forget, " \n")
     with pytest.raises(RecordError, match="t:1: a plain text asks no question"):
         refuse(RecordSet("t", (Record("", "some text", source="t:1"),)))
+
+
+def test_rmu_steers_forget_records_and_leaves_retain_records(make_model: Any, make_plan: Any, tokenizer: Any,
+                                                             sets: Any) -> None:
+    known = taught(make_model, tokenizer, sets)
+    model = copy.deepcopy(known)
+    settings = replace(PLAIN, objective="rmu", rmu_layer=1, rmu_c=4.0, rmu_alpha=20.0, steps=40, lr=1e-2)
+    plan = everything(model, make_plan)
+    log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, settings, seed=2)
+    direction = torch.rand(32, generator=torch.Generator().manual_seed(2 * 1009 + 3))
+    direction /= direction.norm()
+
+    def states(network: Any, records: RecordSet) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([network(torch.from_numpy(e.input_ids)[None], output_hidden_states=True).hidden_states[1][0]
+                              for e in encode(records, tokenizer, append_eos=False)])
+
+    wanted = 4.0 * direction
+    away = [(states(network, sets["forget"]) - wanted).square().mean().item() for network in (known, model)]
+    assert log.forget_loss[0] == pytest.approx(away[0], rel=1e-3)  # three records are one batch
+    assert away[1] < 0.5 * away[0]
+    kept = (states(model, sets["retain"]) - states(known, sets["retain"])).square().mean()
+    moved = (states(model, sets["forget"]) - states(known, sets["forget"])).square().mean()
+    assert kept < 0.3 * moved
+    # Layer 2 lies above: nothing there has a gradient, and the end of the run says how much moved.
+    above = {n: p for n, p in model.named_parameters() if ".layers.1." in n and "proj" in n}
+    assert all(torch.equal(p, known.get_parameter(n)) for n, p in above.items())
+    assert 0 < log.moved <= log.planned - sum(p.numel() for p in above.values())
+    only = make_plan(model, {n: (0, {Role.CONFLICT: None}) for n in above})
+    with pytest.raises(PlanError, match="at or below the layer"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, only, settings)
+    with pytest.raises(ClueError, match="rmu_layer = 3, but this model has 2 layers"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(settings, rmu_layer=3))

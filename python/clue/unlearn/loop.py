@@ -181,7 +181,7 @@ class _Training:
                     self.at_metric = self.before.now()
                     place.measured = place.done
                 gradient = RoleGradient(self.model, self.plan, stage.roles, self.objective, settings, self.metric,
-                                        self.before, self.pad)
+                                        self.before, self.pad, self.seed)
                 with gradient.sparse:
                     while place.number < stage.steps and not stopped and not self._metric_is_due():
                         self._step(stage, optimizers, gradient, reference, weight)

@@ -4,7 +4,7 @@ Labels are shifted once, in :func:`token_log_probs`, and nowhere else. Two conve
 ascent (plain or weighted), self-distillation, the refusal loss and both retain losses are means over all answer tokens
 of the batch; NPO, SimNPO and DPO work on the log-probability of a whole answer and are means over records.
 
-RMU (arXiv 2403.03218) is left out: it is a loss on the hidden states of one layer, not on answers.
+RMU works on the hidden states of one layer at all tokens of a record, prompt included, and means over tokens.
 """
 
 from __future__ import annotations
@@ -62,6 +62,27 @@ def nll(log_p: Tensor, n_tokens: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """The residual stream behind one layer.
+
+    Attributes:
+        states: [batch, seq, d_model].
+        before: the same under the model before unlearning.
+        tokens: bool [batch, seq], false on padding.
+        direction: [d_model], of length 1, drawn once per training from the seed: uniform in [0, 1), then normalised.
+    """
+
+    states: Tensor
+    before: Tensor
+    tokens: Tensor
+    direction: Tensor
+
+    def select(self, records: Tensor) -> Hidden:
+        """Those of some of the records, given as bool [batch]."""
+        return Hidden(self.states[records], self.before[records], self.tokens[records], self.direction)
+
+
+@dataclass(frozen=True)
 class Answers:
     """What an objective sees of a batch of answers.
 
@@ -73,6 +94,7 @@ class Answers:
         targets: int64 [tokens], the answer tokens one after the other, in the order of ``scored``.
         logits: [tokens, vocabulary] for these tokens, float32 or finer; None unless the objective asks for them.
         reference_logits: the same under the model before unlearning.
+        hidden: the hidden states that the objective asks for; None unless it does.
     """
 
     token_log_p: Tensor
@@ -81,6 +103,7 @@ class Answers:
     targets: Tensor | None = None
     logits: Tensor | None = None
     reference_logits: Tensor | None = None
+    hidden: Hidden | None = None
 
     @property
     def log_p(self) -> Tensor:
@@ -95,9 +118,10 @@ class Answers:
     def select(self, records: Tensor) -> Answers:
         """The answers of some of the records, given as bool [batch]."""
         tokens = records.unsqueeze(1).expand_as(self.scored)[self.scored]
-        by_token = (None if t is None else t[tokens] for t in (self.targets, self.logits, self.reference_logits))
+        targets, logits, before = (None if t is None else t[tokens] for t in (self.targets, self.logits, self.reference_logits))
         reference = None if self.reference is None else self.reference[records]
-        return Answers(self.token_log_p[records], self.scored[records], reference, *by_token)
+        hidden = None if self.hidden is None else self.hidden.select(records)
+        return Answers(self.token_log_p[records], self.scored[records], reference, targets, logits, before, hidden)
 
 
 def answer_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +130,12 @@ def answer_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     scored = labels[:, 1:] != IGNORED
     rows = logits[:, :-1][scored]
     return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows, labels[:, 1:][scored]
+
+
+def _hidden(answers: Answers) -> Hidden:
+    if answers.hidden is None:
+        raise ClueError("the objective needs hidden states, which it was not given: say so in its Objective (hidden=True)")
+    return answers.hidden
 
 
 def _needed(value: Tensor | None, what: str) -> Tensor:
@@ -178,6 +208,21 @@ def self_distillation(answers: Answers, refusals: Answers | None, settings: Unle
     return -(adjusted.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
+def misdirection(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """RMU's forget loss: mean over tokens and channels of ``(h - c * u)^2``, h the hidden states of the forget records
+    behind one layer and u a random direction of length 1 (arXiv 2403.03218, equation 1, over d_model as in the released
+    code, which c = 6.5 and alpha = 1200 belong to)."""
+    hidden = _hidden(answers)
+    return (hidden.states[hidden.tokens] - settings.rmu_c * hidden.direction).square().mean()
+
+
+def retain_hidden(answers: Answers, settings: UnlearnSettings) -> Tensor:
+    """RMU's retain loss: ``alpha`` times the mean over tokens and channels of ``(h - h_before)^2`` (arXiv 2403.03218,
+    equations 2 and 3)."""
+    hidden = _hidden(answers)
+    return settings.rmu_alpha * (hidden.states - hidden.before)[hidden.tokens].square().mean()
+
+
 def retain_likelihood(answers: Answers, settings: UnlearnSettings) -> Tensor:
     """The :func:`nll` of the retain answers (arXiv 2203.12817)."""
     return nll(answers.log_p, answers.n_tokens)
@@ -209,6 +254,8 @@ class Objective:
         forget_logits, retain_logits: whether the loss needs the logits of the forget or retain answers, the model's and
             those before unlearning. The latter are computed in every step with the planned weights as they were
             (:class:`~clue.unlearn.reference.ReferenceWeights`).
+        hidden: whether both losses need the hidden states behind layer ``rmu_layer``, the model's and those before
+            unlearning; only planned weights up to this layer then have a gradient.
     """
 
     forget: Forget
@@ -217,6 +264,7 @@ class Objective:
     refusals: bool = False
     forget_logits: bool = False
     retain_logits: bool = False
+    hidden: bool = False
 
 
 #: ``UnlearnSettings.objective`` -> objective. ``graddiff`` (arXiv 2203.12817) is gradient ascent plus the retain loss.
@@ -231,6 +279,7 @@ OBJECTIVES: dict[str, Objective] = {
     "refusal": Objective(refusal, refusals=True),
     "undial": Objective(self_distillation, forget_logits=True),
     "wga": Objective(weighted_gradient_ascent),
+    "rmu": Objective(misdirection, retain_hidden, hidden=True),
 }
 
 

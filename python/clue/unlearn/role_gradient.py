@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..config import UnlearnSettings
 from ..data.encoding import IGNORED, Batch, Example, collate
+from ..errors import PlanError
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..types import Role
+from .hidden import HiddenStates
 from .metric import RetainMetric
-from .objectives import Answers, Objective, answer_log_probs, answer_rows, nll, token_log_probs
+from .objectives import Answers, Hidden, Objective, answer_log_probs, answer_rows, nll, token_log_probs
 from .reference import ReferenceWeights
 from .sparse import SliceGradient, SparseGradients
 
@@ -23,12 +26,13 @@ class RoleGradient:
     """Runs the records of one step and combines the gradients of every slice by its role."""
 
     def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role], objective: Objective,
-                 settings: UnlearnSettings, metric: RetainMetric | None, before: ReferenceWeights | None,
-                 pad: int) -> None:
+                 settings: UnlearnSettings, metric: RetainMetric | None, before: ReferenceWeights,
+                 pad: int, seed: int) -> None:
         self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
         self._before, self._roles = before, tuple(roles)
         self._pad, self._device = pad, next(model.parameters()).device
         self.sparse = SparseGradients(model, plan, roles)
+        self._watch = HiddenStates(model, settings, seed) if objective.hidden else None
 
     def __call__(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
                  retain_weight: float) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -83,12 +87,22 @@ class RoleGradient:
         of_forget = self._reference_logits(forget[:n]) if forget and objective.forget_logits else None
         of_retain = self._reference_logits(retain) if retain and objective.retain_logits else None
         batch = collate([*forget, *retain], self._pad, self._device)
+        before = None
+        if self._watch is not None:
+            with self._before.restored(), self._watch.watching():
+                answer_logits(self._model, batch)
+                before = self._watch.states
         self.sparse.split(forget=end, retain=len(retain), seq=batch.input_ids.shape[1])
-        logits, labels = answer_logits(self._model, batch)
+        with nullcontext() if self._watch is None else self._watch.watching():
+            logits, labels = answer_logits(self._model, batch)
         log_p, scored = token_log_probs(logits, labels)
 
         def answers(rows: slice, reference_logits: Tensor | None) -> Answers:
             known = None if reference is None or rows is kept else reference[rows]
+            if self._watch is not None and before is not None:
+                hidden = Hidden(self._watch.states[rows], before[rows], batch.attention_mask.bool()[rows],
+                                self._watch.direction)
+                return Answers(log_p[rows], scored[rows], known, hidden=hidden)
             if reference_logits is None:
                 return Answers(log_p[rows], scored[rows], known)
             found, targets = answer_rows(logits[rows], labels[rows])
@@ -112,12 +126,14 @@ class RoleGradient:
             retained = answers(kept, of_retain)
             parts.append(retain_weight * objective.retain(retained, settings))
             losses["retain_loss"] = nll(retained.log_p, retained.n_tokens).item()
+        if parts and not any(part.requires_grad for part in parts):
+            raise PlanError("no planned weight lies at or below the layer whose hidden states the objective steers: raise"
+                            " rmu_layer, or take another objective")
         if parts:
             torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
 
     def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
         """[answer tokens, vocabulary] of the model before unlearning, record after record."""
-        assert self._before is not None
         with self._before.restored():
             return answer_rows(*answer_logits(self._model, collate(examples, self._pad, self._device)))[0]
 
