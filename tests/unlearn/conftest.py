@@ -28,8 +28,8 @@ def sets() -> dict[str, RecordSet]:
     return {"forget": records("forget", FORGET), "retain": records("retain", RETAIN), "skill": records("skill", SKILL)}
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
+def word_tokenizer() -> Any:
+    """A token for every word of the sets."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,6 +38,11 @@ def tokenizer() -> Any:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return word_tokenizer()
 
 
 @pytest.fixture

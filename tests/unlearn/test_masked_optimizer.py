@@ -53,7 +53,7 @@ def test_parity_with_torch_on_the_same_slices(dtype: torch.dtype, make_model: An
         mask = torch.from_numpy(plan.mask(name))
         expected = twins[name].detach()
         if dtype == torch.bfloat16:
-            (_, axis, index), = optimizer._planned[parameter]
+            axis, index = optimizer._planned[parameter][0].axis, optimizer._planned[parameter][0].index
             master = optimizer.state[parameter]["master"]
             master = master.T if axis == 1 else master
             torch.testing.assert_close(master, expected.index_select(axis, index), rtol=tolerance, atol=tolerance)

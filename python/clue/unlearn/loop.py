@@ -38,6 +38,7 @@ from .objectives import Answers, Forget, Objective, answer_log_probs, answer_row
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
+from .sharing import added_up, shared_logits
 from .sparse import SliceGradient, SparseGradients
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class _RoleGradient:
         taken: list[dict[str, SliceGradient]] = []
         for forgets, retains in passes:
             self._pass(forgets, reference, retains, losses)
-            taken.append(self.sparse.take())
+            taken.append(added_up(self.sparse.take(), self.sparse))
         forget_part = {name: gradient.forget for name, gradient in taken[0].items()}
         self._measure(forget_part)
         combined: dict[str, Tensor] = {}
@@ -302,8 +303,7 @@ class _RoleGradient:
         of_forget = self._reference_logits(forget[:n]) if forget and objective.forget_logits else None
         of_retain = self._reference_logits(retain) if retain and objective.retain_logits else None
         batch = collate([*forget, *retain], self._pad, self._device)
-        self.sparse.split(forget=end, retain=len(retain), seq=batch.input_ids.shape[1])
-        logits, labels = answer_logits(self._model, batch)
+        logits, labels = shared_logits(self._model, self.sparse, batch, forget=end)
         log_p, scored = token_log_probs(logits, labels)
 
         def answers(rows: slice, reference_logits: Tensor | None) -> Answers:

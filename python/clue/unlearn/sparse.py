@@ -34,6 +34,7 @@ from ..model.experts import Routed, differentiate, is_experts
 from ..types import Role
 from ..weights import member_of, parameter_of, view_of
 from .optimizer import planned_index, planned_parameters
+from .shards import is_sharded
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -62,7 +63,13 @@ class PlannedSlices:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of what ``name`` means."""
-        return tuple(view_of(self.parameter, self.name).shape)
+        whole = tuple(self.parameter.shape)
+        return whole if member_of(self.name) is None else whole[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its gradients: float32 for half precision."""
+        return torch.float32 if self.parameter.dtype in _HALF else self.parameter.dtype
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,11 @@ class SparseGradients:
         self._layers = list(layers.values())
         #: planned parameters outside plain linear layers and experts
         self.dense = tuple(name for name in self.planned if name not in self._parts)
+        for name in self.dense:
+            if is_sharded(self.planned[name].parameter):
+                raise PlanError(f"{name} is sharded and does not belong to a linear layer or experts, whose gradients alone"
+                                " are computed by slices: leave it out of the plan, or give fully_shard whole layers"
+                                " rather than single linear modules")
         self._flags: dict[nn.Parameter, bool] | None = None
         self._input_grads = False
         #: forget samples, all samples, and positions of each; set by :meth:`split`
@@ -142,17 +154,22 @@ class SparseGradients:
             self.planned[name].parameter.requires_grad_(True)
         for layer in self._layers:
             layer.attach()
-        # transformers makes embeddings differentiable for checkpointing, which only the reentrant kind needs.
-        self._input_grads = bool(getattr(self._model, "_require_grads_hooks", None)) and not _reentrant(self._model)
-        if self._input_grads:
-            self._model.disable_input_require_grads()  # type: ignore[operator]
+        self.freeze_inputs()
         return self
+
+    def freeze_inputs(self) -> None:
+        """Undo what transformers does to embeddings for checkpointing: make them differentiable, which only the reentrant
+        kind needs. Entering does it; call it where checkpointing is turned on later."""
+        if getattr(self._model, "_require_grads_hooks", None) and not _reentrant(self._model):
+            self._model.disable_input_require_grads()  # type: ignore[operator]
+            self._input_grads = True
 
     def __exit__(self, *error: object) -> None:
         for layer in self._layers:
             layer.detach()
         if self._input_grads:
             self._model.enable_input_require_grads()  # type: ignore[operator]
+            self._input_grads = False
         for parameter, flag in (self._flags or {}).items():
             parameter.requires_grad_(flag)
         self._flags, self.samples = None, None
@@ -196,6 +213,14 @@ class SparseGradients:
         self._clear()
         return taken
 
+    def gather_into(self, name: str, parameter: nn.Parameter) -> None:
+        """From now on sum the gradients of a planned weight, of both kinds of samples, into this parameter's ``.grad``.
+
+        Args:
+            parameter: of the shape of :class:`SliceGradient`; its values are not looked at.
+        """
+        self._parts[name].own = parameter
+
     def _clear(self) -> None:
         for part in self._parts.values():
             part.forget.grad = None
@@ -223,23 +248,39 @@ class _Part:
         self.index = slices.index
         self.conflict_index = slices.index.index_select(0, slices.conflict)
         other = [n for axis, n in enumerate(slices.shape) if axis != slices.axis]
-        self.forget = _leaf(slices.parameter, (len(slices.index), *other))
-        self.retain = _leaf(slices.parameter, (len(slices.conflict), *other)) if len(slices.conflict) else None
+        self.forget = _leaf(slices, (len(slices.index), *other))
+        self.retain = _leaf(slices, (len(slices.conflict), *other)) if len(slices.conflict) else None
+
+        #: takes the place of the two: the slices as a parameter of their own, whose ``.grad`` sums both kinds
+        self.own: nn.Parameter | None = None
+        self.dtype = slices.dtype
+        self._conflict = slices.conflict
 
     @property
     def leaves(self) -> list[Tensor]:
+        if self.own is not None:
+            return [self.own]
         return [self.forget] if self.retain is None else [self.forget, self.retain]
 
+    def handed(self, found: list[Tensor | None]) -> list[Tensor | None]:
+        """For each leaf its gradient, from those of :meth:`sides`."""
+        if self.own is None:
+            return found
+        total = torch.zeros_like(self.own) if found[0] is None else found[0]
+        if len(found) > 1 and found[1] is not None:
+            total.index_add_(0, self._conflict, found[1])
+        return [total]
+
     def sides(self, cut: int, count: int) -> list[tuple[slice, Tensor]]:
-        """Per leaf the tokens whose gradient it gathers, and the channels."""
+        """For forget samples, and for retain samples where they count: the tokens, and the channels."""
         found = [(slice(0, cut), self.index)]
         return found if self.retain is None else [*found, (slice(cut, count), self.conflict_index)]
 
 
-def _leaf(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _leaf(slices: PlannedSlices, shape: tuple[int, ...]) -> Tensor:
     """A tensor of this shape whose elements are one number in memory; only its gradient is of interest."""
-    dtype = torch.float32 if parameter.dtype in _HALF else parameter.dtype
-    return torch.zeros((), dtype=dtype, device=parameter.device).expand(shape).detach().requires_grad_()
+    number = torch.zeros((), dtype=slices.dtype, device=slices.parameter.device)
+    return number.expand(shape).detach().requires_grad_()
 
 
 class _Layer:
@@ -358,21 +399,22 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = weight.to(dy.dtype)  # under autocast the forward saw it like that
             dx = (dy @ (weight.T if layer.transposed else weight)).view(ctx.shape).to(ctx.dtype)
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         for part in layer.parts:
-            sides = zip(part.leaves, part.sides(ctx.cut, len(dy)), strict=True)
-            for number, (leaf, (tokens, index)) in enumerate(sides):
+            found: list[Tensor | None] = []
+            for number, (tokens, index) in enumerate(part.sides(ctx.cut, len(dy))):
                 mine = dy[tokens]
                 if len(mine) == 0:
                     found.append(None)
                 elif part is layer.bias:
-                    found.append(mine.index_select(1, index).to(leaf.dtype).sum(0))
+                    found.append(mine.index_select(1, index).to(part.dtype).sum(0))
                 elif part.of_outputs:
                     x = kept[0].reshape(-1, kept[0].shape[-1])
-                    found.append(_product(mine.index_select(1, index), x[tokens], leaf.dtype))
+                    found.append(_product(mine.index_select(1, index), x[tokens], part.dtype))
                 else:
-                    found.append(_product(kept[number], mine, leaf.dtype))
-        return (dx, None, None, None, *found)
+                    found.append(_product(kept[number], mine, part.dtype))
+            gradients += part.handed(found)
+        return (dx, None, None, None, *gradients)
 
 
 class _ExpertsLayer(_Layer):
@@ -428,8 +470,9 @@ class _Experts(torch.autograd.Function):
         dweights = torch.zeros_like(weights) if ctx.needs_input_grad[1] else None
         found: dict[tuple[int, str], list[Tensor | None]] = {key: [] for key in layer.parts}
         for key, part in layer.parts.items():
-            for leaf, (tokens, _) in zip(part.leaves, part.sides(ctx.cut, len(x)), strict=True):
-                found[key].append(torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            for tokens, channels in part.sides(ctx.cut, len(x)):
+                shape = (len(channels), *part.forget.shape[1:])
+                found[key].append(torch.zeros(shape, dtype=part.dtype, device=x.device)
                                   if tokens.stop > tokens.start else None)
         planned = {number for number, _ in layer.parts}
         for number in index.unique().tolist() if passes_on else sorted(planned):
@@ -458,7 +501,7 @@ class _Experts(torch.autograd.Function):
                     a, b = (outputs, inputs) if part.of_outputs else (inputs, outputs)
                     total.copy_(_product(a[tokens].index_select(1, channels), b[tokens], total.dtype))
         return (None if dx is None else dx.to(x.dtype), dweights, None, None, None,
-                *(gradient for key in layer.parts for gradient in found[key]))
+                *(gradient for key, part in layer.parts.items() for gradient in part.handed(found[key])))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
