@@ -109,15 +109,18 @@ def unlearned(model: nn.Module, plan: Plan, objective: str) -> Any:
 
 
 def compare(now: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor], plan: Plan) -> None:
-    """Planned weights are the expected ones to float tolerance and moved; all others have every bit they had."""
+    """Planned weights are the expected ones to float tolerance, and most moved (an expert may get no token, and stay); all
+    others have every bit they had."""
     from clue.weights import parameter_of, view_of
 
     moved = {name: (weight != before[name]) for name, weight in now.items()}
+    reached = 0
     for name in plan.parameters():
         mask = torch.from_numpy(plan.mask(name))
         part = view_of(moved[parameter_of(name)], name)
-        assert part[mask].float().mean() > 0.5, name
+        reached += int(part[mask].sum())
         part &= ~mask
+    assert reached > 0.5 * plan.weights_changed
     assert not any(part.any() for part in moved.values())
     for name, weight in now.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
