@@ -276,6 +276,26 @@ def test_localize_says_how_faithful_the_circuits_it_was_asked_for_are(world: Pat
         assert circuit.faithfulness is not None and circuit.faithfulness >= 0.5
 
 
+@pytest.mark.slow
+def test_torchrun_starts_processes_that_share_unlearning(world: Path, localized: Path, tmp_path: Path) -> None:
+    """The model of two processes is that of one, to float tolerance; the first alone writes, reports and prints."""
+    from torch.distributed.run import __file__ as torchrun
+    from transformers import AutoModelForCausalLM
+
+    one, two = (shutil.copytree(localized, tmp_path / name) for name in ("one", "two"))
+    assert main(["unlearn", str(one), "--lr", "0.01"]) == 0
+    done = subprocess.run([sys.executable, torchrun, "--nproc-per-node", "2", "--standalone", "-m", "clue", "unlearn",
+                           str(two), "--lr", "0.01"], capture_output=True, text=True, timeout=280,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(two / "model")
+    assert done.stderr.count("verify     exact:") == 1
+    assert Run.open(two).manifest["verification"].startswith("exact:")
+    first, second = (AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (one, two))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-4)
+
+
 def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """unlearn, evaluate, report and verify on a localized run; only planned weights changed, and stages are kept."""
     run = shutil.copytree(localized, tmp_path / "run")

@@ -101,8 +101,8 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     run, settings = _open_run(arguments, "unlearn")
     from . import jobs
 
-    jobs.unlearn(run, settings, _progress)
-    print(run.path("model"))
+    if jobs.unlearn(run, settings, _progress):
+        print(run.path("model"))
     return 0
 
 

@@ -278,6 +278,19 @@ class Delta:
     def _patch_folder(self, folder: str | os.PathLike[str], out: str | os.PathLike[str], start: End) -> None:
         saved = SavedModel(folder)
 
+        def changed() -> Iterator[tuple[str, Bits]]:
+            for change in self.changes:
+                bits = saved.bits(weight_of(change.parameter)).copy()
+                seen = bits.reshape(-1) if is_flat(change.parameter) else bits
+                seen[(slice(None),) * change.axis + (change.index,)] ^= change.xor
+                yield weight_of(change.parameter), bits
+
+        self.check_folder(saved, start)
+        saved.copy_with(out, changed())
+
+    def check_folder(self, saved: SavedModel, start: End = "before") -> None:
+        """Raise :class:`DeltaError` unless a saved model is the one at this end."""
+
         def read(change: Change) -> Bits | None:
             name = weight_of(change.parameter)
             if name not in saved.keys():  # noqa: SIM118 -- not a mapping
@@ -287,15 +300,7 @@ class Delta:
             _fits(change, bits.shape, saved.dtype(name))
             return np.ascontiguousarray(np.take(bits, change.index, change.axis))
 
-        def changed() -> Iterator[tuple[str, Bits]]:
-            for change in self.changes:
-                bits = saved.bits(weight_of(change.parameter)).copy()
-                seen = bits.reshape(-1) if is_flat(change.parameter) else bits
-                seen[(slice(None),) * change.axis + (change.index,)] ^= change.xor
-                yield weight_of(change.parameter), bits
-
         self._check(read, start)
-        saved.copy_with(out, changed())
 
     def _check(self, read: Callable[[Change], Bits | None], start: End) -> None:
         """Raise unless every slice is the one at the start, and will be the one at the other end."""

@@ -13,7 +13,7 @@ from typing import Any
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser's commands."""
-    delta = commands.add_parser("delta", help="what unlearning changed, as a patch file: make, apply, revert, show")
+    delta = commands.add_parser("delta", help="what unlearning changed, as a patch file: make, apply, revert, adapter, show")
     deltas = delta.add_subparsers(required=True, metavar="COMMAND")
 
     make = deltas.add_parser("make", help="write the planned slices of two models as a patch file")
@@ -30,6 +30,12 @@ def add_to(commands: Any) -> None:
                            + ("was" if name == "apply" else "is now"))
         patch.add_argument("file", metavar="FILE", help="file of `clue delta make`")
         patch.add_argument("-o", "--output", required=True, metavar="OUT", help="new folder")
+
+    adapter = deltas.add_parser("adapter", help="write a patch file as a low-rank adapter that PEFT loads")
+    adapter.set_defaults(command=_adapter)
+    adapter.add_argument("file", metavar="FILE", help="file of `clue delta make`")
+    adapter.add_argument("model", metavar="MODEL", help="folder of the model as it was")
+    adapter.add_argument("-o", "--output", required=True, metavar="FOLDER", help="new folder")
 
     show = deltas.add_parser("show", help="what a patch file changes, and how large it is")
     show.set_defaults(command=_show)
@@ -53,6 +59,17 @@ def _patch(arguments: argparse.Namespace) -> int:
 
     getattr(Delta.load(arguments.file), arguments.patch)(arguments.model, arguments.output)
     print(arguments.output)
+    return 0
+
+
+def _adapter(arguments: argparse.Namespace) -> int:
+    from .adapter import export
+    from .delta import Delta
+
+    found = export(Delta.load(arguments.file), arguments.model, arguments.output)
+    whole = f", {len(found.whole)} stored whole" if found.whole else ""
+    print(f"{arguments.output}: {len(found.ranks)} modules of rank at most {max(found.ranks.values(), default=0)}{whole};"
+          f" merged, no weight is more than {found.largest_difference:.1e} off")
     return 0
 
 

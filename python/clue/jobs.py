@@ -74,8 +74,23 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
                              keep=lambda stage, make: _kept(run, stage, make))
 
 
-def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
-    """Train the planned weights and save the model, whole, into the run's ``model`` stage."""
+def unlearn(run: Run, settings: Settings, progress: Progress) -> bool:
+    """Train the planned weights and save the model, whole, into the run's ``model`` stage.
+
+    Processes that ``torchrun`` started share every step; the first of them writes and reports.
+
+    Returns:
+        whether this process is the first.
+    """
+    from .processes import joined
+
+    with joined(settings.device) as first:
+        _unlearn(run, settings, progress if first else lambda message: None, writes=first)
+    return first
+
+
+def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) -> None:
+    from .processes import place
     from .report.svg import percent
     from .unlearn.checkpoint import FILE as CHECKPOINT
     from .unlearn.loop import unlearn as train
@@ -104,7 +119,10 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> None:
     if (checkpoint / CHECKPOINT).exists():
         progress(f"unlearn    goes on from {checkpoint / CHECKPOINT}")
     log = train(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
-                plan, settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step, checkpoint=checkpoint)
+                plan, settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step,
+                checkpoint=checkpoint if place()[1] == 1 else None)  # several processes would write the same file
+    if not writes:
+        return
     with run.stage("model") as folder:
         network.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .data.atomic import write_atomically
-from .errors import ModelError, PlanError
+from .errors import DeltaError, ModelError, PlanError
+from .saved_model import SavedModel
 from .types import NodeKind, Role
-from .weights import flat_name, from_file, is_flat, parameter_of, shape_of, weight_of
+from .weights import flat_name, is_flat, parameter_of, shape_of, weight_of
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +262,7 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
     Raises:
         PlanError: a folder holds no safetensors weights, or the two models do not have the same tensors.
     """
-    old, new = _Weights(before), _Weights(after)
+    old, new = _open(before), _open(after)
     if old.keys() != new.keys():
         differing = sorted(old.keys() ^ new.keys())
         raise PlanError(f"{before} and {after} do not hold the same tensors (for example {differing[0]}):"
@@ -274,7 +275,7 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
     outside: list[tuple[str, int]] = []
     for name in sorted(old.keys()):
         a, b = old.bits(name), new.bits(name)
-        if a.shape != b.shape or a.dtype != b.dtype:
+        if a.shape != b.shape or old.dtype(name) != new.dtype(name):
             raise PlanError(f"{name} has another shape or dtype in {after} than in {before}")
         differs = a != b
         if name in planned:
@@ -289,38 +290,8 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
     return Verification(plan.weights_changed, changed, tuple(outside))
 
 
-class _Weights:
-    """The weights of a model folder under the names a plan knows them by, each expert's alone; read one at a time as
-    integers of their own width."""
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        files = sorted(Path(folder).glob("*.safetensors"))
-        files = [f for f in files if f.name != "plan.safetensors"]
-        if not files:
-            raise PlanError(f"{folder} holds no model weights: give a folder with .safetensors files")
-        #: name -> (file, name there, member of a stacked tensor), to be put below each other
-        self._home: dict[str, dict[int, tuple[Any, str, int | None]]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise PlanError(f"{file} is not a readable safetensors file ({error})") from None
-            for stored in handle.keys():  # noqa: SIM118 -- a safetensors handle is no mapping
-                for name, position, member in from_file(stored, handle.get_slice(stored).get_shape()):
-                    self._home.setdefault(name, {})[position] = handle, stored, member
-
-    def keys(self) -> set[str]:
-        return set(self._home)
-
-    def bits(self, name: str) -> npt.NDArray[Any]:
-        import torch
-
-        pieces = [file.get_tensor(stored) if member is None else file.get_slice(stored)[member:member + 1][0]
-                  for _, (file, stored, member) in sorted(self._home[name].items())]
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        bits: npt.NDArray[Any] = tensor.view(width).numpy()
-        return bits
-
+def _open(folder: str | os.PathLike[str]) -> SavedModel:
+    try:
+        return SavedModel(folder)
+    except DeltaError as error:
+        raise PlanError(str(error)) from None

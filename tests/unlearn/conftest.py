@@ -30,7 +30,7 @@ def sets() -> dict[str, RecordSet]:
 
 
 def build_tokenizer() -> Any:
-    """One token for each word of the sets."""
+    """A token for every word of the sets."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

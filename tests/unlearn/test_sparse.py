@@ -23,7 +23,6 @@ from clue.plan import Plan, Slice
 from clue.types import Role
 from clue.unlearn import MaskedAdamW, SparseGradients
 from clue.unlearn.objectives import token_log_probs
-from clue.unlearn.sparse import SliceGradient
 from tests.families import VARIANTS, tiny
 from tests.oracles.sparse import slice_gradients
 
@@ -62,23 +61,11 @@ def oracle(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, Tensor | Non
 
 def sparse_gradients(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Tensor] = both) -> Any:
     with SparseGradients(model, plan) as sparse:
-        if sparse.dense:  # experts: one pass for each kind of sample
-            return in_two_passes(model, sparse)
+        assert not sparse.dense
         sparse.split(forget=FORGET, retain=len(IDS) - FORGET, seq=IDS.shape[1])
         run(model).backward()
         assert all(p.grad is None for p in model.parameters())
         return sparse.take()
-
-
-def in_two_passes(model: nn.Module, sparse: SparseGradients) -> Any:
-    taken = []
-    for rows, loss in ((slice(0, FORGET), forget_loss), (slice(FORGET, None), retain_loss)):
-        first = rows.start == 0
-        sparse.split(forget=FORGET if first else 0, retain=0 if first else len(IDS) - FORGET,
-                     seq=int(MASK[rows].sum(1).max()))
-        loss(log_probs(model, rows)).backward()
-        taken.append(sparse.take())
-    return {name: SliceGradient(taken[0][name].forget, taken[1][name].retain) for name in sparse.planned}
 
 
 def assert_equal(got: Any, expected: dict[str, tuple[Tensor, Tensor | None]], tolerance: float) -> None:
@@ -129,7 +116,7 @@ def test_every_family_gives_the_gradients_of_dense_passes_by_role(name: str) -> 
     single = tiny(name, torch.float32)
     logits = single(input_ids=IDS, attention_mask=MASK, use_cache=False).logits
     with SparseGradients(single, plan) as sparse:
-        sparse.split(forget=FORGET + 3 if sparse.dense else FORGET, retain=0 if sparse.dense else 3, seq=IDS.shape[1])
+        sparse.split(forget=FORGET, retain=3, seq=IDS.shape[1])
         assert torch.equal(single(input_ids=IDS, attention_mask=MASK, use_cache=False).logits, logits)
     assert not any("forward" in vars(module) for module in single.modules())
 

@@ -33,6 +33,7 @@ from ..data.atomic import write_atomically
 from ..errors import AttributionError
 from ..model import capture
 from ..model.anatomy import Anatomy
+from ..processes import place
 from .accumulation import GROUP, TILE_BYTES, Sums
 from .graph import Graph
 from .target import Prompts, batches
@@ -158,7 +159,7 @@ def attribute(
     """
     if len(pairs.clean) == 0:
         raise AttributionError(f"{name}: there are no pairs to attribute")
-    rank, processes = _place()
+    rank, processes = place()
     graph = graph_of(body)
     sums = Sums(body, graph, settings.norm)
     work = _Work(body, graph, pairs, settings, name, neurons_only)
@@ -189,13 +190,6 @@ def attribute(
             raise AttributionError(f"{name}: the gradient at the {end} prompts is zero everywhere, so {direction} says"
                                    " nothing: give other corrupted prompts, or more path_steps")
     return scores
-
-
-def _place() -> tuple[int, int]:
-    """This process's number and the number of processes that share the work."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 class _Work:

@@ -22,9 +22,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    scored = (batch.labels[:, 1:] != IGNORED).any(0).nonzero()
-    seq = batch.labels.shape[1]
-    n = seq - (int(scored[0]) if len(scored) else 0)
+    seq, n = batch.labels.shape[1], kept_positions(batch)
     partial = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         # As positions, which are copied together; a number would make a view, and torch multiplies a view by a frozen
@@ -33,3 +31,9 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
                            **partial).logits
     return logits[:, -n:], batch.labels[:, -n:]
+
+
+def kept_positions(batch: Batch) -> int:
+    """How many positions at the end of a batch reach back to the one before its first answer token."""
+    scored = (batch.labels[:, 1:] != IGNORED).any(0).nonzero()
+    return int(batch.labels.shape[1]) - (int(scored[0]) if len(scored) else 0)

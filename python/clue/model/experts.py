@@ -67,11 +67,12 @@ class Routed:
     weights: Tensor
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed:
-        """From the arguments of the call."""
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any], *, detached: bool = True) -> Routed:
+        """From the arguments of the call; ``detached`` from what they were computed from."""
         names = ("hidden_states", "top_k_index", "top_k_weights")
         found = {**dict(zip(names, args, strict=False)), **kwargs}
-        return cls(*(cast("Tensor", found[name]).detach() for name in names))
+        given = [cast("Tensor", found[name]) for name in names]
+        return cls(*(tensor.detach() if detached else tensor for tensor in given))
 
     def share(self, number: int) -> Tensor:
         """[tokens]: the routing weight of one expert for every token, zero where it was not routed."""
@@ -226,6 +227,46 @@ def _activations(experts: Experts, number: int, runs: tuple[Routed, Routed],
         yield chosen, units
 
 
+@dataclass(frozen=True)
+class Differentiated:
+    """One routed expert on the tokens routed to it, run again with the gradient at what it writes.
+
+    Attributes:
+        hidden: [tokens, width], activations, without the share.
+        at_both: [tokens, 2 width], gradient at the output of ``gate_up_proj``.
+        at_down: [tokens, d_model], gradient at the output of ``down_proj``.
+        at_share: [tokens], gradient at the expert's share of each token.
+    """
+
+    hidden: Tensor
+    at_both: Tensor
+    at_down: Tensor
+    at_share: Tensor
+
+
+def differentiate(module: nn.Module, number: int, x: Tensor, share: Tensor, gradient: Tensor) -> Differentiated:
+    """Run one routed expert again and differentiate it; its weights get no gradient.
+
+    Args:
+        module: one that :func:`is_experts` knows.
+        x: [tokens, d_model], the tokens routed to it.
+        share: [tokens], their routing weights.
+        gradient: [tokens, d_model], at the module's output.
+    """
+    import torch
+
+    weights = cast(Any, module)
+    with torch.enable_grad():
+        both = (x @ weights.gate_up_proj[number].detach().T).requires_grad_()
+        gate, up = both.chunk(2, dim=-1)
+        hidden = weights.act_fn(gate) * up
+    with torch.no_grad():
+        at_hidden = gradient.to(hidden.dtype) @ weights.down_proj[number].detach()
+        at_share = (hidden * at_hidden).sum(-1)
+        (at_both,) = torch.autograd.grad(hidden, both, (share[:, None] * at_hidden).to(hidden.dtype))
+        return Differentiated(hidden.detach(), at_both, (share[:, None] * gradient).to(hidden.dtype), at_share)
+
+
 def linear_traffic(module: nn.Module, number: int, routed: Routed, gradient: Tensor,
                    rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """What passes through the two linear maps of a routed expert, on the tokens routed to it.
@@ -238,16 +279,8 @@ def linear_traffic(module: nn.Module, number: int, routed: Routed, gradient: Ten
     Returns:
         for ``gate_up_proj`` and ``down_proj`` the inputs, [routed tokens, inputs], and the gradients at the outputs.
     """
-    import torch
-
-    weights = cast(Any, module)
     share = routed.share(number)
     chosen = (rows & (share != 0)).nonzero()[:, 0]
     x = routed.x[chosen]
-    at_down = (share[chosen, None] * gradient[chosen]).to(x.dtype)
-    with torch.enable_grad():
-        both = (x @ weights.gate_up_proj[number].detach().T).requires_grad_()
-        gate, up = both.chunk(2, dim=-1)
-        hidden = weights.act_fn(gate) * up
-        (at_both,) = torch.autograd.grad(hidden, both, at_down @ weights.down_proj[number].detach())
-    return {"gate_up_proj": (x, at_both), "down_proj": (hidden.detach(), at_down)}
+    seen = differentiate(module, number, x, share[chosen], gradient[chosen])
+    return {"gate_up_proj": (x, seen.at_both), "down_proj": (seen.hidden, seen.at_down)}

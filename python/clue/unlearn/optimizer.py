@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import ClueError, PlanError
 from ..types import Role
-from ..weights import parameter_of, view_of
+from ..weights import parameter_of
+from .shards import Shard, add_up, shard_of
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -60,6 +61,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     (:class:`clue.unlearn.sparse.SparseGradients` computes no others). Weights in bf16 or fp16 get a float32 master copy
     of the slices, since at small learning rates plain bf16 loses most updates.
 
+    Under DistributedDataParallel give the model inside. Of parameters sharded by ``fully_shard`` every process moves its
+    part, and holds state for the planned slices in it only: make the optimizer after sharding, and save the state of each
+    process.
+
     Args:
         model: the model whose weights move.
         plan: which of them.
@@ -82,29 +87,42 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise PlanError(f"the plan names no {wanted} weight, so there is nothing to train: make a plan with larger"
                             " circuits")
         model.requires_grad_(False)
-        #: parameter -> for it, or each planned part of it: (name, axis, int64 [k] sorted union of its slices, on the
-        #: parameter's device)
-        self._planned: dict[nn.Parameter, list[tuple[str, int, Tensor]]] = {}
+        #: parameter -> for it, or each planned part of it, what this process holds of its planned slices (the sorted
+        #: union of all roles', on the parameter's device)
+        self._planned: dict[nn.Parameter, list[Shard]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of compact gradients
         for name, parameter in planned.items():
             axis, union = planned_index(plan, name, roles)
             parameter.requires_grad_(True)
-            self._planned.setdefault(parameter, []).append((name, axis, torch.from_numpy(union).to(parameter.device)))
+            shard = shard_of(parameter, name, axis, torch.from_numpy(union).to(parameter.device))
+            self._planned.setdefault(parameter, []).append(shard)
+            self._shapes[name] = (len(union), *(n for i, n in enumerate(plan.shapes[name]) if i != axis))
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(self._planned), defaults)
 
     def gradients(self) -> list[Tensor]:
-        """The planned slices of every gradient there is: copies, [k, columns] for rows and [rows, k] for columns."""
-        return [view_of(p.grad, name).index_select(axis, index) for p, parts in self._planned.items()
-                for name, axis, index in parts if p.grad is not None]
+        """The planned slices of every gradient there is: copies, [k, columns] for rows and [rows, k] for columns; of
+        sharded parameters what this process holds of them."""
+        return [slices for slices, _ in self._gradients()]
+
+    def _gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """The planned slices of every gradient, and the gradient."""
+        return [(shard.here(p.grad).index_select(shard.axis, shard.index) if len(shard.index) else
+                 torch.zeros(0, device=shard.index.device), p.grad)
+                for p, shards in self._planned.items() for shard in shards if p.grad is not None]
 
     def grad_norm(self, gradients: Mapping[str, Tensor] | None = None) -> float:
         """Global 2-norm of the gradient over the planned slices, accumulated in float64.
 
-        ``gradients`` as for :meth:`step`; ``parameter.grad`` when None.
+        ``gradients`` as for :meth:`step`; ``parameter.grad`` when None, in which case all processes that share sharded
+        parameters must ask, and get the norm over all of them.
         """
-        slices = self.gradients() if gradients is None else gradients.values()
-        squares = [torch.linalg.vector_norm(slice_, dtype=torch.float64).square() for slice_ in slices]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        if gradients is None:
+            squares = [(torch.linalg.vector_norm(slices, dtype=torch.float64).square(), gradient)
+                       for slices, gradient in self._gradients()]
+            return add_up(squares, next(iter(self._planned)).device) ** 0.5
+        whole = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients.values()]
+        return float(torch.stack(whole).sum().sqrt()) if whole else 0.0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0,
@@ -116,6 +134,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             grad_scale: every gradient is multiplied by this first (for clipping, without a pass over the gradients).
             gradients: by parameter name the gradient of its planned slices alone, slices first: [k, length] for rows
                 and columns alike, in the order of their sorted index, or [k]. ``parameter.grad`` is not looked at then.
+                Of sharded parameters too it is the gradient of all slices, the same on every process.
 
         Raises:
             ClueError: a gradient belongs to a parameter that the plan does not name, or has another shape.
@@ -128,25 +147,29 @@ class MaskedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                for name, axis, index in self._planned[parameter]:
+                for shard in self._planned[parameter]:
+                    if len(shard.index) == 0:  # they are in other processes
+                        continue
                     if compact is not None:
-                        grad = compact.get(name)
+                        grad = compact.get(shard.name)
+                        grad = None if grad is None else shard.of_compact(grad)
                     else:
-                        grad = None if parameter.grad is None else view_of(parameter.grad, name)
+                        grad = None if parameter.grad is None else shard.here(parameter.grad)
                     if grad is None:
                         continue
-                    weight, state = view_of(parameter.detach(), name), self._state_of(parameter, name)
+                    weight, state = shard.here(parameter.detach()), self._state_of(parameter, shard.name)
                     if not state:
-                        self._begin(weight, axis, index, state)
+                        self._begin(weight, shard.axis, shard.index, state)
                     state["step"] += 1
                     if grad.stride(-1) != 1:
                         grad = grad.contiguous()
-                    if compact is not None and axis == 1:
+                    if compact is not None and shard.axis == 1:
                         grad = grad.T
                     _kernel(parameter.device)(
-                        weight, grad, state["exp_avg"], state["exp_avg_sq"], index, axis, lr=float(group["lr"]),
-                        beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-                        step=int(state["step"]), grad_scale=grad_scale, master=state.get("master"))
+                        weight, grad, state["exp_avg"], state["exp_avg_sq"], shard.index, shard.axis,
+                        lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"],
+                        weight_decay=group["weight_decay"], step=int(state["step"]), grad_scale=grad_scale,
+                        master=state.get("master"))
         return loss
 
     def _state_of(self, parameter: Tensor, name: str) -> dict[str, Any]:
@@ -158,9 +181,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The state by planned name, tensors alone: those of ``state_dict``, the number of steps as one too."""
         found = {}
         for parameter, parts in self._planned.items():
-            for name, _, _ in parts:
-                if parameter in self.state and (state := self._state_of(parameter, name)):
-                    found[name] = {key: torch.tensor(value) if key == "step" else value for key, value in state.items()}
+            for shard in parts:
+                if parameter in self.state and (state := self._state_of(parameter, shard.name)):
+                    found[shard.name] = {key: torch.tensor(value) if key == "step" else value for key, value in state.items()}
         return found
 
     def restore_slices(self, slices: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -170,13 +193,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             PlanError: the state belongs to other slices.
         """
         for parameter, parts in self._planned.items():
-            for name, _, index in parts:
-                if name not in slices:
+            for shard in parts:
+                if shard.name not in slices:
                     continue
-                self._same(name, slices[name]["index"], index)
-                state = self._state_of(parameter, name)
+                self._same(shard.name, slices[shard.name]["index"], shard.index)
+                state = self._state_of(parameter, shard.name)
                 state.update({key: int(value) if key == "step" else value.clone().to(parameter.device)
-                              for key, value in slices[name].items()})
+                              for key, value in slices[shard.name].items()})
 
     @staticmethod
     def _same(name: str, saved: Tensor, index: Tensor) -> None:
@@ -193,7 +216,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = state_dict["state"]
         for number, parameter in enumerate(order):
-            parts = {name: index for name, _, index in self._planned[parameter]}
+            parts = {shard.name: shard.index for shard in self._planned[parameter]}
             found = saved.get(number, {})
             if "index" in found:  # of the parameter itself
                 found = {next(iter(parts)): found}
@@ -210,17 +233,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The gradients as they were given, if every one is of a planned parameter and has its slices' shape."""
         if gradients is None:
             return None
-        planned = {name: (view_of(parameter, name), axis, index) for parameter, parts in self._planned.items()
-                   for name, axis, index in parts}
         for name, gradient in gradients.items():
-            if name not in planned:
+            if name not in self._shapes:
                 raise ClueError(f"gradients: {name} is not a parameter that this optimizer moves: give planned ones"
                                 " only")
-            weight, axis, index = planned[name]
-            shape = (len(index), *(n for i, n in enumerate(weight.shape) if i != axis))
-            if tuple(gradient.shape) != shape:
-                raise ClueError(f"gradients: {name} must have shape {shape}, one row for each planned slice, got"
-                                f" {tuple(gradient.shape)}")
+            if tuple(gradient.shape) != self._shapes[name]:
+                raise ClueError(f"gradients: {name} must have shape {self._shapes[name]}, one row for each planned slice,"
+                                f" got {tuple(gradient.shape)}")
         return gradients
 
     def _begin(self, weight: Tensor, axis: int, index: Tensor, state: dict[str, Any]) -> None:

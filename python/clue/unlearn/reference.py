@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Role
-from ..weights import view_of
 from .optimizer import planned_index, planned_parameters
+from .shards import shard_of
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -35,11 +35,13 @@ class ReferenceWeights:
     @torch.no_grad()
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         roles = (Role.FORGET, Role.CONFLICT)
-        #: what a planned name means, the axis of its slices, which they are
+        #: what a planned name means, as far as this process holds it, the axis of its slices, which they are
         self._slices: dict[str, tuple[Tensor, int, Tensor]] = {}
         for name, parameter in planned_parameters(model, plan, roles).items():
             axis, index = planned_index(plan, name, roles)
-            self._slices[name] = view_of(parameter.detach(), name), axis, torch.from_numpy(index).to(parameter.device)
+            shard = shard_of(parameter, name, axis, torch.from_numpy(index).to(parameter.device))
+            if len(shard.index):
+                self._slices[name] = shard.here(parameter.detach()), axis, shard.index
         self._before = self.now()
 
     @contextmanager

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from ..config import UnlearnSettings
 from ..data.encoding import IGNORED, Batch, Example, collate
-from ..errors import PlanError
+from ..errors import ClueError, PlanError
 from ..model.answers import answer_logits
 from ..plan import Plan
+from ..processes import place
 from ..types import Role
 from .hidden import HiddenStates
 from .metric import RetainMetric
 from .objectives import Answers, Hidden, Objective, answer_log_probs, answer_rows, nll, token_log_probs
 from .reference import ReferenceWeights
+from .sharing import added_up, shared_logits
 from .sparse import SliceGradient, SparseGradients
 
 
@@ -33,6 +35,8 @@ class RoleGradient:
         self._pad, self._device = pad, next(model.parameters()).device
         self.sparse = SparseGradients(model, plan, roles)
         self._watch = HiddenStates(model, settings, seed) if objective.hidden else None
+        if self._watch is not None and place()[1] > 1:
+            raise ClueError("an objective of hidden states (rmu) runs in one process: start it without torchrun")
 
     def __call__(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
                  retain_weight: float) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -49,7 +53,7 @@ class RoleGradient:
         taken: list[dict[str, SliceGradient]] = []
         for forgets, retains in passes:
             self._pass(forgets, reference, retains, retain_weight, losses)
-            taken.append(self.sparse.take())
+            taken.append(added_up(self.sparse.take(), self.sparse))
         forget_part = {name: gradient.forget for name, gradient in taken[0].items()}
         self._measure(forget_part)
         combined: dict[str, Tensor] = {}
@@ -92,9 +96,8 @@ class RoleGradient:
             with self._before.restored(), self._watch.watching():
                 answer_logits(self._model, batch)
                 before = self._watch.states
-        self.sparse.split(forget=end, retain=len(retain), seq=batch.input_ids.shape[1])
         with nullcontext() if self._watch is None else self._watch.watching():
-            logits, labels = answer_logits(self._model, batch)
+            logits, labels = shared_logits(self._model, self.sparse, batch, forget=end)
         log_p, scored = token_log_probs(logits, labels)
 
         def answers(rows: slice, reference_logits: Tensor | None) -> Answers:

@@ -1,0 +1,44 @@
+"""Processes: which one this is, among those of torch.distributed that share the work.
+
+``torchrun`` starts them and tells each its number in the environment. A library call joins whatever group its caller
+made; a command makes the group itself (:func:`joined`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def place() -> tuple[int, int]:
+    """This process's number, and how many share the work: (0, 1) where torch.distributed is not initialized."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def joined(device: str) -> Iterator[bool]:
+    """Join the processes that ``torchrun`` started, for as long as the block runs; without it, nothing happens.
+
+    Each process takes the GPU of its local number unless ``device`` is ``cpu``.
+
+    Yields:
+        whether this process is the one that writes files and reports.
+    """
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or place()[1] > 1:
+        yield place()[0] == 0
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield place()[0] == 0
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,72 @@
+"""Planned slices as parameters of their own, for trainers and optimizers that know nothing but parameters.
+
+Any optimizer that is given these parameters holds state for planned slices only; clipping, accumulation, gradient scaling
+and DistributedDataParallel see their gradients and no others. The model computes with its weights as ever, so the slices
+are written into these after every step. Next to weights in bf16 or fp16 the parameters are float32: the masters of which
+the weights are a rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..weights import view_of
+from .sparse import PlannedSlices, SparseGradients
+
+
+class SliceParameters(nn.Module):
+    """One parameter [k, length] (or [k], for a bias) for each planned weight, slices first.
+
+    It can be a part of the model it belongs to; nothing of it appears in a ``state_dict``.
+    """
+
+    def __init__(self, sparse: SparseGradients) -> None:
+        """Make the parameters, and let ``sparse`` sum gradients into them."""
+        super().__init__()
+        self._planned: list[tuple[PlannedSlices, nn.Parameter]] = []
+        for name, slices in sparse.planned.items():
+            parameter = nn.Parameter(_read(slices).to(slices.dtype))
+            self.register_parameter(name.replace(".", "_"), parameter)  # optimizers look for ``bias`` in names
+            sparse.gather_into(name, parameter)
+            self._planned.append((slices, parameter))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put the slices into the model's weights."""
+        for slices, parameter in self._planned:
+            weight = view_of(slices.parameter.detach(), slices.name)
+            weight.index_copy_(slices.axis, slices.index, parameter.movedim(0, slices.axis).to(weight.dtype))
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over weights that were changed meanwhile (loaded from a checkpoint), and keep masters that still fit."""
+        for slices, parameter in self._planned:
+            now = _read(slices)
+            if not torch.equal(parameter.to(now.dtype), now):
+                parameter.copy_(now)
+
+    @torch.no_grad()
+    def leave_masters(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the masters of half-precision weights travel in the optimizer's state: a model's checkpoint rounds them."""
+        for slices, parameter in self._planned:
+            if slices.parameter.dtype != slices.dtype:
+                optimizer.state[parameter]["master"] = parameter.detach()
+
+    @torch.no_grad()
+    def take_masters(self, optimizer: torch.optim.Optimizer) -> None:
+        """Go on from the masters of a loaded optimizer state."""
+        for _, parameter in self._planned:
+            if "master" in optimizer.state.get(parameter, {}):
+                parameter.copy_(optimizer.state[parameter]["master"])
+
+    def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
+        """Nothing: the slices are in the model's weights."""
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        """Nothing."""
+
+
+def _read(slices: PlannedSlices) -> Tensor:
+    weight = view_of(slices.parameter.detach(), slices.name)
+    return weight.index_select(slices.axis, slices.index).movedim(slices.axis, 0).contiguous()

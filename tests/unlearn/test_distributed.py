@@ -1,0 +1,80 @@
+"""Two processes train what one process trains: DistributedDataParallel, FSDP2, and CLUE's own loop under either.
+
+Starting processes is the expensive part, so one program goes through all of it. It asserts what must hold in each process,
+and prints digests of all weights, which must be the same in both.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.processes import run
+
+PROGRAM = """
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from tests.unlearn.distributed import *
+
+    family = sys.argv[1]
+    rows = [0, 2] if rank == 0 else [1, 3, 4]
+    model, plan = model_and_plan(family)
+    before = whole(copy.deepcopy(model))
+    dense, slices, (loop, log) = reference(family)
+
+    def fresh(sharded):
+        model, _ = model_and_plan(family)
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        return model
+
+    def check(model, expected):
+        compare(whole(model), expected, before, plan)
+        print(digest(whole(model)))
+
+    # Ordinary gradients, of which DistributedDataParallel and FSDP2 take the mean over processes.
+    for sharded in (False, True):
+        model = fresh(sharded)
+        optimizer = MaskedAdamW(model, plan, lr=1e-2, weight_decay=0.1)
+        trained = model if sharded else DistributedDataParallel(model)
+        for _ in range(STEPS):
+            loss_of(trained, rows).backward()
+            print(optimizer.grad_norm())
+            optimizer.step()
+            optimizer.zero_grad()
+        check(model, dense)
+    total = torch.tensor([held(optimizer)])
+    assert 0 < int(total) < 2 * plan.weights_changed
+    dist.all_reduce(total)
+    assert int(total) == 2 * plan.weights_changed  # every planned weight's state is in one process alone
+    again = MaskedAdamW(model, plan, lr=1e-2, weight_decay=0.1)
+    again.load_state_dict(optimizer.state_dict())
+    assert held(again) == held(optimizer)
+
+    # Gradients of slices, added up; nothing else is ever computed.
+    for sharded in (False, True):
+        model = fresh(sharded)
+        optimizer = train_sparsely(model, plan, rows)
+        check(model, slices)
+        assert all(p.grad is None for p in model.parameters())
+        assert (held(optimizer) < 2 * plan.weights_changed) == sharded
+
+    # CLUE's own loop: objectives of log-probabilities, and of whole distributions next to the model before.
+    for objective, sharded in (("npo", False), ("npo", True), ("npo-kl", True)):
+        model = fresh(sharded)
+        mine = unlearned(model, plan, objective)
+        if objective == "npo":
+            check(model, loop)
+            for name in ("forget_loss", "retain_loss", "forget_probability", "grad_norm"):
+                torch.testing.assert_close(torch.tensor(getattr(mine, name)), torch.tensor(getattr(log, name)),
+                                           rtol=1e-3, atol=1e-4)
+        print(mine.forget_loss, mine.final_probability, digest(whole(model)))
+"""
+
+
+@pytest.mark.parametrize("family", ["llama/biased", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_does(family: str) -> None:
+    printed = run(PROGRAM, family)
+    assert printed[0] == printed[1]
+    assert printed[0].count("\n") == 6 + 2 + 2 + 2 + 3

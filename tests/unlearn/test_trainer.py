@@ -1,0 +1,250 @@
+"""PlanCallback in transformers.Trainer: state and gradients of planned slices alone, under everything a trainer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from clue.errors import ClueError
+from clue.plan import Plan
+from clue.types import Role
+from clue.unlearn import PlanCallback
+from clue.weights import parameter_of, view_of
+from tests.families import tiny
+from tests.oracles.sparse import slice_gradients
+from tests.processes import run
+from tests.unlearn.test_sparse import FORGET, IDS, LABELS, MASK, random_plan
+
+pytest.importorskip("accelerate")
+
+
+def rows() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": row, "labels": row} for row in torch.randint(0, 40, (16, 6), generator=generator)]
+
+
+def arguments(folder: Path, **changed: Any) -> TrainingArguments:
+    settings = {"output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2,
+                "weight_decay": 0.0, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+                "logging_strategy": "no", "gradient_accumulation_steps": 2, "max_grad_norm": 0.3} | changed
+    return TrainingArguments(**settings)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Watch(PlanCallback):
+    """Remembers which parameters had a gradient, and of how many numbers."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.graded = {name: p.grad.numel() for name, p in named if p.grad is not None}
+
+
+def test_it_trains_what_an_optimizer_of_all_weights_would(tmp_path: Path, make_model: Any, mixed_plan: Any, bits: Any,
+                                                          moved: Any) -> None:
+    """Accumulated and clipped over the planned weights; but gradients and state are those of planned slices."""
+    trained = []
+    for own in (True, False):
+        model = make_model()
+        plan = mixed_plan(model)
+        before = bits(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0) if own else None
+        watch = Watch(plan)
+        trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None),
+                          callbacks=[watch])
+        trainer.train()
+        moved(before, bits(model), plan)
+        trained.append(weights(model))
+        if not own:
+            assert all(name.startswith("planned_slices.") for name in watch.graded)
+            assert sum(watch.graded.values()) == plan.weights_changed
+            state = trainer.optimizer.optimizer.state.values()
+            assert sum(s["exp_avg"].numel() for s in state) == plan.weights_changed
+            assert not any("planned_slices" in name for name, _ in model.named_parameters())
+            assert not any("forward" in vars(module) for module in model.modules())
+            assert all(p.requires_grad and p.grad is None for p in model.parameters())
+            trainer.train()  # once more, with the same trainer and optimizer
+            assert not all(torch.equal(p, trained[-1][name]) for name, p in model.named_parameters())
+            moved(before, bits(model), plan)
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, rtol=0, atol=2e-5)
+
+
+class Unlearner(Trainer):
+    """What open-unlearning's trainers look like: a batch of each kind, and one loss of both."""
+
+    def __init__(self, *args: Any, roles: PlanCallback | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.roles = roles
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        forget = -model(**inputs["forget"]).loss
+        if self.roles is None:
+            return forget + model(**inputs["retain"]).loss
+        with self.roles.retaining():
+            return forget + model(**inputs["retain"]).loss
+
+
+def batch(which: slice) -> dict[str, Tensor]:
+    return {"input_ids": IDS[which], "attention_mask": MASK[which], "labels": LABELS[which]}
+
+
+def one_step(folder: Path, model: Any, plan: Plan, told_apart: bool, **changed: Any) -> dict[str, Tensor]:
+    """The gradient of one step, as what plain SGD takes off the weights."""
+    before, callback = weights(model), PlanCallback(plan)
+    both = {"forget": batch(slice(0, FORGET)), "retain": batch(slice(FORGET, None))}
+    trainer = Unlearner(model=model, train_dataset=[both], data_collator=lambda rows: rows[0], callbacks=[callback],
+                        roles=callback if told_apart else None,
+                        args=arguments(folder, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1,
+                                       gradient_accumulation_steps=1, max_grad_norm=0.0, remove_unused_columns=False,
+                                       **changed))
+    trainer.train()
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("told_apart", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama/biased", "mixtral", "gpt2"])
+def test_two_losses_in_one_step(family: str, checkpointing: bool, told_apart: bool, tmp_path: Path) -> None:
+    """All planned weights follow the sum; told apart, forget weights follow the forget loss alone, also where activations
+    are computed again in the backward pass."""
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0) if family == "gpt2" else {}
+    model = tiny(family, torch.float32, **dropout)
+    plan = random_plan(model)
+    expected = slice_gradients(model, plan, lambda: -model(**batch(slice(0, FORGET))).loss,
+                               lambda: model(**batch(slice(FORGET, None))).loss)
+    every = slice_gradients(model, plan, lambda: model(**batch(slice(FORGET, None))).loss, lambda: model(**batch(
+        slice(0, 1))).loss)
+    model.train()
+    taken = one_step(tmp_path, model, plan, told_apart, gradient_checkpointing=checkpointing)
+    for name, (forget, retain) in expected.items():
+        slices = [s for s in plan.slices if s.parameter == name]
+        index = torch.cat([torch.from_numpy(s.index) for s in slices]).sort().values
+        got = view_of(taken[parameter_of(name)], name).index_select(slices[0].axis, index).movedim(slices[0].axis, 0)
+        total = forget.clone()
+        if not told_apart:
+            total += every[name][0]
+        elif retain is not None:
+            conflict = next(torch.from_numpy(s.index) for s in slices if s.role == Role.CONFLICT)
+            total.index_add_(0, torch.searchsorted(index, conflict), retain)
+        torch.testing.assert_close(got, total, rtol=1e-4, atol=2e-6)
+
+
+def test_telling_apart_needs_the_trainers_own_optimizer(make_model: Any, mixed_plan: Any) -> None:
+    with pytest.raises(ClueError, match="makes its own optimizer"), PlanCallback(mixed_plan(make_model())).retaining():
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_resumes_with_the_same_bits(dtype: torch.dtype, tmp_path: Path, make_model: Any, mixed_plan: Any,
+                                                 bits: Any, moved: Any) -> None:
+    """Optimizer state and the float32 masters of bf16 weights included; the checkpoint holds the model's tensors only."""
+    def train(resume: Path | None) -> Any:
+        model = make_model(dtype=dtype)
+        trainer = Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(mixed_plan(model))],
+                          args=arguments(tmp_path, save_strategy="steps", save_steps=2, learning_rate=1e-3,
+                                         gradient_accumulation_steps=1, weight_decay=0.1))
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return model
+
+    before = bits(make_model(dtype=dtype))
+    whole = bits(train(None))
+    moved(before, whole, mixed_plan(make_model())) if dtype == torch.float32 else None
+    again = bits(train(tmp_path / "checkpoint-2"))
+    assert all((again[name] == now).all() for name, now in whole.items())
+    with safe_open(tmp_path / "checkpoint-2" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(make_model().state_dict())
+
+
+def test_autocast_and_accumulation(tmp_path: Path, make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    before = bits(model)
+    Trainer(model=model, args=arguments(tmp_path, bf16=True, gradient_checkpointing=True), train_dataset=rows(),
+            callbacks=[PlanCallback(plan)]).train()
+    moved(before, bits(model), plan)
+
+
+def test_gradients_can_be_scaled(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    """What a trainer does under fp16, by hand, since it wants a GPU for that: scale, unscale, and skip infinite steps."""
+    model = make_model()
+    plan, before = mixed_plan(model), bits(model)
+    callback = PlanCallback(plan)
+    callback.on_init_end(None, None, None, model=model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for row in rows()[:3]:
+        loss = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        callback.on_optimizer_step(None, None, None)
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**12
+    callback.on_train_end(None, None, None, model=model)
+    moved(before, bits(model), plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model(checkpointing: bool, tmp_path: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = tiny("llama/biased", torch.float32).train()
+        extra = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        found.append(one_step(tmp_path, model, random_plan(model), False, gradient_checkpointing=checkpointing, **extra))
+    torch._dynamo.reset()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_under_accelerate(tmp_path: Path) -> None:
+    """DistributedDataParallel exchanges the gradients of planned slices; the bits are the same everywhere, and the
+    weights those of one process with the batches of both."""
+    printed = run("""
+        from pathlib import Path
+        from transformers import Trainer
+        from clue.unlearn import PlanCallback
+        from tests.families import tiny
+        from tests.unlearn.distributed import compare, digest, whole
+        from tests.unlearn.test_sparse import random_plan
+        from tests.unlearn.test_trainer import arguments, rows, weights
+        model = tiny("llama/biased", torch.float32, vocab_size=40)
+        plan, before = random_plan(model), weights(model)
+        shared = arguments(Path(sys.argv[1]) / str(rank), ddp_backend="gloo", data_seed=1, weight_decay=0.1,
+                           gradient_checkpointing=True)
+        trainer = Trainer(model=model, args=shared, train_dataset=rows(), callbacks=[PlanCallback(plan)])
+        trainer.train()
+        assert trainer.model_wrapped is not model and shared.world_size == 2
+        compare(whole(model), torch.load(sys.argv[2]), before, plan)
+        print(digest(whole(model)))
+    """, str(tmp_path), str(alone_with_both_batches(tmp_path)), preamble=ACCELERATED)
+    assert printed[0].splitlines()[-1] == printed[1].splitlines()[-1]  # the first also prints the trainer's summary
+
+
+ACCELERATED = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+import torch.distributed as dist
+"""
+
+
+def alone_with_both_batches(folder: Path) -> Path:
+    model = tiny("llama/biased", torch.float32, vocab_size=40)
+    Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(random_plan(model))],
+            args=arguments(folder / "alone", per_device_train_batch_size=4, data_seed=1, weight_decay=0.1)).train()
+    torch.save(weights(model), folder / "alone.pt")
+    return folder / "alone.pt"
