@@ -32,7 +32,7 @@ from ..errors import ClueError, PlanError
 from ..model.anatomy import is_transposed
 from ..model.experts import Routed, differentiate, is_experts
 from ..types import Role
-from ..weights import member_of, parameter_of, view_of
+from ..weights import is_flat, member_of, parameter_of, view_of
 from .optimizer import planned_index, planned_parameters
 from .shards import is_sharded
 
@@ -121,6 +121,8 @@ class SparseGradients:
             index = torch.from_numpy(union).to(parameter.device)
             chosen = torch.from_numpy(conflicts[0]).to(index) if conflicts else index[:0]
             slices = self.planned[name] = PlannedSlices(name, parameter, axis, index, torch.searchsorted(index, chosen))
+            if is_flat(name):  # single weights, which a whole gradient is picked from
+                continue
             path, _, kind = parameter_of(name).rpartition(".")
             if path not in layers:
                 layer = _layer(self, path, model.get_submodule(path))
@@ -133,7 +135,7 @@ class SparseGradients:
             wanted = " or ".join(role.name.lower() for role in roles)
             raise PlanError(f"the plan names no {wanted} weight, so there is nothing to train")
         self._layers = list(layers.values())
-        #: planned parameters outside plain linear layers and experts
+        #: planned single weights, and parameters outside plain linear layers and experts
         self.dense = tuple(name for name in self.planned if name not in self._parts)
         for name in self.dense:
             if is_sharded(self.planned[name].parameter):
