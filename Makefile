@@ -42,7 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
 bench: $(VENV)/.dev
-	@for name in attribution update training_step sat logic world tofu_smollm2; do \
+	@for name in attribution update training_step selection sat logic evaluation world tofu_smollm2; do \
 	  echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
