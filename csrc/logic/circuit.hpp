@@ -42,6 +42,9 @@ struct Question {
   std::span<const std::int64_t> reach;   // [n_nodes] gain of a forget node that is edited
   Semantics semantics = Semantics::Support;
   double time_limit = 0;  // seconds; 0 is none
+  // [n_nodes] r_n and f_n as they must be: 1, 0, or -1 where the answer may choose; empty where nothing is pinned
+  std::span<const std::int8_t> retain_pin, forget_pin;
+  bool survey = false;  // find `backbone` too; then only the weights count, and the answer need not be unique
 };
 
 // r_n and f_n are -1 where the node is in no circuit of that side.
@@ -52,6 +55,8 @@ struct Answer {
   std::int64_t cost = 0;               // sum of weights of the conflicts
   std::int64_t lower_bound = 0;        // no assignment costs less
   bool optimal = false;                // cost == lower_bound was proven
+  bool feasible = true;                // false: the pins allow no assignment
+  std::vector<std::uint8_t> backbone;  // survey: the node is a conflict in 0 no, 1 some, 2 every optimum
   bool unique = false;                 // every level of the order was decided, so the answer is the only best one
   std::int64_t variables = 0, clauses = 0, components = 0, cores = 0, solves = 0;
 };
@@ -61,13 +66,18 @@ struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted") {}
 };
 
+struct TimeUp : std::runtime_error {
+  TimeUp() : std::runtime_error("time_limit: no assignment that obeys the pins was found in time") {}
+};
+
 // Answers the question. The answer is unique and depends on nothing but the question, unless the time limit cuts it
 // short. It minimises in this order: weight of conflicts; risk of retain nodes with r_n = 0, plus risk of editable
 // retain nodes with f_n = 0; minus the reach of editable forget nodes with f_n = 0; then, from the lowest node id up,
 // f_n = 1 is preferred, then r_n = 1.
 //
 // `interrupted` is polled about every 50 ms and must not throw. Throws std::invalid_argument naming the argument when
-// an array has the wrong length, an id is out of range, an edge runs backwards, or nothing reaches an output.
+// an array has the wrong length, an id is out of range, an edge runs backwards, or nothing reaches an output; and
+// TimeUp when there are pins and the limit strikes before any assignment that obeys them is known.
 Answer assign(const Question& question, const std::function<bool()>& interrupted);
 
 }  // namespace clue::logic

@@ -36,6 +36,8 @@ struct Side {
   std::vector<std::int32_t> inputs;
   std::vector<std::uint8_t> member;  // node is in a circuit of this side
   std::vector<std::int8_t> x;        // kOpen, kTrue or kFalse; meaningful for members only
+  bool pinned = false;               // some x is pinned to false, so that all x true is no model
+  bool refuted = false;              // the pins allow no model
 };
 
 void require(bool condition, const std::string& text) {
@@ -60,6 +62,12 @@ void check(const Question& q) {
       require(0 <= value && value <= most,
               std::string(name) + ": expected 0.." + std::to_string(most) + ", got " + std::to_string(value));
   };
+  for (const auto& [name, pins] : {std::pair{"retain_pin", q.retain_pin}, std::pair{"forget_pin", q.forget_pin}}) {
+    require(pins.empty() || pins.size() == n,
+            std::string(name) + ": expected length " + std::to_string(n) + ", got " + std::to_string(pins.size()));
+    for (const std::int8_t pin : pins)
+      require(-1 <= pin && pin <= 1, std::string(name) + ": expected -1..1, got " + std::to_string(pin));
+  }
   range("weights", q.weight);
   range("risk", q.risk);
   range("reach", q.reach);
@@ -96,7 +104,8 @@ void check(const Question& q) {
 Side make_side(const Question& q, bool retain) {
   const auto n = static_cast<std::size_t>(q.n_nodes);
   const auto& circuits = retain ? q.retain : q.forget;
-  Side side{retain, q.semantics, {}, {}, {}, std::vector<std::uint8_t>(n), std::vector<std::int8_t>(n, kOpen)};
+  Side side{retain, q.semantics, {}, {}, {}, std::vector<std::uint8_t>(n), std::vector<std::int8_t>(n, kOpen),
+            false,  false};
 
   std::vector<std::int64_t> start(n + 1);
   for (const Circuit& circuit : circuits)
@@ -114,6 +123,10 @@ Side make_side(const Question& q, bool retain) {
                                                                    std::uint64_t{circuits[c].gate[e]} << 32 |
                                                                    static_cast<std::uint32_t>(circuits[c].src[e]);
 
+  if (const auto pins = retain ? q.retain_pin : q.forget_pin; !pins.empty())
+    for (std::size_t node = 0; node < n; ++node)
+      if (pins[node] >= 0 && side.member[node]) side.x[node] = (pins[node] == 1) == retain ? kTrue : kFalse;
+  side.pinned = std::find(side.x.begin(), side.x.end(), kFalse) != side.x.end();
   side.x[0] = retain ? kTrue : kFalse;  // the embedding works
   side.x[n - 1] = kTrue;
   side.first_group.reserve(n + 1);
@@ -141,7 +154,10 @@ Side make_side(const Question& q, bool retain) {
       if (satisfied) {
         side.inputs.resize(static_cast<std::size_t>(begin));
         // An equivalence with a group that always works makes the node work.
-        if (retain && side.semantics == Semantics::Authors) side.x[node] = kTrue;
+        if (retain && side.semantics == Semantics::Authors) {
+          side.refuted = side.refuted || side.x[node] == kFalse;
+          side.x[node] = kTrue;
+        }
       } else {
         side.groups.push_back({static_cast<std::int32_t>(node), begin, stop, all});
       }
@@ -151,12 +167,13 @@ Side make_side(const Question& q, bool retain) {
   return side;
 }
 
-// Unit propagation. All x true is a model, so nothing is ever refuted and x only becomes true.
+// Unit propagation. Without pins all x true is a model, so nothing is ever refuted and x only becomes true.
 void propagate(Side& side) {
   std::vector<std::int32_t> queue;
   for (std::size_t node = 1; node < side.x.size(); ++node)
     if (side.x[node] == kTrue) queue.push_back(static_cast<std::int32_t>(node));
   const auto raise = [&](std::int32_t node) {
+    side.refuted = side.refuted || side.x[node] == kFalse;
     if (side.x[node] != kOpen) return;
     side.x[node] = kTrue;
     queue.push_back(node);
@@ -204,16 +221,23 @@ class Instance {
   Answer answer() {
     propagate(dead_);
     propagate(works_);
+    if (dead_.refuted || works_.refuted) {
+      found_.feasible = false;
+      return std::move(found_);
+    }
     const auto n = static_cast<std::size_t>(n_);
     found_.forced.assign(n, 0);
+    found_.backbone.assign(q_.survey ? n : 0, 0);
     for (std::int32_t node = 0; node < n_; ++node)
       if (both(node) && works_.x[node] == kTrue && dead_.x[node] == kTrue) {
         found_.forced[node] = 1;
+        if (q_.survey) found_.backbone[node] = 2;
         found_.lower_bound += q_.weight[node];
       }
     if (q_.semantics == Semantics::Support) settle();
     encode();
-    minimize_components();
+    if (found_.feasible) minimize_components();
+    if (!found_.feasible) return std::move(found_);
     report();
     return std::move(found_);
   }
@@ -222,7 +246,9 @@ class Instance {
   bool both(std::int32_t node) const { return q_.editable[node] && works_.member[node] && dead_.member[node]; }
 
   // May this node still become a conflict that costs something?
-  bool at_stake(std::int32_t node) const { return both(node) && q_.weight[node] > 0 && dead_.x[node] != kFalse; }
+  bool at_stake(std::int32_t node) const { return counts(node) && dead_.x[node] != kFalse; }
+  // In a survey every conflict counts, those that cost nothing too.
+  bool counts(std::int32_t node) const { return both(node) && (q_.weight[node] > 0 || q_.survey); }
 
   // Gives x the value that no objective and no constraint speaks against.
   void settle() {
@@ -233,7 +259,8 @@ class Instance {
     std::vector<std::uint8_t> needed(static_cast<std::size_t>(n_));
     for (std::int32_t node = n_ - 1; node > 0; --node) {
       if (!dead_.member[node]) continue;
-      if (dead_.x[node] == kOpen && !needed[node] && (!gains(node) || loses(node))) dead_.x[node] = kFalse;
+      const bool asked = q_.survey && both(node) && q_.weight[node] == 0;
+      if (dead_.x[node] == kOpen && !needed[node] && (!gains(node) || loses(node)) && !asked) dead_.x[node] = kFalse;
       if (dead_.x[node] == kFalse) continue;
       for (std::int32_t g = dead_.first_group[node]; g < dead_.first_group[node + 1]; ++g)
         if (const Group& group = dead_.groups[g]; !group_true(dead_, group))
@@ -271,7 +298,8 @@ class Instance {
   }
 
   void end_clause() {
-    if (!satisfied_) {
+    if (!satisfied_ && clause_.empty()) found_.feasible = false;
+    if (!satisfied_ && found_.feasible) {
       for (const std::int32_t literal : clause_) join(clause_.front(), literal);
       clauses_.insert(clauses_.end(), clause_.begin(), clause_.end());
       clause_ends_.push_back(static_cast<std::int64_t>(clauses_.size()));
@@ -299,8 +327,8 @@ class Instance {
     std::iota(parent_.begin(), parent_.end(), 0);
     for (const Side* side : {&dead_, &works_})
       for (const Group& group : side->groups) {
-        if (side->x[group.node] == kFalse) continue;
         const bool authors = q_.semantics == Semantics::Authors;
+        if (!authors && side->x[group.node] == kFalse) continue;
         if (group.all) {
           for (std::int32_t i = group.first; i < group.last; ++i) {
             add_literal(*side, group.node, false);
@@ -370,6 +398,7 @@ class Instance {
       std::sort(members.begin(), members.end());
       minimize_pack(members, clauses_of[p]);
       if (limits_.interrupted()) throw Interrupted();
+      if (!found_.feasible) return;
     }
   }
 
@@ -385,19 +414,25 @@ class Instance {
     }
     std::vector<Level> levels(3);
     Level &conflicts = levels[0], &risks = levels[1], &reaches = levels[2];
-    std::vector<int> preference;
+    std::vector<int> preference, asked;
+    std::vector<std::int32_t> asked_nodes;
     for (const std::int32_t v : members) {
       const std::int32_t node = v / 2;
       const int literal = local_[v];
       const bool is_works = v % 2 == 1;
       if (at_stake(node)) {
         // On its own where the other side is settled; with both open, a variable of its own for the two together.
-        if (is_works && dead_.x[node] == kTrue) conflicts.push_back({-literal, q_.weight[node]});
-        if (!is_works && works_.x[node] == kTrue) conflicts.push_back({-literal, q_.weight[node]});
+        int conflict = (is_works ? dead_ : works_).x[node] == kTrue ? literal : 0;
         if (is_works && open(dead_, node)) {
-          const int conflict = ++formula.n_variables;
+          conflict = ++formula.n_variables;
           formula.clauses.insert(formula.clauses.end(), {-literal, -local_[v - 1], conflict, 0});
-          conflicts.push_back({-conflict, q_.weight[node]});
+          if (q_.survey)
+            formula.clauses.insert(formula.clauses.end(), {-conflict, literal, 0, -conflict, local_[v - 1], 0});
+        }
+        if (conflict && q_.weight[node] > 0) conflicts.push_back({-conflict, q_.weight[node]});
+        if (conflict && q_.survey) {
+          asked.push_back(conflict);
+          asked_nodes.push_back(node);
         }
       }
       if (is_works) {
@@ -406,14 +441,21 @@ class Instance {
         if (loses(node)) risks.push_back({-literal, q_.risk[node]});
         if (gains(node)) reaches.push_back({literal, q_.reach[node]});
       }
-      preference.push_back(is_works ? literal : -literal);
+      if (!q_.survey) preference.push_back(is_works ? literal : -literal);
     }
     std::vector<std::uint8_t> everything(static_cast<std::size_t>(formula.n_variables) + 1, 1);
-    const Optimum optimum = minimize(formula, levels, preference, std::move(everything), limits_);
+    if (dead_.pinned || works_.pinned) everything.clear();
+    const Optimum optimum = minimize(formula, levels, preference, std::move(everything), limits_, asked);
+    found_.feasible = optimum.satisfiable;
+    if (!found_.feasible) return;
+    if (optimum.model.empty() && !limits_.interrupted()) throw TimeUp();
+    if (optimum.model.empty()) return;
+    for (std::size_t i = 0; i < optimum.surveyed.size(); ++i)
+      found_.backbone[static_cast<std::size_t>(asked_nodes[i])] = optimum.surveyed[i];
     for (const std::int32_t v : members)
       (v % 2 == 1 ? works_ : dead_).x[v / 2] = optimum.model[local_[v]] ? kTrue : kFalse;
     found_.lower_bound += optimum.lower_bound;
-    found_.optimal = found_.optimal && optimum.levels_closed >= 1;
+    found_.optimal = found_.optimal && optimum.levels_closed >= 1 && optimum.surveyed.size() == asked.size();
     found_.unique = found_.unique && optimum.levels_closed == levels.size() + 1;
     found_.cores += optimum.cores;
     found_.solves += optimum.solves;

@@ -81,6 +81,11 @@ Solver::~Solver() { solver_.disconnect_terminator(); }
 
 void Solver::clause(std::span<const int> literals) { solver_.clause(literals.data(), literals.size()); }
 
+void Solver::constrain(std::span<const int> literals) {
+  for (const int literal : literals) solver_.constrain(literal);
+  solver_.constrain(0);
+}
+
 Verdict Solver::solve(std::span<const int> assumptions, int decisions) {
   ++solves_;
   if (limits_.expired()) return Verdict::Unknown;

@@ -23,6 +23,16 @@ def assign(
     reach: npt.NDArray[np.int64],
     semantics: str,
     time_limit: float,
+    retain_pin: npt.NDArray[np.int8] | None = None,
+    forget_pin: npt.NDArray[np.int8] | None = None,
+    survey: bool = False,
+) -> dict[str, Any]: ...
+def minimize_in_order(
+    n_variables: int,
+    clauses: npt.NDArray[np.int32],
+    levels: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]],
+    preference: npt.NDArray[np.int32],
+    time_limit: float,
 ) -> dict[str, Any]: ...
 
 # SAT (csrc/sat). Wrapped by clue.sat, where each call is described; clauses in arrays end with 0, and seconds of 0 and

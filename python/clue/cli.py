@@ -150,6 +150,14 @@ def _plan_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan_explain(arguments: argparse.Namespace) -> int:
+    from . import jobs
+    from .run_directory import Run
+
+    print("\n".join(jobs.explain(Run.open(arguments.run), arguments.node)))
+    return 0
+
+
 def _plan_verify(arguments: argparse.Namespace) -> int:
     from .plan import verify
 
@@ -427,6 +435,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--nodes", type=_count, default=0, metavar="N",
                       help="also list the first N conflict and forget nodes")
     show.add_argument("--json", action="store_true", help="as JSON")
+    explain = plans.add_parser("explain", help="why a node has its role, and what would change if it had another")
+    explain.set_defaults(command=_plan_explain)
+    explain.add_argument("run", metavar="RUN", help="run directory")
+    explain.add_argument("node", metavar="NODE", nargs="+", help="name of a node, as `clue plan show --nodes` lists it")
     verify = plans.add_parser("verify", help="compare two models bit by bit: did only planned weights change?")
     verify.set_defaults(command=_plan_verify)
     verify.add_argument("before", metavar="BEFORE", help="folder of the model as it was")

@@ -57,6 +57,15 @@ def add_to(commands: Any) -> None:
                           help="retain circuit to go with a forget circuit; may be repeated")
     circuits.add_argument("--semantics", choices=("support", "authors"), default="support",
                           help="reading of the gates (default: support)")
+    circuits.add_argument("--explain", action="append", default=[], metavar="NODE",
+                          help="say why this node has its role, and what would change if it had another; may be repeated")
+    circuits.add_argument("--surgical", action="store_true",
+                          help="find the least edit that kills the forget outputs and leaves the retain outputs alive")
+    circuits.add_argument("--budget", type=_whole, metavar="W", help="with --surgical: most weight of all edited nodes")
+    circuits.add_argument("--most", type=_whole, metavar="N", help="with --surgical: most edited nodes")
+    for option, use in (("--never", "never edit"), ("--must", "edit")):
+        circuits.add_argument(option, action="append", default=[], metavar="NODE",
+                              help=f"{use} this node; may be repeated")
 
 
 def _seconds(text: str) -> float:
@@ -73,7 +82,15 @@ def _literal(text: str) -> int:
     return value
 
 
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
 _seconds.__name__, _literal.__name__ = "number of seconds", "literal"  # argparse puts them into its messages
+_whole.__name__ = "whole number"
 
 
 def _solve(arguments: argparse.Namespace) -> int:
@@ -85,9 +102,19 @@ def _solve(arguments: argparse.Namespace) -> int:
         raise ClueError(f"{arguments.file}: expected a name that ends in .cnf, .wcnf, .json or .safetensors")
     for option, given, kinds in (("--assume", arguments.assume, (".cnf", ".dimacs")),
                                  ("--proof", arguments.proof, (".cnf", ".dimacs")),
-                                 ("--retain", arguments.retain, (".json", ".safetensors"))):
+                                 ("--retain", arguments.retain, (".json", ".safetensors")),
+                                 ("--explain", arguments.explain, (".json", ".safetensors")),
+                                 ("--surgical", arguments.surgical, (".json", ".safetensors")),
+                                 ("--never", arguments.never, (".json", ".safetensors")),
+                                 ("--must", arguments.must, (".json", ".safetensors"))):
         if given and kind not in kinds:
             raise ClueError(f"{option} goes with {' or '.join(kinds)} files only")
+    if not arguments.surgical and (arguments.budget is not None or arguments.most is not None):
+        raise ClueError("--budget and --most go with --surgical only")
+    if arguments.surgical and arguments.semantics != "support":
+        raise ClueError("--surgical reads the gates in a way of its own: leave --semantics out")
+    if arguments.explain and (arguments.surgical or arguments.never or arguments.must or arguments.time_limit):
+        raise ClueError("--explain goes without --surgical, --never, --must and --time-limit")
     try:
         if kind == ".wcnf":
             return _wcnf(arguments)
@@ -174,7 +201,7 @@ def _wcnf(arguments: argparse.Namespace) -> int:
 
 
 def _circuits(arguments: argparse.Namespace) -> int:
-    from .logic import assign
+    from .logic import Explainer, assign, operate
     from .logic.question import read_question
     from .types import Role
 
@@ -191,12 +218,22 @@ def _circuits(arguments: argparse.Namespace) -> int:
             raise ClueError(f"{arguments.file} is one circuit: give at least one other with --retain FILE")
         forget, retain, weights = [_circuit(arguments.file)], [_circuit(path) for path in arguments.retain], None
     start = time.perf_counter()
-    found = assign(forget, retain, semantics=arguments.semantics, weights=weights,
-                   time_limit=arguments.time_limit or 0)
+    common: dict[str, Any] = {"weights": weights, "never": arguments.never, "must": arguments.must,
+                              "time_limit": arguments.time_limit or 0}
+    if arguments.surgical:
+        found = operate(forget, retain, budget=arguments.budget, most=arguments.most, **common)
+    else:
+        found = assign(forget, retain, semantics=arguments.semantics, **common)
     graph = forget[0].graph
     _say(f"c {graph.n_nodes} nodes, {sum(len(c.src) for c in (*forget, *retain))} edges,"
          f" solved in {time.perf_counter() - start:.3f} s",
          f"c {found.n_forced} conflicts are forced, {found.n_chosen} chosen; lower bound {found.lower_bound}")
+    if arguments.surgical:
+        _say(f"c {found.statistics['edits']} nodes are edited, of weight {found.statistics['edit_weight']}")
+    if arguments.explain:
+        explainer = Explainer(forget, retain, semantics=arguments.semantics, weights=weights, assignment=found)
+        for node in arguments.explain:
+            _say(*(f"c {line}" for line in explainer.explain(node).lines(graph.name, found.cost)))
     _say(f"o {found.cost}", "s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE")
     _say(*(f"v {Role(role).name.lower()} {graph.name(node)}" for node, role in enumerate(found.role.tolist())))
     return _OPTIMUM if found.optimal else _SATISFIABLE
