@@ -135,8 +135,6 @@ def check(settings: Any) -> None:
             raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")
         if f.name in {"beta", "simnpo_beta"} and not value > 0.0:
             raise ClueError(f"{f.name} = {value} must be greater than 0")
-        if f.name == "mode" and value == "surgical" and settings.semantics == "authors":
-            raise ClueError("mode = surgical reads the gates in a way of its own: leave semantics = support")
         if f.name in {"batch_size", "steps", "check_every", "max_new_tokens", "stability_samples"} and value < 1:
             raise ClueError(f"{f.name} = {value} must be at least 1")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not (0 <= value < float("inf")):

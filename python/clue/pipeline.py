@@ -88,6 +88,8 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
 
     say = progress or (lambda line: None)
     check(settings)
+    if settings.mode == "surgical" and settings.semantics == "authors":
+        raise ClueError("mode = surgical reads the gates in a way of its own: leave semantics = support")
     check(data)
     body = anatomy(model)
     check_weights(model)

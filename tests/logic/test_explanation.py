@@ -13,7 +13,7 @@ from clue.logic.explanation import BACKBONE
 from clue.types import Gate, Role
 
 from ..oracles.logic import Edges, Nodes, best_of_all, circuit, groups, in_optima, members, unavoidable
-from .test_assign import SEMANTICS, hitting_set, layered
+from .test_assign import SEMANTICS, hitting_set
 from .test_surgery import question
 
 

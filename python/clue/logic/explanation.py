@@ -15,7 +15,7 @@ from ..errors import CircuitError
 from ..sat import Solver
 from ..types import Role
 from . import Assignment, ask, node_ids, pose
-from .gates import GateGroup, Groups, groups, rows, units
+from .gates import GateGroup, Groups, Literals, groups, rows, units
 from .surgery import shrink
 
 if TYPE_CHECKING:
@@ -229,16 +229,16 @@ class Explainer:
         total = len(self._dying) + len(self._working)
         selectors = 3 * self._graph.n_nodes + 1 + np.arange(total)
         solver = Solver()
-        self._fill(solver, self._dying, self._working, selectors)
+        solver.add(self._clauses(self._dying, self._working, selectors))
         return solver, selectors.tolist(), peace
 
-    def _fill(self, solver: Solver, dying: Groups, working: Groups, selectors: npt.NDArray[np.int64]) -> None:
+    def _clauses(self, dying: Groups, working: Groups, selectors: npt.NDArray[np.int64]) -> Literals:
         dead, works, peace = self._literals()
         semantics = self._question["semantics"]
-        solver.add(dying.clauses(dead, semantics=semantics, selector=selectors[:len(dying)]))
-        solver.add(working.clauses(works, semantics=semantics, selector=selectors[len(dying):]))
-        solver.add(units([dead[-1], works[-1]]))
-        solver.add(rows(-peace[self._both], -dead[self._both], -works[self._both]))
+        return np.concatenate([dying.clauses(dead, semantics=semantics, selector=selectors[:len(dying)]),
+                               working.clauses(works, semantics=semantics, selector=selectors[len(dying):]),
+                               units([dead[-1], works[-1]]),
+                               rows(-peace[self._both], -dead[self._both], -works[self._both])])
 
     def _minimal(self, core: set[int], own: int) -> list[int]:
         """A subset-minimal part of a core, its gates kept apart in a solver of their own, which is small."""
@@ -246,8 +246,13 @@ class Explainer:
         selectors = 3 * self._graph.n_nodes + 1 + np.arange(total)
         used = np.isin(selectors, list(core))
         n = len(self._dying)
-        solver = Solver()
-        self._fill(solver, self._dying.only(used[:n]), self._working.only(used[n:]), selectors[used])
-        solver.add(units([own]))
+        clauses = self._clauses(self._dying.only(used[:n]), self._working.only(used[n:]), selectors[used])
+        peaceful = clauses[-4 * int(self._both.sum()):].reshape(-1, 4)
+        clauses = np.concatenate([clauses[:len(clauses) - peaceful.size],
+                                  peaceful[np.isin(-peaceful[:, 0], list(core))].ravel(), units([own])])
         # Popped from the end: other nodes first, so that as few as possible are left to be conflicts instead.
-        return [own, *shrink(solver, sorted(core - {own}, reverse=True))]
+        order = np.array(sorted(core - {own}, reverse=True), dtype=np.int32)
+        known, dense = np.unique(np.abs(np.concatenate([clauses, order])), return_inverse=True)  # 0 stays 0
+        solver = Solver(np.sign(clauses) * dense[:len(clauses)].astype(np.int32))
+        kept = shrink(solver, dense[len(clauses):].tolist())
+        return [own, *known[kept].tolist()]
