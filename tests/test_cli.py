@@ -67,8 +67,8 @@ def test_help_needs_no_heavy_import() -> None:
 
 
 @pytest.mark.parametrize("command", ["", "demo", "localize", "run", "unlearn", "evaluate", "report", "doctor", "plan",
-                                     "plan show", "plan verify", "solve", "delta", "delta make", "delta apply",
-                                     "delta revert", "delta show", "compare"])
+                                     "plan show", "plan explain", "plan verify", "solve", "delta", "delta make",
+                                     "delta apply", "delta revert", "delta show", "compare"])
 def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

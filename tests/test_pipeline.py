@@ -86,6 +86,16 @@ def test_the_number_of_threads_does_not_change_the_plan(world: World, trained: A
     assert (plan.role == Role.CONFLICT).any()
 
 
+def test_surgical_mode_plans_its_edits_alone(world: World, trained: Any) -> None:
+    settings = replace(LOCALIZE, granularity="block", mode="surgical")
+    found = locate(trained, world.tokenizer, world.forget, kept(world), settings)
+    counts = found.plan.counts()
+    assert found.assignment.optimal and found.assignment.forget_works[-1] == 0
+    assert 0 < counts["forget"] + counts["conflict"] == found.assignment.statistics["edits"]
+    with pytest.raises(clue.ClueError, match="mode = surgical reads the gates"):
+        locate(trained, world.tokenizer, world.forget, kept(world), replace(settings, semantics="authors"))
+
+
 def test_circuits_as_faithful_as_asked(world: World, trained: Any) -> None:
     lines: list[str] = []
     settings = replace(LOCALIZE, faithfulness=0.8, neurons=1.0)

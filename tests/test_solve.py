@@ -202,6 +202,32 @@ def test_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "edge h1 -> h0 closes a cycle" in failure(capsys, path)
 
 
+def test_explanations_pins_and_surgery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "question.json"
+    path.write_text(json.dumps(QUESTION))
+    assert main(["solve", str(path), "--explain", "h0", "--explain", "h2"]) == 30
+    out = capsys.readouterr().out.splitlines()
+    for line in ("c h0 is conflict, chosen; a conflict in every assignment of least cost",
+                 "c these gates leave the choice between it and h1:", "c   forget facts: logits = AND(h0, h1)",
+                 "c   retain text: logits = ADDER(h0, h1, h2)", "c as retain: cost 3 (+1), h1 conflict",
+                 "c h2 is retain", "c as free: impossible"):
+        assert line in out
+    assert solve(capsys, path, "--never", "h0")[1][0] == "o 3"
+    assert solve(capsys, path, "--must", "h1", "--must", "h0")[1][0] == "o 5"
+    assert solve(capsys, path, "--surgical")[1][:3] == ["o 2", "s OPTIMUM FOUND", "v free embed"]
+    assert solve(capsys, path, "--surgical", "--budget", "2", "--most", "1")[1][0] == "o 2"
+    for argv, expected in [
+        (["--surgical", "--budget", "1"], "at most 1 weight of edits: the least that would do is 2"),
+        (["--never", "h0", "--never", "h1"], "no assignment kills the forget outputs with never h0, h1"),
+        (["--budget", "1"], "--budget and --most go with --surgical only"),
+        (["--surgical", "--budget", "-1"], "argument --budget: invalid whole number value: '-1'"),
+        (["--surgical", "--semantics", "authors"], "leave --semantics out"),
+        (["--surgical", "--explain", "h0"], "--explain goes without --surgical"),
+        (["--explain", "h9"], "node: there is no node 'h9'"),
+    ]:
+        assert expected in failure(capsys, path, *argv)
+
+
 def test_circuit_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph = Graph(n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=4, neurons=False)
     heads = np.flatnonzero(graph.kind == NodeKind.HEAD)

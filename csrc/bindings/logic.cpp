@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <cadical.hpp>
+#include <cstdlib>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,6 +15,7 @@
 #include "certificate.hpp"
 #include "logic/check.hpp"
 #include "logic/circuit.hpp"
+#include "logic/minimize.hpp"
 
 namespace py = pybind11;
 namespace logic = clue::logic;
@@ -55,6 +58,61 @@ py::array_t<T> array(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
+double seconds(double time_limit) {
+  if (!(time_limit >= 0 && time_limit < 1e9))
+    throw py::value_error("time_limit: expected seconds in [0, 1e9), got " + std::to_string(time_limit));
+  return time_limit;
+}
+
+// A formula that Python has built, under several objectives; see minimize.hpp.
+py::dict minimize_in_order(std::int32_t n_variables, const py::object& clauses, const py::list& levels,
+                           const py::object& preference, double time_limit) {
+  Arrays arrays;
+  const auto literal = [&](std::int32_t value, const std::string& name, bool zero) {
+    if (value == std::numeric_limits<std::int32_t>::min() || std::abs(value) > n_variables || (value == 0 && !zero))
+      throw py::value_error(name + ": expected literals of 1.." + std::to_string(n_variables) + ", got " +
+                            std::to_string(value));
+  };
+  const auto given = arrays.view<std::int32_t>(clauses, "clauses");
+  for (const std::int32_t value : given) literal(value, "clauses", true);
+  if (!given.empty() && given.back() != 0) throw py::value_error("clauses: the last 0 is missing");
+  logic::Formula formula{n_variables, {given.begin(), given.end()}};
+  std::vector<logic::Level> softs;
+  for (const py::handle& item : levels) {
+    const std::string name = "levels[" + std::to_string(softs.size()) + "]";
+    if (!py::isinstance<py::tuple>(item) || py::len(item) != 2)
+      throw py::type_error(name + ": expected a tuple (literals, weights)");
+    const auto level = py::reinterpret_borrow<py::tuple>(item);
+    const auto literals = arrays.view<std::int32_t>(level[0], name + ".literals");
+    const auto weights = arrays.view<std::int64_t>(level[1], name + ".weights");
+    if (literals.size() != weights.size()) throw py::value_error(name + ": expected one weight per literal");
+    softs.emplace_back();
+    std::int64_t room = std::numeric_limits<std::int64_t>::max() / 4;
+    for (std::size_t i = 0; i < literals.size(); ++i) {
+      literal(literals[i], name, false);
+      if (weights[i] <= 0 || weights[i] > room)
+        throw py::value_error(name + ": expected weights > 0 whose sum is below 2^61, got " +
+                              std::to_string(weights[i]));
+      room -= weights[i];
+      softs.back().push_back({literals[i], weights[i]});
+    }
+  }
+  const auto wanted = arrays.view<std::int32_t>(preference, "preference");
+  for (const std::int32_t value : wanted) literal(value, "preference", false);
+  const std::vector<int> order(wanted.begin(), wanted.end());
+  logic::Limits limits(seconds(time_limit), clue::signalled);
+  logic::Optimum optimum;
+  {
+    const py::gil_scoped_release released;
+    optimum = logic::minimize(formula, softs, order, {}, limits, nullptr);
+  }
+  if (limits.interrupted()) throw py::error_already_set();
+  using namespace py::literals;
+  return py::dict("model"_a = array(optimum.model), "satisfiable"_a = optimum.satisfiable,
+                  "lower_bound"_a = optimum.lower_bound, "levels_closed"_a = optimum.levels_closed,
+                  "cores"_a = optimum.cores, "solves"_a = optimum.solves);
+}
+
 logic::Question make_question(Arrays& arrays, std::int32_t n_nodes, const py::object& editable, const py::list& forget,
                               const py::list& retain, const py::object& weights, const std::string& semantics) {
   logic::Question question;
@@ -77,34 +135,37 @@ auto call_interruptible(Call call) {
     return call(clue::signalled);
   } catch (const logic::Interrupted&) {
     throw py::error_already_set();  // what PyErr_CheckSignals raised, usually KeyboardInterrupt
+  } catch (const logic::TimeUp& error) {
+    throw py::value_error(error.what());
   }
 }
 
 py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list& forget, const py::list& retain,
                 const py::object& weights, const py::object& risk, const py::object& reach,
                 const std::string& semantics, double time_limit, const py::object& on_bounds,
-                const std::optional<py::bytes>& digest) {
+                const std::optional<py::bytes>& digest, const py::object& retain_pin, const py::object& forget_pin,
+                bool survey) {
   Arrays arrays;
   logic::Question question = make_question(arrays, n_nodes, editable, forget, retain, weights, semantics);
   question.risk = arrays.view<std::int64_t>(risk, "risk");
   question.reach = arrays.view<std::int64_t>(reach, "reach");
-  if (!(time_limit >= 0 && time_limit < 1e9))
-    throw py::value_error("time_limit: expected seconds in [0, 1e9), got " + std::to_string(time_limit));
-  question.time_limit = time_limit;
+  question.time_limit = seconds(time_limit);
+  if (!retain_pin.is_none()) question.retain_pin = arrays.view<std::int8_t>(retain_pin, "retain_pin");
+  if (!forget_pin.is_none()) question.forget_pin = arrays.view<std::int8_t>(forget_pin, "forget_pin");
+  question.survey = survey;
   logic::Digest of_question{};
   if (digest) of_question = digest_of(*digest);
 
   const logic::OnBounds told = clue::on_bounds_of(on_bounds);
-  logic::Answer answer;
-  {
-    const py::gil_scoped_release released;
-    answer = logic::assign(question, clue::signalled, told, digest ? &of_question : nullptr);
-  }
+  const logic::Answer answer = call_interruptible([&](const auto& interrupted) {
+    return logic::assign(question, interrupted, told, digest ? &of_question : nullptr);
+  });
   const py::object interrupted = clue::raised(answer.interrupted);  // first, since it is a pending error until then
   using namespace py::literals;
   return py::dict("retain_works"_a = array(answer.retain_works), "forget_works"_a = array(answer.forget_works),
                   "conflict"_a = array(answer.conflict), "forced"_a = array(answer.forced), "cost"_a = answer.cost,
                   "lower_bound"_a = answer.lower_bound, "optimal"_a = answer.optimal, "unique"_a = answer.unique,
+                  "feasible"_a = answer.feasible, "backbone"_a = array(answer.backbone),
                   "variables"_a = answer.variables, "clauses"_a = answer.clauses, "components"_a = answer.components,
                   "cores"_a = answer.cores, "solves"_a = answer.solves, "interrupted"_a = interrupted,
                   "certificate"_a = py::bytes(answer.certificate));
@@ -131,9 +192,13 @@ void register_logic(py::module_& module) {
   module.def("cadical_version", [] { return CaDiCaL::Solver::version(); }, "Version of the CaDiCaL linked in.");
   module.def("assign", &assign, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
              py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("semantics"), py::arg("time_limit"),
-             py::arg("on_bounds") = py::none(), py::arg("digest") = py::none(),
+             py::arg("on_bounds") = py::none(), py::arg("digest") = py::none(), py::arg("retain_pin") = py::none(),
+             py::arg("forget_pin") = py::none(), py::arg("survey") = false,
              "Roles of all nodes from the circuits of both sides; see clue.logic.assign.");
   module.def("check_circuits", &check_circuits, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"),
              py::arg("retain"), py::arg("weights"), py::arg("semantics"), py::arg("digest"), py::arg("certificate"),
              "Checks the certificate of an answer of assign; see clue.logic.check_certificate.");
+  module.def("minimize_in_order", &minimize_in_order, py::arg("n_variables"), py::arg("clauses"), py::arg("levels"),
+             py::arg("preference"), py::arg("time_limit"),
+             "The best model of clauses (0 ends each) under levels of (soft literals, weights), then a preference.");
 }

@@ -2,6 +2,7 @@
 #include "circuit.hpp"
 
 #include <limits>
+#include <utility>
 
 namespace clue::logic {
 namespace {
@@ -34,6 +35,10 @@ void require_valid(const Question& q) {
     for (const std::int64_t value : values)
       require(0 <= value && value <= most, name, ": expected 0..", most, ", got ", value);
   };
+  for (const auto& [name, pins] : {std::pair{"retain_pin", q.retain_pin}, std::pair{"forget_pin", q.forget_pin}}) {
+    require(pins.empty() || pins.size() == n, name, ": expected length ", n, ", got ", pins.size());
+    for (const std::int8_t pin : pins) require(-1 <= pin && pin <= 1, name, ": expected -1..1, got ", pin);
+  }
   range("weights", q.weight);
   range("risk", q.risk);
   range("reach", q.reach);

@@ -45,6 +45,9 @@ struct Question {
   std::span<const std::int64_t> reach;   // [n_nodes] gain of a forget node that is edited
   Semantics semantics = Semantics::Support;
   double time_limit = 0;  // seconds; 0 is none
+  // [n_nodes] r_n and f_n as they must be: 1, 0, or -1 where the answer may choose; empty where nothing is pinned
+  std::span<const std::int8_t> retain_pin, forget_pin;
+  bool survey = false;  // find `backbone` too; then only the weights count, and the answer need not be unique
 };
 
 // r_n and f_n are -1 where the node is in no circuit of that side.
@@ -55,10 +58,16 @@ struct Answer {
   std::int64_t cost = 0;               // sum of weights of the conflicts
   std::int64_t lower_bound = 0;        // no assignment costs less
   bool optimal = false;                // cost == lower_bound was proven
+  bool feasible = true;                // false: the pins allow no assignment
+  std::vector<std::uint8_t> backbone;  // survey: the node is a conflict in 0 no, 1 some, 2 every optimum
   bool unique = false;                 // every level of the order was decided, so the answer is the only best one
   bool interrupted = false;            // `interrupted` or `on_bounds` cut it short, not the time limit
   std::int64_t variables = 0, clauses = 0, components = 0, cores = 0, solves = 0;
   std::string certificate;  // empty unless it was asked for and the cost is proven
+};
+
+struct TimeUp : std::runtime_error {
+  TimeUp() : std::runtime_error("time_limit: no assignment that obeys the pins was found in time") {}
 };
 
 // Answers the question. The answer is unique and depends on nothing but the question, unless it is cut short: then it
@@ -68,9 +77,11 @@ struct Answer {
 //
 // `interrupted` is polled about every 50 ms and must not throw; `on_bounds` may be null. Throws std::invalid_argument
 // naming the argument when an array has the wrong length, an id is out of range, an edge runs backwards, or nothing
-// reaches an output.
+// reaches an output. Where there are pins and it is cut short before any assignment that obeys them is known, it throws
+// TimeUp or Interrupted.
 //
-// With `digest`, that of the question, the answer has a certificate (certificate.hpp), if its cost is proven.
+// With `digest`, that of the question, the answer has a certificate (certificate.hpp), if its cost is proven. There are
+// none for questions with pins or a survey.
 Answer assign(const Question& question, const std::function<bool()>& interrupted, const OnBounds& on_bounds,
               const Digest* digest = nullptr);
 

@@ -6,7 +6,8 @@
 // 4. Split the rest into connected components, pack small ones together, and minimise each pack on its own: all
 //    constraints and all objectives are sums over components, so their best models together are the best model.
 //
-// Every step looks at the limits, and what is open where one strikes becomes true: that is a model at any time.
+// Every step looks at the limits, and what is open where one strikes becomes true: that is a model at any time, unless
+// something is pinned to false.
 #include <algorithm>
 #include <numeric>
 #include <optional>
@@ -41,6 +42,8 @@ struct Side {
   std::vector<std::int32_t> inputs;
   std::vector<std::uint8_t> member;  // node is in a circuit of this side
   std::vector<std::int8_t> x;        // kOpen, kTrue or kFalse; meaningful for members only
+  bool pinned = false;               // some x is pinned to false, so that all x true is no model
+  bool refuted = false;              // the pins allow no model
 };
 
 // Sorts one side's edges into groups. A group that the embedding satisfies is left out. Where a limit strikes, groups
@@ -48,7 +51,8 @@ struct Side {
 Side make_side(const Question& q, bool retain, Limits& limits) {
   const auto n = static_cast<std::size_t>(q.n_nodes);
   const auto& circuits = retain ? q.retain : q.forget;
-  Side side{retain, q.semantics, {}, {}, {}, std::vector<std::uint8_t>(n), std::vector<std::int8_t>(n, kOpen)};
+  Side side{retain, q.semantics, {}, {}, {}, std::vector<std::uint8_t>(n), std::vector<std::int8_t>(n, kOpen),
+            false,  false};
 
   std::vector<std::int64_t> start(n + 1);
   for (const Circuit& circuit : circuits)
@@ -66,6 +70,10 @@ Side make_side(const Question& q, bool retain, Limits& limits) {
                                                                    std::uint64_t{circuits[c].gate[e]} << 32 |
                                                                    static_cast<std::uint32_t>(circuits[c].src[e]);
 
+  if (const auto pins = retain ? q.retain_pin : q.forget_pin; !pins.empty())
+    for (std::size_t node = 0; node < n; ++node)
+      if (pins[node] >= 0 && side.member[node]) side.x[node] = (pins[node] == 1) == retain ? kTrue : kFalse;
+  side.pinned = std::find(side.x.begin(), side.x.end(), kFalse) != side.x.end();
   side.x[0] = retain ? kTrue : kFalse;  // the embedding works
   side.x[n - 1] = kTrue;
   side.first_group.reserve(n + 1);
@@ -93,7 +101,10 @@ Side make_side(const Question& q, bool retain, Limits& limits) {
       if (satisfied) {
         side.inputs.resize(static_cast<std::size_t>(begin));
         // An equivalence with a group that always works makes the node work.
-        if (retain && side.semantics == Semantics::Authors) side.x[node] = kTrue;
+        if (retain && side.semantics == Semantics::Authors) {
+          side.refuted = side.refuted || side.x[node] == kFalse;
+          side.x[node] = kTrue;
+        }
       } else {
         side.groups.push_back({static_cast<std::int32_t>(node), begin, stop, static_cast<std::uint32_t>(group), all});
       }
@@ -103,13 +114,14 @@ Side make_side(const Question& q, bool retain, Limits& limits) {
   return side;
 }
 
-// Unit propagation. All x true is a model, so nothing is ever refuted and x only becomes true.
+// Unit propagation. Without pins all x true is a model, so nothing is ever refuted and x only becomes true.
 void propagate(Side& side, Limits& limits) {
   if (limits.expired()) return;
   std::vector<std::int32_t> queue;
   for (std::size_t node = 1; node < side.x.size(); ++node)
     if (side.x[node] == kTrue) queue.push_back(static_cast<std::int32_t>(node));
   const auto raise = [&](std::int32_t node) {
+    side.refuted = side.refuted || side.x[node] == kFalse;
     if (side.x[node] != kOpen) return;
     side.x[node] = kTrue;
     queue.push_back(node);
@@ -159,16 +171,20 @@ class Instance {
         digest_(digest),
         n_(question.n_nodes),
         dead_(make_side(q_, false, limits)),
-        works_(make_side(q_, true, limits)) {}
+        works_(make_side(q_, true, limits)),
+        known_(!pinned()) {}
 
   Answer answer() {
     propagate(dead_, limits_);
     propagate(works_, limits_);
+    if (dead_.refuted || works_.refuted) return infeasible();
     const auto n = static_cast<std::size_t>(n_);
     found_.forced.assign(n, 0);
+    found_.backbone.assign(q_.survey ? n : 0, 0);
     for (std::int32_t node = 0; node < n_; ++node)
       if (both(node) && works_.x[node] == kTrue && dead_.x[node] == kTrue) {
         found_.forced[node] = 1;
+        if (q_.survey) found_.backbone[node] = 2;
         found_.lower_bound += q_.weight[node];
       }
     if (q_.semantics == Semantics::Support) settle();
@@ -176,7 +192,10 @@ class Instance {
       if (both(node) && works_.x[node] != kFalse && dead_.x[node] != kFalse) found_.cost += q_.weight[node];
     if (!tell(found_.lower_bound, found_.cost)) limits_.interrupt();
     encode();
-    minimize_components();
+    if (found_.feasible) minimize_components();
+    if (!found_.feasible) return infeasible();
+    if (!known_ && limits_.interrupted()) throw Interrupted();
+    if (!known_) throw TimeUp();
     report();
     found_.interrupted = limits_.interrupted();
     if (digest_ && found_.optimal) certify();
@@ -184,14 +203,25 @@ class Instance {
   }
 
  private:
+  bool pinned() const { return dead_.pinned || works_.pinned; }
+
+  Answer infeasible() {
+    found_.feasible = false;
+    found_.interrupted = limits_.interrupted();
+    return std::move(found_);
+  }
+
   bool both(std::int32_t node) const { return q_.editable[node] && works_.member[node] && dead_.member[node]; }
 
   // May this node still become a conflict that costs something?
-  bool at_stake(std::int32_t node) const { return both(node) && q_.weight[node] > 0 && dead_.x[node] != kFalse; }
+  bool at_stake(std::int32_t node) const { return counts(node) && dead_.x[node] != kFalse; }
+  // In a survey every conflict counts, those that cost nothing too.
+  bool counts(std::int32_t node) const { return both(node) && (q_.weight[node] > 0 || q_.survey); }
 
   // False when the one who is told wants no more.
   bool tell(std::int64_t lower_bound, std::int64_t cost) {
-    if (!on_bounds_ || limits_.interrupted() || (lower_bound <= told_lower_bound_ && cost >= told_cost_)) return true;
+    if (!on_bounds_ || !known_ || limits_.interrupted() || (lower_bound <= told_lower_bound_ && cost >= told_cost_))
+      return true;
     told_lower_bound_ = lower_bound;
     told_cost_ = cost;
     return on_bounds_(lower_bound, cost);
@@ -207,7 +237,8 @@ class Instance {
     std::vector<std::uint8_t> needed(static_cast<std::size_t>(n_));
     for (std::int32_t node = n_ - 1; node > 0 && !limits_.tick(); --node) {
       if (!dead_.member[node]) continue;
-      if (dead_.x[node] == kOpen && !needed[node] && (!gains(node) || loses(node))) dead_.x[node] = kFalse;
+      const bool asked = q_.survey && both(node) && q_.weight[node] == 0;
+      if (dead_.x[node] == kOpen && !needed[node] && (!gains(node) || loses(node)) && !asked) dead_.x[node] = kFalse;
       if (dead_.x[node] == kFalse) continue;
       for (std::int32_t g = dead_.first_group[node]; g < dead_.first_group[node + 1]; ++g)
         if (const Group& group = dead_.groups[g]; !group_true(dead_, group))
@@ -246,7 +277,8 @@ class Instance {
 
   // A clause of a group; `input` where it is about one input only.
   void end_clause(const Side& side, const Group& group, std::int32_t input = 0) {
-    if (!satisfied_) {
+    if (!satisfied_ && clause_.empty()) found_.feasible = false;
+    if (!satisfied_ && found_.feasible) {
       if (digest_) axioms_.push_back(axiom(side, group, input));
       for (const std::int32_t literal : clause_) join(clause_.front(), literal);
       clauses_.insert(clauses_.end(), clause_.begin(), clause_.end());
@@ -276,8 +308,8 @@ class Instance {
     for (const Side* side : {&dead_, &works_})
       for (const Group& group : side->groups) {
         if (limits_.tick()) return;
-        if (side->x[group.node] == kFalse) continue;
         const bool authors = q_.semantics == Semantics::Authors;
+        if (!authors && side->x[group.node] == kFalse) continue;
         if (group.all) {
           for (std::int32_t i = group.first; i < group.last; ++i) {
             add_literal(*side, group.node, false);
@@ -343,6 +375,10 @@ class Instance {
     });
 
     local_.assign(parent_.size(), 0);
+    if (order.empty() && !known_) {  // the pins leave nothing open
+      known_ = true;
+      if (!tell(found_.lower_bound, found_.cost)) limits_.interrupt();
+    }
     for (const std::size_t p : order) {
       if (limits_.expired()) {
         found_.optimal = found_.unique = false;
@@ -350,7 +386,9 @@ class Instance {
       }
       std::vector<std::int32_t> members(variables.begin() + pack_start[p], variables.begin() + pack_start[p + 1]);
       std::sort(members.begin(), members.end());
+      known_ = known_ || p == order.back();  // unless it turns out otherwise
       minimize_pack(members, clauses_of[p]);
+      if (!found_.feasible) return;
     }
   }
 
@@ -366,7 +404,8 @@ class Instance {
     }
     std::vector<Level> levels(3);
     Level &conflicts = levels[0], &risks = levels[1], &reaches = levels[2];
-    std::vector<int> preference;
+    std::vector<int> preference, asked;
+    std::vector<std::int32_t> asked_nodes;
     std::vector<std::int32_t> choices;  // nodes of the clauses that are of no group
     for (const std::int32_t v : members) {
       const std::int32_t node = v / 2;
@@ -374,13 +413,18 @@ class Instance {
       const bool is_works = v % 2 == 1;
       if (at_stake(node)) {
         // On its own where the other side is settled; with both open, a variable of its own for the two together.
-        if (is_works && dead_.x[node] == kTrue) conflicts.push_back({-literal, q_.weight[node]});
-        if (!is_works && works_.x[node] == kTrue) conflicts.push_back({-literal, q_.weight[node]});
+        int conflict = (is_works ? dead_ : works_).x[node] == kTrue ? literal : 0;
         if (is_works && open(dead_, node)) {
-          const int conflict = ++formula.n_variables;
+          conflict = ++formula.n_variables;
           formula.clauses.insert(formula.clauses.end(), {-literal, -local_[v - 1], conflict, 0});
           if (digest_) choices.push_back(node);
-          conflicts.push_back({-conflict, q_.weight[node]});
+          if (q_.survey)
+            formula.clauses.insert(formula.clauses.end(), {-conflict, literal, 0, -conflict, local_[v - 1], 0});
+        }
+        if (conflict && q_.weight[node] > 0) conflicts.push_back({-conflict, q_.weight[node]});
+        if (conflict && q_.survey) {
+          asked.push_back(conflict);
+          asked_nodes.push_back(node);
         }
       }
       if (is_works) {
@@ -389,9 +433,10 @@ class Instance {
         if (loses(node)) risks.push_back({-literal, q_.risk[node]});
         if (gains(node)) reaches.push_back({literal, q_.reach[node]});
       }
-      preference.push_back(is_works ? literal : -literal);
+      if (!q_.survey) preference.push_back(is_works ? literal : -literal);
     }
     std::vector<std::uint8_t> everything(static_cast<std::size_t>(formula.n_variables) + 1, 1);
+    if (pinned()) everything.clear();
     std::int64_t here = 0, cost = 0;  // of this pack, with everything true and at its best
     for (const Soft& soft : conflicts) here += soft.weight;
     cost = here;
@@ -404,7 +449,14 @@ class Instance {
     std::optional<Recorder> recorder;
     if (digest_ && !conflicts.empty()) recorder.emplace();
     const Optimum optimum = minimize(formula, levels, preference, std::move(everything), limits_, on_bounds,
-                                     recorder ? &*recorder : nullptr);
+                                     recorder ? &*recorder : nullptr, asked);
+    found_.feasible = optimum.satisfiable;
+    if (optimum.model.empty()) {
+      known_ = false;
+      return;
+    }
+    for (std::size_t i = 0; i < optimum.surveyed.size(); ++i)
+      found_.backbone[static_cast<std::size_t>(asked_nodes[i])] = optimum.surveyed[i];
     found_.cost -= here - cost;
     if (recorder && optimum.levels_closed >= 1 && optimum.lower_bound > 0) {
       std::int64_t node = 0;
@@ -420,7 +472,7 @@ class Instance {
     for (const std::int32_t v : members)
       (v % 2 == 1 ? works_ : dead_).x[v / 2] = optimum.model[local_[v]] ? kTrue : kFalse;
     found_.lower_bound += optimum.lower_bound;
-    found_.optimal = found_.optimal && optimum.levels_closed >= 1;
+    found_.optimal = found_.optimal && optimum.levels_closed >= 1 && optimum.surveyed.size() == asked.size();
     found_.unique = found_.unique && optimum.levels_closed == levels.size() + 1;
     found_.cores += optimum.cores;
     found_.solves += optimum.solves;
@@ -485,6 +537,7 @@ class Instance {
   const Digest* const digest_;  // null where no certificate is wanted
   const std::int32_t n_;
   Side dead_, works_;
+  bool known_;  // there is an assignment: with what is open true, or the one that the last pack completes
   Answer found_;
   std::vector<std::int32_t> clauses_, clause_;  // literals: a variable or its complement
   std::vector<std::int64_t> clause_ends_;
@@ -503,6 +556,8 @@ Answer assign(const Question& question, const std::function<bool()>& interrupted
               const Digest* digest) {
   Limits limits(question.time_limit, interrupted);
   require_valid(question);
+  if (digest && (question.survey || !question.retain_pin.empty() || !question.forget_pin.empty()))
+    throw std::invalid_argument("digest: there are no certificates of questions with pins or a survey");
   return Instance(question, limits, on_bounds, digest).answer();
 }
 

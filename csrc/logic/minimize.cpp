@@ -168,6 +168,29 @@ class Minimizer {
     return verdict == Verdict::Satisfiable;
   }
 
+  // After the first level: its softs that still carry weight are hard by then, so every model is an optimum. Each call
+  // asks for a model that shows some literal with a value not seen yet; when there is none, all are settled at once.
+  std::vector<std::uint8_t> survey(const std::vector<int>& asked) {
+    std::vector<std::uint8_t> seen(asked.size());  // bit 0: false in some optimum, bit 1: true in some
+    for (std::size_t i = 0; i < asked.size(); ++i) seen[i] = holds(asked[i]) ? 2 : 1;
+    for (;;) {
+      trial_.clear();
+      for (std::size_t i = 0; i < asked.size(); ++i)
+        if (seen[i] != 3) trial_.push_back(seen[i] == 1 ? asked[i] : -asked[i]);
+      if (trial_.empty()) break;
+      for (const int literal : trial_) solver_.phase(literal);
+      solver_.constrain(trial_);
+      const Verdict verdict = solver_.solve({});
+      if (verdict == Verdict::Unknown) return {};
+      if (verdict == Verdict::Unsatisfiable) break;
+      for (std::size_t i = 0; i < asked.size(); ++i)
+        seen[i] = static_cast<std::uint8_t>(seen[i] | (solver_.value(asked[i]) ? 2 : 1));
+    }
+    for (const int literal : asked) solver_.unphase(std::abs(literal));
+    for (std::uint8_t& one : seen) one = one == 3 ? 1 : one == 2 ? 2 : 0;
+    return seen;
+  }
+
   std::vector<std::uint8_t> take_model() { return known_ ? std::move(model_) : std::vector<std::uint8_t>(); }
   std::int64_t cores() const { return cores_; }
   std::int64_t solves() const { return solver_.solves(); }
@@ -416,7 +439,8 @@ class Minimizer {
 }  // namespace
 
 Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const std::vector<int>& preference,
-                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds, Recorder* recorder) {
+                 std::vector<std::uint8_t> start, Limits& limits, const OnBounds& on_bounds, Recorder* recorder,
+                 const std::vector<int>& asked) {
   Minimizer minimizer(formula, std::move(start), limits, on_bounds, recorder);
   // Earlier levels have the last word on a variable's phase.
   for (const int literal : preference) {
@@ -435,6 +459,10 @@ Optimum minimize(const Formula& formula, const std::vector<Level>& levels, const
     going = minimizer.close(levels[i], bound);
     if (i == 0) optimum.lower_bound = bound;
     if (going) ++optimum.levels_closed;
+    if (going && i == 0 && !asked.empty()) {
+      optimum.surveyed = minimizer.survey(asked);
+      going = !optimum.surveyed.empty();
+    }
   }
   if (going && minimizer.prefer(preference)) ++optimum.levels_closed;
   optimum.model = minimizer.take_model();

@@ -77,6 +77,11 @@ void Solver::stop_recording() {
 
 void Solver::clause(std::span<const int> literals) { solver_.clause(literals.data(), literals.size()); }
 
+void Solver::constrain(std::span<const int> literals) {
+  for (const int literal : literals) solver_.constrain(literal);
+  solver_.constrain(0);
+}
+
 Verdict Solver::solve(std::span<const int> assumptions, int decisions) {
   ++solves_;
   if (limits_.expired()) return Verdict::Unknown;

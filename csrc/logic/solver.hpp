@@ -24,7 +24,9 @@ class Solver : CaDiCaL::Terminator {
 
   void reserve(int variables) { solver_.resize(variables); }  // once is faster than one by one
   void clause(std::span<const int> literals);
-  void phase(int literal) { solver_.phase(literal); }              // the polarity to try first
+  void constrain(std::span<const int> literals);       // a clause for the next solve only
+  void phase(int literal) { solver_.phase(literal); }  // the polarity to try first
+  void unphase(int literal) { solver_.unphase(literal); }
   void freeze(int literal) { solver_.freeze(literal); }            // not eliminated between calls
   void propagate() { solver_.simplify(0); }                        // units only, at the root
   int fixed(int literal) const { return solver_.fixed(literal); }  // 1 implied, -1 refuted, 0 open

@@ -25,6 +25,9 @@ def assign(
     time_limit: float,
     on_bounds: Callable[[int, int], object] | None = None,
     digest: bytes | None = None,
+    retain_pin: npt.NDArray[np.int8] | None = None,
+    forget_pin: npt.NDArray[np.int8] | None = None,
+    survey: bool = False,
 ) -> dict[str, Any]:
     """``interrupted`` is None, or the exception that a signal or ``on_bounds`` raised."""
 
@@ -37,6 +40,13 @@ def check_circuits(
     semantics: str,
     digest: bytes,
     certificate: bytes,
+) -> dict[str, Any]: ...
+def minimize_in_order(
+    n_variables: int,
+    clauses: npt.NDArray[np.int32],
+    levels: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]],
+    preference: npt.NDArray[np.int32],
+    time_limit: float,
 ) -> dict[str, Any]: ...
 
 # SAT (csrc/sat). Wrapped by clue.sat, where each call is described; clauses in arrays end with 0, and seconds of 0 and

@@ -64,6 +64,14 @@ class LocalizeSettings:
                              choices=("support", "authors"))
     weighting: str = _option("unit", "cost of a conflict: unit (the paper), or attribution (retain score of the node)",
                              choices=("unit", "attribution"))
+    mode: str = _option("conflict", "what is minimised: conflict (nodes that forgetting and retention both need) or surgical"
+                        " (edits: an edited node stops, and every retain output stays alive)",
+                        choices=("conflict", "surgical"))
+    stability: float = _option(0.0, "edit only nodes whose role holds in at least this share of samples of the scores, in"
+                               " (0, 1]; 0 takes no samples")
+    stability_samples: int = _option(20, "how often the scores are sampled")
+    stability_noise: float = _option(0.1, "standard deviation of a sampled edge score, in units of the weakest score that"
+                                     " is kept (neurons have standard errors of their own)")
     batch_size: int = _option(8, "pairs per forward and backward pass")
     stream: str = _option("auto", "run the model whole (never), or again layer by layer from the top down, which needs"
                           " little memory and one more forward pass (always); auto streams what would not fit",
@@ -178,7 +186,7 @@ def check(settings: Any) -> None:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
         if f.name == "validation" and value >= 1.0:
             raise ClueError(f"validation = {value} must be less than 1: records to train on must be left")
-        if f.name == "faithfulness" and value > 1.0:
+        if f.name in {"faithfulness", "stability"} and value > 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")
         if f.name == "path_steps" and (value < 2 or value % 2):
             raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")
@@ -189,7 +197,7 @@ def check(settings: Any) -> None:
         if f.name in {"beta", "simnpo_beta"} and not value > 0.0:
             raise ClueError(f"{f.name} = {value} must be greater than 0")
         if f.name in {"batch_size", "steps", "check_every", "bad_steps", "max_new_tokens", "relearn_steps", "drift_steps",
-                      "curve_points", "hints"} and value < 1:
+                      "curve_points", "hints", "stability_samples"} and value < 1:
             raise ClueError(f"{f.name} = {value} must be at least 1")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not (0 <= value < float("inf")):
             raise ClueError(f"{f.name} = {value} must be finite and not negative")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,34 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
                              {name: s for name, s in sets.items() if name != "forget"}, settings.localize,
                              data=settings.data, seed=settings.seed, progress=progress,
                              keep=lambda stage, make: _kept(run, stage, make))
+
+
+def explain(run: Run, nodes: Sequence[str]) -> list[str]:
+    """Why nodes of a run's assignment have their roles, in words.
+
+    Raises:
+        RunError: the run has no assignment yet, or one in surgical mode.
+        CircuitError: there is no such node.
+    """
+    from .logic import Explainer
+    from .pipeline import objectives
+
+    settings = Settings.from_dict(run.manifest["settings"], source=str(run.folder)).localize
+    run.require("assignment", "localize")
+    if settings.mode == "surgical":
+        raise RunError(f"{run.folder} was made with mode = surgical: only roles in conflict mode are explained")
+    scores, circuits = (_kept(run, stage, dict) for stage in ("scores", "circuits"))
+    graph = circuits["forget"].graph
+    explainer = Explainer([circuits["forget"]], [found for name, found in circuits.items() if name != "forget"],
+                          semantics=settings.semantics, **objectives(scores, graph, settings))
+    planned = _kept(run, "assignment", dict).role
+    lines = []
+    for node in nodes:
+        found = explainer.explain(node)
+        lines += found.lines(graph.name, explainer.assignment.cost)
+        if planned[found.node] != found.role:
+            lines.append("not edited: its role is not stable under the uncertainty of the scores")
+    return lines
 
 
 def unlearn(run: Run, settings: Settings, progress: Progress) -> bool:

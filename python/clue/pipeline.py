@@ -16,6 +16,7 @@ import numpy as np
 from .config import DataSettings, LocalizeSettings, check
 from .data.pairs import corrupt
 from .data.records import read_sets
+from .errors import ClueError
 from .plan import Plan
 from .provenance import fingerprint, versions
 from .types import Role
@@ -100,6 +101,8 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
 
     say = progress or (lambda line: None)
     check(settings)
+    if settings.mode == "surgical" and settings.semantics == "authors":
+        raise ClueError("mode = surgical reads the gates in a way of its own: leave semantics = support")
     check(data)
     body = anatomy(model)
     check_weights(model)
@@ -117,7 +120,7 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
         name: cut(body, pairs[name], s, settings) for name, s in scores.items()})
     say("circuits   " + ", ".join(f"{name} {circuit.summary()}" for name, circuit in circuits.items()))
 
-    assignment: Assignment = keep("assignment", lambda: solve(scores, circuits, settings))
+    assignment: Assignment = keep("assignment", lambda: solve(scores, circuits, settings, seed=seed))
     say(f"roles      conflict cost {assignment.cost}, {'proven least' if assignment.optimal else 'NOT proven least'}:"
         f" {assignment.n_forced} forced, {assignment.n_chosen} chosen")
 
@@ -145,23 +148,42 @@ def cut(body: Anatomy, pairs: Pairs, scores: Scores, settings: LocalizeSettings)
     return confirm(body, pairs, circuit, settings) if settings.confirm else circuit
 
 
-def solve(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], settings: LocalizeSettings) -> Assignment:
-    """Turn the circuits into a formula and solve it to the proven minimum of conflicts.
+def solve(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], settings: LocalizeSettings, *,
+          seed: int = 0) -> Assignment:
+    """Turn the circuits into a formula and solve it to the proven minimum of conflicts, or of edits in surgical mode.
+
+    With ``settings.stability``, only roles that are stable under the scores' uncertainty lead to edits (see
+    :mod:`clue.stability`); ``seed`` seeds its samples.
+    """
+    from .logic import assign, operate
+
+    def once(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit]) -> Assignment:
+        forget = [circuits["forget"]]
+        retain = [circuit for name, circuit in circuits.items() if name != "forget"]
+        values = objectives(scores, circuits["forget"].graph, settings)
+        if settings.mode == "surgical":
+            return operate(forget, retain, **values)
+        return assign(forget, retain, semantics=settings.semantics, **values)
+
+    found = once(scores, circuits)
+    if not settings.stability:
+        return found
+    from .stability import keep_stable, sample_roles
+
+    return keep_stable(found, sample_roles(scores, circuits, settings, once, seed=seed), settings.stability)
+
+
+def objectives(scores: Mapping[str, Scores], graph: Graph, settings: LocalizeSettings) -> dict[str, Any]:
+    """``weights``, ``retain_score`` and ``forget_score`` of :func:`clue.logic.assign`.
 
     What a retain node is worth is its largest score over the retain sets, each scaled to a largest score of one, so that
     no set outweighs another by the size of its logits.
     """
-    from .logic import assign
-
-    graph = circuits["forget"].graph
-    kept = [name for name in circuits if name != "forget"]
-    forget_score = scaled(scores["forget"], graph)
-    retain_score = np.max([scaled(scores[name], graph) for name in kept], axis=0)
+    retain_score = np.max([scaled(found, graph) for name, found in scores.items() if name != "forget"], axis=0)
     weights = None
     if settings.weighting == "attribution":
         weights = 1 + np.round(999 * retain_score).astype(np.int64)
-    return assign([circuits["forget"]], [circuits[name] for name in kept], semantics=settings.semantics, weights=weights,
-                  retain_score=retain_score, forget_score=forget_score)
+    return {"weights": weights, "retain_score": retain_score, "forget_score": scaled(scores["forget"], graph)}
 
 
 def scaled(scores: Scores, graph: Graph) -> np.ndarray[Any, np.dtype[np.float64]]:

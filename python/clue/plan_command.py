@@ -1,4 +1,4 @@
-"""``clue plan``: a plan in words, and a model checked against it.
+"""``clue plan``: a plan in words, why its nodes have their roles, and a model checked against it.
 
 Heavy imports happen inside the commands.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser's commands."""
-    plan = commands.add_parser("plan", help="look at a plan, or check a model against it")
+    plan = commands.add_parser("plan", help="look at a plan, explain it, or check a model against it")
     plans = plan.add_subparsers(required=True, metavar="COMMAND")
     show = plans.add_parser("show", help="nodes by role and layer, slices and weights")
     show.set_defaults(command=_show)
@@ -25,6 +25,10 @@ def add_to(commands: Any) -> None:
     show.add_argument("--nodes", type=_count, default=0, metavar="N",
                       help="also list the first N conflict and forget nodes")
     show.add_argument("--json", action="store_true", help="as JSON")
+    explain = plans.add_parser("explain", help="why a node has its role, and what would change if it had another")
+    explain.set_defaults(command=_explain)
+    explain.add_argument("run", metavar="RUN", help="run directory")
+    explain.add_argument("node", metavar="NODE", nargs="+", help="name of a node, as `clue plan show --nodes` lists it")
     verify = plans.add_parser("verify", help="compare two models bit by bit: did only planned weights change?")
     verify.set_defaults(command=_verify)
     verify.add_argument("before", metavar="BEFORE", help="folder of the model as it was")
@@ -41,6 +45,14 @@ def _show(arguments: argparse.Namespace) -> int:
         print(json.dumps(_facts(plan, arguments.nodes), indent=1))
     else:
         print(_text(_facts(plan, arguments.nodes)))
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from . import jobs
+    from .run_directory import Run
+
+    print("\n".join(jobs.explain(Run.open(arguments.run), arguments.node)))
     return 0
 
 

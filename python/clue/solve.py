@@ -68,7 +68,17 @@ def add_to(commands: Any) -> None:
     cnf.add_argument("--proof", metavar="P", help="write a proof of unsatisfiability to this file")
     cnf.add_argument("--proof-format", choices=("drat", "lrat"), default="drat", help="(default: drat)")
     cnf.add_argument("--proof-text", action="store_true", help="as text instead of binary, which is slower")
-    add_question(solve.add_argument_group("circuits"))
+    circuits = solve.add_argument_group("circuits")
+    add_question(circuits)
+    circuits.add_argument("--explain", action="append", default=[], metavar="NODE",
+                          help="say why this node has its role, and what would change if it had another; may be repeated")
+    circuits.add_argument("--surgical", action="store_true",
+                          help="find the least edit that kills the forget outputs and leaves the retain outputs alive")
+    circuits.add_argument("--budget", type=_whole, metavar="W", help="with --surgical: most weight of all edited nodes")
+    circuits.add_argument("--most", type=_whole, metavar="N", help="with --surgical: most edited nodes")
+    for option, use in (("--never", "never edit"), ("--must", "edit")):
+        circuits.add_argument(option, action="append", default=[], metavar="NODE",
+                              help=f"{use} this node; may be repeated")
 
 
 def add_question(circuits: Any) -> None:
@@ -93,7 +103,15 @@ def _literal(text: str) -> int:
     return value
 
 
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
 _seconds.__name__, _literal.__name__ = "number of seconds", "literal"  # argparse puts them into its messages
+_whole.__name__ = "whole number"
 
 
 def kind_of(path: str) -> str:
@@ -112,9 +130,21 @@ def _solve(arguments: argparse.Namespace) -> int:
                                  ("--proof", arguments.proof, (".cnf", ".dimacs")),
                                  ("--certify", arguments.certify, (".wcnf", ".json", ".safetensors")),
                                  ("--lrat", arguments.lrat, (".wcnf", ".json", ".safetensors")),
-                                 ("--retain", arguments.retain, (".json", ".safetensors"))):
+                                 ("--retain", arguments.retain, (".json", ".safetensors")),
+                                 ("--explain", arguments.explain, (".json", ".safetensors")),
+                                 ("--surgical", arguments.surgical, (".json", ".safetensors")),
+                                 ("--never", arguments.never, (".json", ".safetensors")),
+                                 ("--must", arguments.must, (".json", ".safetensors"))):
         if given and kind not in kinds:
             raise ClueError(f"{option} goes with {' or '.join(kinds)} files only")
+    if not arguments.surgical and (arguments.budget is not None or arguments.most is not None):
+        raise ClueError("--budget and --most go with --surgical only")
+    if arguments.surgical and arguments.semantics != "support":
+        raise ClueError("--surgical reads the gates in a way of its own: leave --semantics out")
+    if arguments.explain and (arguments.surgical or arguments.never or arguments.must or arguments.time_limit):
+        raise ClueError("--explain goes without --surgical, --never, --must and --time-limit")
+    if (arguments.certify or arguments.lrat) and (arguments.surgical or arguments.never or arguments.must):
+        raise ClueError("--certify and --lrat go without --surgical, --never and --must")
     solve = _wcnf if kind == ".wcnf" else _cnf if kind in (".cnf", ".dimacs") else _circuits
     try:
         with _stoppable(arguments.time_limit) as time_left:
@@ -290,21 +320,34 @@ def read_circuits(file: str, retain_files: Sequence[str]) -> tuple[Any, Any, npt
 
 
 def _circuits(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
-    from .logic import assign
+    from .logic import Explainer, assign, operate
     from .logic.formula import as_wcnf
     from .types import Role
 
     forget, retain, weights = read_circuits(arguments.file, arguments.retain)
     start = time.perf_counter()
+    common: dict[str, Any] = {"weights": weights, "never": arguments.never, "must": arguments.must,
+                              "time_limit": time_left() or 0}
     tell = _tell_costs()
-    found = assign(forget, retain, semantics=arguments.semantics, weights=weights, time_limit=time_left() or 0,
-                   keep_on_interrupt=True, on_bounds=tell, certify=arguments.certify)
+    if arguments.surgical:
+        found = operate(forget, retain, budget=arguments.budget, most=arguments.most, **common)
+    else:
+        found = assign(forget, retain, semantics=arguments.semantics, keep_on_interrupt=True, on_bounds=tell,
+                       certify=arguments.certify, **common)
     tell(found.lower_bound, found.cost)
     graph = forget[0].graph
     _say(f"c {graph.n_nodes} nodes, {sum(len(c.src) for c in (*forget, *retain))} edges,"
          f" solved in {time.perf_counter() - start:.3f} s",
          f"c {found.n_forced} conflicts are forced, {found.n_chosen} chosen",
          _bounds(found.lower_bound, found.cost))
+    if arguments.surgical:
+        _say(f"c {found.statistics['edits']} nodes are edited, of weight {found.statistics['edit_weight']}")
+    if arguments.explain and found.optimal:
+        explainer = Explainer(forget, retain, semantics=arguments.semantics, weights=weights, assignment=found)
+        for node in arguments.explain:
+            _say(*(f"c {line}" for line in explainer.explain(node).lines(graph.name, found.cost)))
+    elif arguments.explain:
+        _say("c only roles at a proven least cost are explained")
     _proven(arguments, found.optimal, found.cost,
             lambda: as_wcnf(forget, retain, semantics=arguments.semantics, weights=weights))
     _say("s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE")

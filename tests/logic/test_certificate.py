@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from clue.certificate import Verified
 from clue.errors import CertificateError, RefutedError
-from clue.logic import _digest, _question, assign, check_certificate
+from clue.logic import _digest, assign, check_certificate, pose
 from clue.types import Gate
 
 from ..oracles import certificate as oracle
@@ -36,7 +36,7 @@ class Case:
         found = assign(forget, retain, semantics=semantics, weights=self.weights, certify=folder / "c")
         assert found.optimal
         self.cost, self.certificate = found.cost, (folder / "c").read_bytes()
-        self.digest = _digest(_question(forget, retain, self.weights)[1], semantics)
+        self.digest = _digest(pose(forget, retain, semantics=semantics, weights=self.weights))
 
     def check(self, certificate: bytes) -> Verified:
         return check_certificate(self.forget, self.retain, certificate, semantics=self.semantics, weights=self.weights)

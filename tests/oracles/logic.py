@@ -1,4 +1,4 @@
-"""The best assignment by trying them all: method.md's rules word for word, for circuits of about ten nodes."""
+"""The best assignment, and the best edit, by trying them all: the rules word for word, for circuits of 10 to 16 nodes."""
 
 from __future__ import annotations
 
@@ -132,8 +132,10 @@ def _satisfying(circuits: Sequence[Edges], semantics: str, retain: bool) -> np.n
 
 
 def best_of_all(forget: Sequence[Edges], retain: Sequence[Edges], semantics: str, weights: np.ndarray,
-                risk: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """(r, f, conflicts) like :func:`best`, by arrays, up to 16 nodes and small numbers.
+                risk: np.ndarray, reach: np.ndarray, retain_pin: np.ndarray | None = None,
+                forget_pin: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """(r, f, conflicts) like :func:`best`, by arrays, up to 16 nodes and small numbers; None if no r and f obey the pins
+    (int8 [nodes], -1 where they are free).
 
     All levels of the order are digits of one integer. Only the first depends on r and f together.
     """
@@ -141,6 +143,12 @@ def best_of_all(forget: Sequence[Edges], retain: Sequence[Edges], semantics: str
     n, editable = graph.n_nodes, graph.editable
     in_r, in_f = (np.isin(np.arange(n), members(side)) for side in (retain, forget))
     rs, fs = _satisfying(retain, semantics, True), _satisfying(forget, semantics, False)
+    if retain_pin is not None:
+        rs = rs[np.all((retain_pin < 0) | ~in_r | (rs == retain_pin), axis=1)]
+    if forget_pin is not None:
+        fs = fs[np.all((forget_pin < 0) | ~in_f | (fs == forget_pin), axis=1)]
+    if not len(rs) or not len(fs):
+        return None
     weights, risk, reach = (np.asarray(v, np.int64) for v in (weights, risk, reach))
     assert n <= 16 and 2 * risk.sum() < 1 << 8 and reach.sum() < 1 << 8 and weights.sum() < 1 << 14
     place = np.int64(1) << 2 * np.arange(n, dtype=np.int64)[::-1]  # node 0 counts most; f before r
@@ -161,3 +169,117 @@ def best_of_all(forget: Sequence[Edges], retain: Sequence[Edges], semantics: str
     assert found is not None, "all r true and all f false always holds"
     _, i, j = found
     return np.where(in_r, rs[i], -1), np.where(in_f, fs[j], -1), int(cost_of[works[i] & dead[j]])
+
+
+def in_optima(forget: Sequence[Edges], retain: Sequence[Edges], semantics: str, weights: np.ndarray) -> np.ndarray:
+    """uint8 [nodes]: the node is a conflict in 0 no, 1 some, 2 every assignment of least cost."""
+    graph = forget[0].graph
+    n = graph.n_nodes
+    in_r, in_f = (np.isin(np.arange(n), members(side)) for side in (retain, forget))
+    shared = in_r & in_f & graph.editable
+    rs, fs = (np.unique(side[:, shared], axis=0)
+              for side in (_satisfying(retain, semantics, True), ~_satisfying(forget, semantics, False)))
+    least, ever, always = None, np.zeros(0), np.zeros(0)
+    for r in rs:
+        conflicts = fs & r
+        cost = conflicts @ weights[shared]
+        if least is None or cost.min() < least:
+            least, ever, always = cost.min(), np.zeros(shared.sum(), bool), np.ones(shared.sum(), bool)
+        best = conflicts[cost == least]
+        ever, always = ever | best.any(axis=0), always & best.all(axis=0)
+    found = np.zeros(n, np.uint8)
+    found[shared] = ever.astype(np.uint8) + always
+    return found
+
+
+def unavoidable(gates: Sequence[tuple[str, Gate, int, Sequence[int]]], nodes: Sequence[int], n: int,
+                semantics: str) -> bool:
+    """Whether gates (side, gate, receiver, inputs) alone make one of the nodes a conflict in every assignment."""
+    x = (np.arange(1 << n)[:, None] >> np.arange(n) & 1).astype(bool)  # works on the retain side, dead on the other
+    found = {}
+    for side in ("retain", "forget"):
+        ok = x[:, n - 1].copy()
+        for of, gate, node, given in gates:
+            inputs = [m for m in given if m != 0]
+            if of != side or not inputs and side == "forget":
+                continue
+            each = gate == Gate.ADDER or (gate == Gate.AND) == (side == "retain")
+            asked = x[:, inputs].all(axis=1) if each or not inputs else x[:, inputs].any(axis=1)
+            if side == "retain" and 0 in given and not each:
+                asked |= True
+            ok &= (asked == x[:, node]) if semantics == "authors" else asked | ~x[:, node]
+        found[side] = np.unique(x[ok][:, list(nodes)], axis=0)
+    return all(np.any(r & found["forget"], axis=1).all() for r in found["retain"])
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The best edit set, node ids, and the weight of its conflicts."""
+
+    edited: list[int]
+    conflict: list[int]
+    cost: int
+
+
+def after(circuits: Sequence[Edges], stopped: np.ndarray, retain: bool) -> np.ndarray:
+    """bool [edits, nodes]: what works in one side's circuits when the given nodes [edits, nodes] are stopped."""
+    works = ~stopped
+    for node in range(1, circuits[0].graph.n_nodes):
+        answers = []
+        for receiver, gate, given in groups(circuits):
+            if receiver != node:
+                continue
+            inputs = given if retain else [m for m in given if m != 0]
+            if not inputs:
+                continue
+            one_suffices = gate == Gate.OR or (gate == Gate.ADDER and not retain)
+            answers.append(works[:, inputs].any(axis=1) if one_suffices else works[:, inputs].all(axis=1))
+        if answers:
+            works[:, node] &= np.all(answers, axis=0) if retain else np.any(answers, axis=0)
+    return works
+
+
+def best_edit(forget: Sequence[Edges], retain: Sequence[Edges], weights: np.ndarray, risk: np.ndarray, reach: np.ndarray,
+              *, budget: int | None = None, most: int | None = None, never: Sequence[int] = (),
+              must: Sequence[int] = ()) -> Edit | None:
+    """The best edit of all edits and all conflicts within them; None if there is none within the limits."""
+    graph = forget[0].graph
+    n = graph.n_nodes
+    free = [m for m in members(forget) if graph.editable[m] and m not in (0, n - 1)]
+    shared = [m for m in free if m in members(retain)]
+    place = np.arange(1 << len(free))[:, None] >> np.arange(len(free)) & 1
+    edits = np.zeros((len(place), n), bool)
+    edits[:, free] = place
+    kept = ~after(forget, edits, False)[:, n - 1] & ~edits[:, list(never)].any(axis=1) & edits[:, list(must)].all(axis=1)
+    if budget is not None:
+        kept &= edits @ weights <= budget
+    if most is not None:
+        kept &= edits.sum(axis=1) <= most
+    edits = edits[kept]
+    if not len(edits):
+        return None
+    # For every set of shared nodes that stop, whether retention survives it; then the dearest such part of each edit.
+    stops = np.zeros((1 << len(shared), n), bool)
+    stops[:, shared] = np.arange(1 << len(shared))[:, None] >> np.arange(len(shared)) & 1
+    alive = after(retain, stops, True)[:, n - 1]
+    weight = np.where(alive, stops @ weights, -1)
+    dearest = weight.copy()
+    for bit in range(len(shared)):
+        has = np.flatnonzero(np.arange(len(dearest)) >> bit & 1)
+        dearest[has] = np.maximum(dearest[has], dearest[has ^ (1 << bit)])
+    code = edits[:, shared] @ (1 << np.arange(len(shared)))
+    at_risk = np.isin(np.arange(n), members(retain)) * risk
+    key = np.stack([edits[:, shared] @ weights[shared] - dearest[code], edits @ weights, edits @ at_risk,
+                    -(edits @ reach)], axis=1)
+    order = np.lexsort(key.T[::-1])
+    best = None
+    for i in order[np.all(key[order] == key[order[0]], axis=1)]:
+        parts = np.flatnonzero((np.arange(len(weight)) & ~code[i] == 0) & (weight == dearest[code[i]]))
+        for part in parts:
+            conflict = edits[i] & ~stops[part]
+            conflict[[m for m in range(n) if m not in shared]] = False
+            preference = [bool(x[m]) for m in range(n) for x in (edits[i], conflict)]
+            if best is None or preference < best[0]:
+                best = preference, edits[i], conflict
+    assert best is not None
+    return Edit(np.flatnonzero(best[1]).tolist(), np.flatnonzero(best[2]).tolist(), int(key[order[0], 0]))

@@ -89,6 +89,8 @@ def assign(
     weights: npt.NDArray[np.int64] | None = None,
     retain_score: npt.ArrayLike | None = None,
     forget_score: npt.ArrayLike | None = None,
+    never: Sequence[int | str] = (),
+    must: Sequence[int | str] = (),
     time_limit: float = 0,
     keep_on_interrupt: bool = False,
     on_bounds: Callable[[int, int], object] | None = None,
@@ -117,8 +119,11 @@ def assign(
         weights: int64 [nodes] >= 0, cost of a conflict at each node; 1 everywhere if not given.
         retain_score, forget_score: float [nodes] >= 0 for levels 2 and 3, which are skipped if not given. Each is
             scaled by its maximum and rounded (ties to even) to integers 0 .. :data:`SCORE_STEPS`.
+        never, must: nodes, by id or name, with f_n = 1 and f_n = 0 in every assignment considered: those that are not to
+            be edited, and those that are.
         time_limit: seconds after which the best assignment so far is returned; 0 never stops early.
-        keep_on_interrupt: on Ctrl-C, too, return the best so far instead of raising.
+        keep_on_interrupt: on Ctrl-C, too, return the best so far instead of raising, if there is one yet, as there always
+            is without pins.
         on_bounds: called with lower bound and cost when they are first known and whenever one of the two improves. What
             it raises ends the search and is passed on, except that a KeyboardInterrupt counts as Ctrl-C.
         certify: a file to write the proof of the least cost to, for :func:`check_certificate`. It is written if
@@ -127,28 +132,75 @@ def assign(
 
     Raises:
         CircuitError: no circuit on a side, circuits of different graphs, an edge that names an unknown node or closes a
-            cycle, an output that nothing reaches, or weights or scores that are negative or of the wrong length.
+            cycle, an output that nothing reaches, weights or scores that are negative or of the wrong length, or pins
+            that contradict each other or the circuits (a subset-minimal set of them is named), that go with ``certify``,
+            or that nothing was found to obey before the time limit struck.
         KeyboardInterrupt: on Ctrl-C, within about 50 ms.
         OSError: the certificate cannot be written.
     """
-    graph, question = _question(forget, retain, weights)
+    question = pose(forget, retain, semantics=semantics, weights=weights, retain_score=retain_score,
+                    forget_score=forget_score)
+    pins = pinned(forget, never, must)
+    if certify is not None and pins is not None:
+        raise CircuitError("certify goes without never and must: what is proven is the least cost of all assignments")
+    found = ask(question, forget_pin=pins, time_limit=time_limit, keep_on_interrupt=keep_on_interrupt, on_bounds=on_bounds,
+                certify=certify)
+    if found is None:
+        from .surgery import blame
+
+        raise CircuitError(blame(forget, semantics, pins))
+    return found
+
+
+def pose(forget: Sequence[Circuit], retain: Sequence[Circuit], *, semantics: str = "support",
+         weights: npt.ArrayLike | None = None, retain_score: npt.ArrayLike | None = None,
+         forget_score: npt.ArrayLike | None = None) -> dict[str, Any]:
+    """The arguments of :func:`assign`, checked, as the native core takes them."""
+    for side, circuits in (("forget", forget), ("retain", retain)):
+        if not circuits:
+            raise CircuitError(f"there is no {side} circuit: give at least one")
+    graph = forget[0].graph
+    for circuit in (*forget, *retain):
+        _check(circuit, graph)
     n = graph.n_nodes
+    return {
+        "n_nodes": n, "editable": np.ascontiguousarray(graph.editable, dtype=np.uint8),
+        "forget": [_edges(circuit) for circuit in forget], "retain": [_edges(circuit) for circuit in retain],
+        "weights": _costs(weights, n), "risk": _steps("retain_score", retain_score, n),
+        "reach": _steps("forget_score", forget_score, n), "semantics": semantics,
+    }
+
+
+def ask(question: dict[str, Any], *, retain_pin: npt.NDArray[np.int8] | None = None,
+        forget_pin: npt.NDArray[np.int8] | None = None, time_limit: float = 0, keep_on_interrupt: bool = False,
+        on_bounds: Callable[[int, int], object] | None = None,
+        certify: str | os.PathLike[str] | None = None) -> Assignment | None:
+    """The best assignment among those that obey the pins, or None if none does.
+
+    Args:
+        question: from :func:`pose`.
+        retain_pin, forget_pin: int8 [nodes], r_n and f_n as they must be, -1 where they are free.
+        time_limit, keep_on_interrupt, on_bounds, certify: as in :func:`assign`; no certificates with pins.
+
+    Raises:
+        CircuitError: the native core refuses the question, or the time was up before anything obeyed the pins.
+    """
     try:
-        found = _core.assign(
-            *question, _steps("retain_score", retain_score, n), _steps("forget_score", forget_score, n), semantics,
-            time_limit, on_bounds, None if certify is None else _digest(question, semantics),
-        )
+        found = _core.assign(**question, time_limit=time_limit, on_bounds=on_bounds, retain_pin=retain_pin,
+                             forget_pin=forget_pin, digest=None if certify is None else _digest(question))
     except ValueError as error:
         raise CircuitError(str(error)) from None
     interrupted = found["interrupted"]
     if interrupted is not None and not (keep_on_interrupt and isinstance(interrupted, KeyboardInterrupt)):
         raise interrupted
+    if not found["feasible"]:
+        return None
     if certify is not None and found["optimal"]:
         write_atomically(certify, found["certificate"])
+    n, editable = question["n_nodes"], question["editable"].astype(bool)
     conflict = found["conflict"].astype(bool)
     forced = found["forced"].astype(bool)
     role = np.full(n, Role.FREE, dtype=np.uint8)
-    editable = np.asarray(graph.editable, dtype=bool)
     role[editable & (found["retain_works"] == 1)] = Role.RETAIN
     role[editable & (found["forget_works"] == 0)] = Role.FORGET
     role[conflict] = Role.CONFLICT
@@ -190,40 +242,81 @@ def check_certificate(
         CircuitError: as :func:`assign`.
         KeyboardInterrupt: on Ctrl-C.
     """
-    _, question = _question(forget, retain, weights)
+    question = pose(forget, retain, semantics=semantics, weights=weights)
     content = read(certificate)
     try:
-        found = _core.check_circuits(*question, semantics, _digest(question, semantics), content)
+        found = _core.check_circuits(**{name: question[name] for name in _PROVEN}, digest=_digest(question),
+                                     certificate=content)
     except ValueError as error:
         raise CircuitError(str(error)) from None
     return verified(name_of(certificate), found, len(content))
 
 
-_Edges = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint8]]
-_Question = tuple[int, npt.NDArray[np.uint8], list[_Edges], list[_Edges], npt.NDArray[np.int64]]
+#: What of a question its least cost depends on; the order among the least costly is not what is proven.
+_PROVEN = ("n_nodes", "editable", "forget", "retain", "weights", "semantics")
 
 
-def _question(forget: Sequence[Circuit], retain: Sequence[Circuit],
-              weights: npt.NDArray[np.int64] | None) -> tuple[Graph, _Question]:
-    """The arrays of a question, once each circuit has been looked at, and the graph they are about."""
-    for side, circuits in (("forget", forget), ("retain", retain)):
-        if not circuits:
-            raise CircuitError(f"there is no {side} circuit: give at least one")
+def _digest(question: dict[str, Any]) -> bytes:
+    forget, retain = question["forget"], question["retain"]
+    arrays = [array for side in (forget, retain) for circuit in side for array in circuit]
+    return digest(f"circuits {question['semantics']} {len(forget)} {len(retain)}",
+                  [question["editable"], question["weights"], *arrays])
+
+
+def node_ids(graph: Graph, nodes: Sequence[int | str], argument: str) -> list[int]:
+    """Ids of nodes that are given by id or name.
+
+    Raises:
+        CircuitError: there is no such node; names ``argument``.
+    """
+    if isinstance(nodes, (str, int)):
+        raise CircuitError(f"{argument}: expected a list of nodes, got {nodes!r}")
+    names = {graph.name(node): node for node in range(graph.n_nodes)} if any(isinstance(x, str) for x in nodes) else {}
+    found = []
+    for node in nodes:
+        known = names.get(node) if isinstance(node, str) else None if isinstance(node, bool) else node
+        if not isinstance(known, (int, np.integer)) or not 0 <= known < graph.n_nodes:
+            raise CircuitError(f"{argument}: there is no node {node!r}; its name or an id in 0..{graph.n_nodes - 1} is"
+                               " needed")
+        found.append(int(known))
+    return found
+
+
+def pinned(forget: Sequence[Circuit], never: Sequence[int | str], must: Sequence[int | str]) -> Any:
+    """f_n as the pins have it: int8 [nodes], 1 never edited, 0 edited, -1 free; None without pins.
+
+    Raises:
+        CircuitError: a node is unknown, pinned both ways, or must be edited although it has no weights of its own or is
+            in no forget circuit.
+    """
+    if not forget or (not isinstance(never, (str, int)) and not isinstance(must, (str, int)) and not len(never)
+                      and not len(must)):
+        return None
     graph = forget[0].graph
-    for circuit in (*forget, *retain):
-        _check(circuit, graph)
-    n = graph.n_nodes
-    costs = np.ones(n, dtype=np.int64) if weights is None else _numbers("weights", weights, n)
+    keep, edit = node_ids(graph, never, "never"), node_ids(graph, must, "must")
+    if both := sorted({*keep} & {*edit}):
+        raise CircuitError(f"{', '.join(graph.name(node) for node in both)}: pinned both ways, never and must")
+    for node in edit:
+        if not graph.editable[node]:
+            raise CircuitError(f"must: {graph.name(node)} has no weights of its own to edit")
+        if not any(np.any((c.src == node) | (c.dst == node)) for c in forget):
+            raise CircuitError(f"must: {graph.name(node)} is in no forget circuit, so nothing is forgotten by editing it")
+    pins = np.full(graph.n_nodes, -1, dtype=np.int8)
+    pins[[node for node in keep if graph.editable[node]]] = 1
+    pins[edit] = 0
+    return pins
+
+
+def _costs(weights: npt.ArrayLike | None, n: int) -> npt.NDArray[np.int64]:
+    if weights is None:
+        return np.ones(n, dtype=np.int64)
+    costs = _numbers("weights", weights, n)
     if np.any(costs != np.trunc(costs)):
         raise CircuitError("weights must be integers: scale them")
-    return graph, (n, np.ascontiguousarray(graph.editable, dtype=np.uint8), [_edges(c) for c in forget],
-                   [_edges(c) for c in retain], np.ascontiguousarray(costs, dtype=np.int64))
-
-
-def _digest(question: _Question, semantics: str) -> bytes:
-    _, editable, forget, retain, costs = question
-    arrays = [array for side in (forget, retain) for circuit in side for array in circuit]
-    return digest(f"circuits {semantics} {len(forget)} {len(retain)}", [editable, costs, *arrays])
+    if np.any(costs > np.iinfo(np.int64).max // (4 * n)):
+        raise CircuitError(f"weights: expected at most {np.iinfo(np.int64).max // (4 * n)}, got {costs.max()}: sums over"
+                           " all nodes must fit into 63 bits")
+    return np.ascontiguousarray(costs, dtype=np.int64)
 
 
 def _check(circuit: Circuit, graph: Graph) -> None:
@@ -249,7 +342,7 @@ def _check(circuit: Circuit, graph: Graph) -> None:
         raise CircuitError(f"{where}: nothing reaches the output: keep more edges (--edges)")
 
 
-def _edges(circuit: Circuit) -> _Edges:
+def _edges(circuit: Circuit) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
     return (np.ascontiguousarray(circuit.src, dtype=np.int32), np.ascontiguousarray(circuit.dst, dtype=np.int32),
             np.ascontiguousarray(circuit.gate, dtype=np.uint8))
 
@@ -272,3 +365,12 @@ def _steps(name: str, scores: npt.ArrayLike | None, n: int) -> npt.NDArray[np.in
     if largest == 0.0:
         return np.zeros(n, dtype=np.int64)
     return np.rint(array / largest * SCORE_STEPS).astype(np.int64)
+
+
+# These build on what is above.
+from .explanation import Explainer, Explanation, WhatIf, explain  # noqa: E402
+from .gates import GateGroup  # noqa: E402
+from .surgery import operate  # noqa: E402
+
+__all__ = ["SCORE_STEPS", "Assignment", "Explainer", "Explanation", "GateGroup", "WhatIf", "assign", "explain",
+           "check_certificate", "operate"]

@@ -26,9 +26,10 @@ def as_wcnf(forget: Sequence[Circuit], retain: Sequence[Circuit], *, semantics: 
         CircuitError: as :func:`clue.logic.assign`.
     """
     from ..sat import WCNF
-    from . import _question
+    from . import pose
 
-    graph, (n, editable, *_, costs) = _question(forget, retain, weights)
+    question = pose(forget, retain, semantics=semantics, weights=weights)
+    n, editable, costs = question["n_nodes"], question["editable"], question["weights"]
     hard: list[list[int]] = [[1], [2], [2 * n - 1], [-2 * n]]
     members = []
     for circuits, is_retain in ((retain, True), (forget, False)):
