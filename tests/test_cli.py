@@ -120,7 +120,7 @@ def values(default: object, choices: tuple[str, ...] | None,
         return st.integers(1, 10**6).map(lambda n: 2 * n)  # path_steps must be even
     if isinstance(default, str):  # a leading dash would be an option
         return st.text(st.characters(exclude_categories=["Cs"]), max_size=8).map(lambda text: "no" + text)
-    return st.floats(0.001, 1.0)
+    return st.floats(0.001, 0.999)
 
 
 @settings(max_examples=25)

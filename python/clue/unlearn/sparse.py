@@ -20,6 +20,7 @@ work as for any operation, and the model's parameters never get a ``.grad``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,8 @@ class PlannedSlices:
     def shape(self) -> tuple[int, ...]:
         """Shape of what ``name`` means."""
         whole = tuple(self.parameter.shape)
-        return whole if member_of(self.name) is None else whole[1:]
+        whole = whole if member_of(self.name) is None else whole[1:]
+        return (math.prod(whole),) if is_flat(self.name) else whole
 
     @property
     def dtype(self) -> torch.dtype:
