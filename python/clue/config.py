@@ -116,8 +116,7 @@ class UnlearnSettings:
     rmu_alpha: float = _option(1200.0, "rmu weighs the hidden states of retain records by this")
     refusals: str = _option("", "what dpo and refusal teach instead of the answer, one refusal per line; empty means a"
                             " built-in list")
-    metric: bool = _option(True, "precondition the forget gradient of conflict weights by the retain set's Kronecker"
-                           " curvature")
+    metric: bool = _option(True, "precondition the forget gradient by the retain set's Kronecker curvature")
     damping: float = _option(0.02, "lambda of that preconditioner, relative to the factors' mean diagonal")
     weight_decay: float = _option(0.0, "decoupled weight decay, on planned weights only")
     clip: float = _option(1.0, "largest global gradient norm per optimizer step; 0 turns clipping off")

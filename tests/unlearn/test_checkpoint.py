@@ -40,6 +40,24 @@ def test_killed_trainings_end_with_the_same_bits(tmp_path: Path) -> None:
         assert case["files"] == ["training.safetensors"], name
 
 
+def test_a_checkpoint_of_the_last_step_ends_there(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                                  sets: Any, bits: Any) -> None:
+    # Both stages stop before their steps run out: a training that goes on from the last checkpoint has to see that again.
+    settings = replace(SETTINGS, stages="two", steps=40, floor=0.9, check_every=1, lr=3e-2)
+    found = []
+    for _ in range(2):
+        model = make_model()
+        log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), settings,
+                      checkpoint=tmp_path, every=1)
+        found.append((bits(model), log))
+    (first, log), (again, resumed) = found
+    assert log.stopped_early and log.steps < 40
+    log.save(tmp_path / "log")
+    resumed.save(tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_text() == (tmp_path / "log").read_text()
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
 def test_what_a_checkpoint_holds(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
     model = make_model()
     plan = mixed_plan(model)

@@ -158,7 +158,7 @@ def test_the_retain_metric_of_an_expert_matches_the_dense_solve() -> None:
     mask = torch.ones_like(IDS)
     mask[1, 6:] = 0
     batch = Batch(input_ids=IDS, attention_mask=mask, labels=torch.where(mask.bool(), IDS, -100))
-    metric = RetainMetric.measure(model, plan, [batch], damping=0.3)
+    metric = RetainMetric.measure(model, plan, [batch], damping=0.3, roles=(Role.CONFLICT,))
     module = model.model.layers[1].mlp.experts
     taps: dict[int, dict[str, torch.Tensor]] = {}
 

@@ -121,6 +121,24 @@ def test_forget_weights_never_see_the_retain_set(make_model: Any, mixed_plan: An
         assert not conflict.any() or not torch.equal(after[0][name][conflict], after[1][name][conflict])
 
 
+def test_the_metric_steers_forget_weights_too(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    """Also those of a plan that has no others, where there is a retain set; their gradient is still of forget records alone,
+    so that without the metric the retain set changes nothing."""
+    for stages in ("joint", "two"):
+        after = {}
+        for metric in (True, False):
+            for retain in ("retain", "skill"):
+                model = make_model()
+                plan = mixed_plan(model)
+                plan = replace(plan, slices=tuple(plan.of_role(Role.FORGET)))
+                settings = replace(PLAIN, metric=metric, stages=stages)
+                unlearn(model, tokenizer, sets["forget"], {"r": sets[retain]}, plan, settings)
+                after[metric, retain] = torch.cat([p.detach().ravel() for p in model.parameters()])
+        assert torch.equal(after[False, "retain"], after[False, "skill"])
+        assert not torch.equal(after[True, "retain"], after[True, "skill"])
+        assert not torch.equal(after[True, "retain"], after[False, "retain"])
+
+
 def test_joint_steps_match_a_plain_torch_loop(make_model: Any, make_plan: Any, tokenizer: Any) -> None:
     # One record per set makes the order irrelevant; the reference knows nothing of CLUE: its own shift, clip and AdamW.
     # In double precision: Adam turns the last bits of a tiny gradient into whole steps.

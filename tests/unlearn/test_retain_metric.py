@@ -18,6 +18,7 @@ from clue.model.anatomy import anatomy
 from clue.pipeline import make_plan as plan_of
 from clue.types import Role
 from clue.unlearn import MaskedAdamW, RetainMetric
+from clue.unlearn.optimizer import planned_index
 from clue.weights import parameter_of, view_of
 from tests.families import VARIANTS, tiny
 
@@ -85,20 +86,23 @@ def dense(x: np.ndarray, dy: np.ndarray, g: np.ndarray) -> np.ndarray:
     return np.linalg.solve(np.kron(right.T, left), g.flatten(order="F")).reshape(g.shape, order="F")
 
 
-def test_rows_columns_and_bias_match_the_dense_solve(make_plan: Any) -> None:
+@pytest.mark.parametrize("roles", [(Role.CONFLICT,), (Role.FORGET, Role.CONFLICT)])
+def test_rows_columns_and_bias_match_the_dense_solve(make_plan: Any, roles: tuple[Role, ...]) -> None:
     model = TwoLayers().train()
     rows, columns = [0, 2, 3], [1, 4]
     plan = make_plan(model, {"first.weight": (0, {Role.CONFLICT: rows, Role.FORGET: [4]}),
-                             "first.bias": (0, {Role.CONFLICT: rows}),
-                             "second.weight": (1, {Role.CONFLICT: columns})})
-    metric = RetainMetric.measure(model, plan, two_batches(), damping=DAMPING)
+                             "first.bias": (0, {Role.CONFLICT: rows, Role.FORGET: [4]}),
+                             "second.weight": (1, {Role.CONFLICT: columns, Role.FORGET: [0]})})
+    metric = RetainMetric.measure(model, plan, two_batches(), damping=DAMPING, roles=roles)
+    if Role.FORGET in roles:  # slices of both roles are one block of the curvature
+        rows, columns = [0, 2, 3, 4], [0, 1, 4]
     hand = tokens_by_hand(model)
     generator = np.random.default_rng(0)
     ones = np.ones((len(hand["x"]), 1))
     for name, x, dy in (("first.weight", hand["x"], hand["dy"][:, rows]), ("first.bias", ones, hand["dy"][:, rows]),
                         ("second.weight", hand["h"][:, columns], hand["dz"])):
         g = generator.normal(size=(dy.shape[1], x.shape[1]))
-        shape = (3,) if name == "first.bias" else g.shape
+        shape = (len(rows),) if name == "first.bias" else g.shape
         step = metric.precondition(name, torch.from_numpy(g.reshape(shape)).float())
         assert step.shape == shape and step.dtype == torch.float32
         np.testing.assert_allclose(step.numpy().reshape(g.shape), dense(x, dy, g), rtol=2e-5, atol=1e-6)
@@ -140,10 +144,10 @@ def test_every_family_can_be_measured_and_trained(name: str) -> None:
     optimizer = MaskedAdamW(body.model, plan, lr=1e-2)
     body.model(input_ids=ids, attention_mask=mask, labels=batch.labels).loss.backward()
     parameters = dict(body.model.named_parameters())
-    for s in plan.of_role(Role.CONFLICT):
-        gradient = view_of(parameters[parameter_of(s.parameter)].grad, s.parameter)
-        gradient = gradient.index_select(s.axis, torch.from_numpy(s.index))
-        step = metric.precondition(s.parameter, gradient)
+    for name in plan.parameters():
+        axis, index = planned_index(plan, name, (Role.FORGET, Role.CONFLICT))
+        gradient = view_of(parameters[parameter_of(name)].grad, name).index_select(axis, torch.from_numpy(index))
+        step = metric.precondition(name, gradient)
         assert step.shape == gradient.shape
         assert torch.isfinite(step).all()
         if gradient.abs().max() > 1e-6:  # OPT's silent ReLU units have none

@@ -1,9 +1,9 @@
 """The unlearning loop: forget weights get the forget gradient, conflict weights forget plus retain, others nothing.
 
 A step is one forward and backward pass over forget and retain records together, which computes the gradients of planned
-slices only, forget and retain apart (:mod:`clue.unlearn.sparse`). On conflict slices the forget gradient is measured in
-the retain metric and the retain gradient added (:mod:`clue.unlearn.role_gradient`). The sum is clipped once, and the
-slices are updated. :mod:`clue.unlearn.schedule` says which roles move when; a step that is not finite moves nothing.
+slices only, forget and retain apart (:mod:`clue.unlearn.sparse`). The forget gradient is measured in the retain metric, and
+on conflict slices the retain gradient is added (:mod:`clue.unlearn.role_gradient`). The sum is clipped once, and the slices
+are updated. :mod:`clue.unlearn.schedule` says which roles move when; a step that is not finite moves nothing.
 
 A record that is forgotten already gets no more gradient (:func:`~clue.unlearn.role_gradient.forgotten_now`). Pushed
 further, its answer would become more unlikely than one the model never saw, which gives it away as surely as being
@@ -96,15 +96,16 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
             raise RecordError(f"the set {records.name} holds no records: give at least one")
         return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
 
-    needs_retain = any(Role.CONFLICT in stage.roles for stage in stages) and (settings.metric or retains)
-    if needs_retain and not retain:
+    conflict = any(Role.CONFLICT in stage.roles for stage in stages)
+    if conflict and (settings.metric or retains) and not retain:
         raise RecordError("the plan has conflict weights, which are trained to keep a retain set: give at least one")
     # That an answer ends is not what is to be forgotten, and the end token's probability stays near 1 on an answer that
     # is gone: it would cost every other answer its end, and keep the record from ever counting as forgotten.
     forget_examples = encoded(forget, append_eos=False)
     # A refusal does end: it is an answer that is to be given.
     refusals = encoded(refuse(forget, settings.refusals, seed), data.append_eos) if objective.refusals else []
-    retain_examples = [encoded(records, data.append_eos) for records in retain.values()] if needs_retain else []
+    retain_examples = [encoded(records, data.append_eos) for records in retain.values()
+                       if settings.metric or (conflict and retains)]
     keeper = None if checkpoint is None else Checkpoint(checkpoint, every=every, identity=identity(
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
     training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, retain_examples,
@@ -159,27 +160,25 @@ class _Training:
                                        for batch in self._batches(self.answers)])
         saved = None if self.keeper is None else self.keeper.load()
         weight = RetainWeight(settings, self._retain_loss() if settings.retain_budget > 0 and self.retain else None)
-        if saved is None or not saved.tensors_of("metric"):
-            self._measure()
         if saved is not None:
-            self._restore(saved, weight)
+            self._restore(saved, weight, stages)
         stopped = False
         for index in range(place.stage, len(stages)):
             stage = stages[index]
             if index != place.stage:
                 place.stage, place.number = index, 0
+            if place.number == 0:  # every stage moves weights of its own, which the metric is of
+                self._measure(stage)
             # A fresh optimizer: the moments of one stage say nothing about the next.
             optimizers = [MaskedAdamW(self.model, self.plan, lr=settings.lr, weight_decay=settings.weight_decay,
                                       roles=roles) for roles in stage.groups()]
             if saved is not None and index == saved.numbers["stage"]:
                 for number, optimizer in enumerate(optimizers):
                     optimizer.restore_slices(saved.nested(f"optimizer/{number}"))
-            stopped = False
+            stopped = place.number > 0 and self._done()  # a checkpoint may be of the very last step
             while place.number < stage.steps and not stopped:
                 if self._metric_is_due():
-                    self._measure()
-                    self.at_metric = self.before.now()
-                    place.measured = place.done
+                    self._measure(stage)
                 gradient = RoleGradient(self.model, self.plan, stage.roles, self.objective, settings, self.metric,
                                         self.before, self.pad, self.seed)
                 with gradient.sparse:
@@ -248,13 +247,15 @@ class _Training:
         every, place = self.settings.metric_every, self.place
         return self.metric is not None and every > 0 and place.done - place.measured >= every
 
-    def _measure(self) -> None:
-        """Measure the retain metric on the model as it is, always on the same records."""
+    def _measure(self, stage: Stage) -> None:
+        """Measure the retain metric of a stage's weights on the model as it is, always on the same records."""
         if not self.settings.metric or not self.retain:
             return
         pool = Pool(self.retain, self.seed)
         sample = pool.take(min(METRIC_RECORDS, len(pool)))
-        self.metric = RetainMetric.measure(self.model, self.plan, self._batches(sample), damping=self.settings.damping)
+        self.metric = RetainMetric.measure(self.model, self.plan, self._batches(sample), damping=self.settings.damping,
+                                           roles=stage.roles)
+        self.at_metric, self.place.measured = self.before.now() if self.place.done else {}, self.place.done
 
     @torch.no_grad()
     def _retain_loss(self) -> float:
@@ -277,12 +278,13 @@ class _Training:
                 "forget": self.forget_order.state(), "retain": self.retain_pool.order.state(),
                 "log": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.log.items()}}
 
-    def _restore(self, saved: Any, weight: RetainWeight) -> None:
+    def _restore(self, saved: Any, weight: RetainWeight, stages: Sequence[Stage]) -> None:
         """Put the model and everything else where the checkpoint says, but for the optimizer."""
-        if at_metric := saved.tensors_of("metric"):
+        at_metric = saved.tensors_of("metric")
+        if at_metric:
             self.before.put(at_metric)
-            self._measure()
-            self.at_metric = at_metric
+        self._measure(stages[saved.numbers["stage"]])
+        self.at_metric = at_metric
         self.before.put(saved.tensors_of("weights"))
         self.forget_order.restore(saved.tensors_of("forget"))
         self.retain_pool.order.restore(saved.tensors_of("retain"))

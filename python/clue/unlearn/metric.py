@@ -15,7 +15,7 @@ keeps W transposed (Conv1D), so are g, the step and its factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from ..model.experts import Routed, is_experts, linear_traffic
 from ..types import Role
 from ..weights import is_flat, member_of, parameter_of, weight_of
 from .objectives import answer_log_probs
-from .optimizer import planned_parameters
+from .optimizer import planned_index, planned_parameters
 
 if TYPE_CHECKING:
     from ..data.encoding import Batch
@@ -56,19 +56,21 @@ class RetainMetric:
         self._sizes = {name: (len(rows), len(columns)) for name, (rows, columns) in factors.items()}
 
     @classmethod
-    def measure(cls, model: nn.Module, plan: Plan, batches: Iterable[Batch], *, damping: float) -> RetainMetric:
+    def measure(cls, model: nn.Module, plan: Plan, batches: Iterable[Batch], *, damping: float,
+                roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> RetainMetric:
         """One forward and backward pass over retain batches; weight gradients are never computed.
 
         Args:
             model: a causal LM; its mode and ``requires_grad`` flags are left as they were.
-            plan: its conflict slices are the ones that can be preconditioned afterwards.
+            plan: which weights move.
             batches: :class:`clue.data.encoding.Batch`; padding is left out of both factors.
             damping: relative to each factor's mean diagonal; smaller keeps less of what retention uses.
+            roles: the slices of these roles, taken together, are the ones that can be preconditioned afterwards.
 
         Raises:
             PlanError: a planned weight is not the weight or bias of a linear layer, or an expert's.
         """
-        layers, stacks = _layers(model, plan)
+        layers, stacks = _layers(model, plan, roles)
         if not layers and not stacks:
             return cls({}, damping)
         tokens: list[Tensor] = []  # the mask of the batch that is running, [batch * seq]
@@ -130,8 +132,8 @@ class RetainMetric:
         for part in (part for planned in stacks.values() for parts in planned.values() for part in parts):
             if part.outputs.total is not None and part.inputs.total is not None:
                 found[part.name] = part.outputs.total, part.inputs.total
-        places = {s.parameter: torch.from_numpy(s.index).to(found[s.parameter][0].device)
-                  for s in plan.of_role(Role.CONFLICT) if is_flat(s.parameter) and s.parameter in found}
+        places = {name: torch.from_numpy(planned_index(plan, name, roles)[1]).to(rows.device)
+                  for name, (rows, _) in found.items() if is_flat(name)}
         return cls(found, damping, places)
 
     @torch.no_grad()
@@ -140,8 +142,8 @@ class RetainMetric:
 
         Args:
             parameter: name in ``model.state_dict()``.
-            gradient: [k, columns] for k planned rows, [rows, k] for k planned columns, [k] for entries of a bias and for
-                single weights.
+            gradient: of all its slices of the measured roles, in the order of their numbers: [k, columns] for k planned
+                rows, [rows, k] for k planned columns, [k] for entries of a bias and for single weights.
 
         Returns:
             a tensor of the same shape and dtype; computed in float32 (float64 for float64).
@@ -200,32 +202,32 @@ class _Part:
     outputs: _Factor
 
 
-def _layers(model: nn.Module, plan: Plan) -> tuple[list[_Layer], dict[nn.Module, dict[int, list[_Part]]]]:
+def _layers(model: nn.Module, plan: Plan,
+            roles: Sequence[Role]) -> tuple[list[_Layer], dict[nn.Module, dict[int, list[_Part]]]]:
     """What to watch: linear layers, and in stacks of experts the experts with planned parts."""
-    parameters = planned_parameters(model, plan, (Role.CONFLICT,))
     layers: dict[str, _Layer] = {}
     stacks: dict[nn.Module, dict[int, list[_Part]]] = {}
-    for s in plan.of_role(Role.CONFLICT):
-        path, _, kind = parameter_of(s.parameter).rpartition(".")
+    for name, parameter in planned_parameters(model, plan, roles).items():
+        axis, union = planned_index(plan, name, roles)
+        index = torch.from_numpy(union).to(parameter.device)
+        path, _, kind = parameter_of(name).rpartition(".")
         module = model.get_submodule(path)
-        number = member_of(s.parameter)
+        number = member_of(name)
         if number is not None and is_experts(module):
-            index = torch.from_numpy(s.index).to(parameters[s.parameter].device)
-            rows, columns = (index if axis == s.axis and not is_flat(s.parameter) else None for axis in (0, 1))
-            part = _Part(s.parameter, kind, _Factor(columns), _Factor(rows))
+            rows, columns = (index if axis == side and not is_flat(name) else None for side in (0, 1))
+            part = _Part(name, kind, _Factor(columns), _Factor(rows))
             stacks.setdefault(module, {}).setdefault(number, []).append(part)
             continue
         transposed = is_transposed(module)
         if transposed is None or kind not in ("weight", "bias"):
-            raise PlanError(f"{s.parameter} does not belong to a linear layer, so the retain metric cannot measure it:"
-                            " unlearn with metric = false")
+            raise PlanError(f"{name} does not belong to a linear layer, so the retain metric cannot measure it: unlearn with"
+                            " metric = false")
         layer = layers.setdefault(path, _Layer(module, f"{path}.weight", transposed, None, {}))
-        index = torch.from_numpy(s.index).to(parameters[s.parameter].device)
-        of_outputs = kind == "bias" or s.axis == (1 if transposed else 0)
-        if kind == "weight" and is_flat(s.parameter):
-            layer.outputs[s.parameter], layer.input = _Factor(None), _Factor(None)
+        of_outputs = kind == "bias" or axis == (1 if transposed else 0)
+        if kind == "weight" and is_flat(name):
+            layer.outputs[name], layer.input = _Factor(None), _Factor(None)
             continue
-        layer.outputs[s.parameter] = _Factor(index if of_outputs else None)
+        layer.outputs[name] = _Factor(index if of_outputs else None)
         if kind == "weight":
             layer.input = _Factor(None if of_outputs else index)
     return list(layers.values()), stacks

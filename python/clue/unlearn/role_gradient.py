@@ -142,28 +142,28 @@ class RoleGradient:
 
     @torch.no_grad()
     def _measure(self, gradients: dict[str, Tensor | None]) -> None:
-        """Put the forget gradients of conflict slices into the retain metric, in place, at the norm they had.
+        """Put the forget gradients into the retain metric, at the norm they had.
 
-        The metric is a filter of directions. What it lets through is small beside the retain gradient, so that without
-        the one common factor that restores the norm a plan of conflict nodes alone would never forget.
+        Forget weights too: that a circuit of the retain set does not lead through a node does not mean that retention
+        cannot feel it (docs/findings.md, 1). The metric is a filter of directions. What it lets through is small beside
+        the retain gradient, so that without the one common factor that restores the norm nothing would ever be forgotten.
         """
         if self._metric is None:
             return
-        measured, before, after = [], 0.0, 0.0
-        for name, slices in self.sparse.planned.items():
-            gradient = gradients[name]
-            if gradient is None or not len(slices.conflict):
+        before = after = 0.0
+        for name, gradient in gradients.items():
+            if gradient is None:
                 continue
-            part = gradient.index_select(0, slices.conflict)
-            before += float(part.double().square().sum())
+            before += float(gradient.double().square().sum())
             # The metric takes slices as they lie in the weight.
-            turned = part.T if slices.axis == 1 else part
-            turned = self._metric.precondition(name, turned)
-            part = turned.T if slices.axis == 1 else turned
-            after += float(part.double().square().sum())
-            measured.append((gradient, slices.conflict, part))
-        for gradient, conflict, part in measured:
-            gradient.index_copy_(0, conflict, part * math.sqrt(before / after) if after > 0 else part)
+            across = self.sparse.planned[name].axis == 1
+            step = self._metric.precondition(name, gradient.T if across else gradient)
+            gradients[name] = step = step.T if across else step
+            after += float(step.double().square().sum())
+        if after > 0:
+            for gradient in gradients.values():
+                if gradient is not None:
+                    gradient.mul_(math.sqrt(before / after))
 
 
 @torch.no_grad()
