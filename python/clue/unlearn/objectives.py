@@ -177,10 +177,11 @@ def counterfactual_preference(answers: Answers, refusals: Answers | None, settin
     NPO alone says what not to answer. Where the probability goes is left open, and the forgotten answer stays likelier
     than others like it; the second term sends it to the answers that others would get.
     """
+    away = negative_preference(answers, refusals, settings)
     log_p = _needed(answers.logits, "logits").log_softmax(-1)
     twin = _needed(answers.reference_logits, "the logits behind corrupted twins").softmax(-1)
     towards = -(twin * log_p).sum() / len(answers.n_tokens)
-    return negative_preference(answers, refusals, settings) + settings.counterfactual * towards
+    return away + settings.counterfactual * towards
 
 
 def simple_negative_preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
