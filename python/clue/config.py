@@ -85,11 +85,12 @@ class LocalizeSettings:
 class UnlearnSettings:
     """How the planned weights are trained."""
 
-    objective: str = _option("npo", "what forgetting minimises: npo, ga (gradient ascent, without retention), graddiff (ga"
-                             " with it), npo-kl, ga-kl (retention by KL divergence to the model before unlearning), simnpo,"
-                             " wga, undial, rmu (hidden states steered away), or, which teach refusals, dpo and refusal",
-                             choices=("npo", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal", "undial",
-                                      "wga", "rmu"))
+    objective: str = _option("npo", "what forgetting minimises: npo, npo-cf (npo, and towards what the model says of other"
+                             " subjects), ga (gradient ascent, without retention), graddiff (ga with it), npo-kl, ga-kl"
+                             " (retention by KL divergence to the model before unlearning), simnpo, wga, undial, rmu (hidden"
+                             " states steered away), or, which teach refusals, dpo and refusal",
+                             choices=("npo", "npo-cf", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal",
+                                      "undial", "wga", "rmu"))
     stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper), joint, or"
                           " alternating (a forget step on all planned weights, then a retain step on conflict weights)",
                           choices=("two", "joint", "alternating"))
@@ -105,7 +106,8 @@ class UnlearnSettings:
                                " per token)", choices=("relative", "absolute"))
     budget_rate: float = _option(1.0, "how fast the retain weight follows: by this much per step and nat above budget")
     retain_most: float = _option(20.0, "largest retain weight that a budget may lead to; the least is 0")
-    beta: float = _option(0.1, "inverse temperature of npo, npo-kl and dpo")
+    beta: float = _option(0.1, "inverse temperature of npo, npo-cf, npo-kl and dpo")
+    counterfactual: float = _option(0.05, "npo-cf weighs what the model before says of other subjects by this")
     simnpo_beta: float = _option(2.5, "inverse temperature of simnpo, whose log-probabilities are means over tokens")
     simnpo_gamma: float = _option(0.0, "reward margin of simnpo")
     wga_alpha: float = _option(1.0, "wga weighs every token by its probability to this power; 0 is gradient ascent")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: What the demo runs with: a model this small has 190 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
     localize=LocalizeSettings(edges=0.1, neurons=0.1, batch_size=32),
-    unlearn=UnlearnSettings(lr=4e-4, steps=500, batch_size=16, damping=0.01, floor=0.12),
+    unlearn=UnlearnSettings(objective="npo-cf", lr=4e-4, steps=500, batch_size=16, damping=0.01, floor=0.06),
     evaluate=EvaluateSettings(rouge_limit=72, max_new_tokens=8),
 )
 

@@ -183,7 +183,7 @@ def test_joint_steps_match_a_plain_torch_loop(make_model: Any, make_plan: Any, t
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("objective", ["graddiff", "dpo", "npo-kl", "undial"])
+@pytest.mark.parametrize("objective", ["graddiff", "dpo", "npo-kl", "npo-cf", "undial"])
 def test_planned_weights_outside_linear_layers_move_too(objective: str, make_model: Any, mixed_plan: Any, tokenizer: Any,
                                                        sets: Any, bits: Any, moved: Any) -> None:
     # Forget and retain records then run apart, which must change no other weight's step beyond rounding.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -91,13 +91,16 @@ def expected_losses(logits: np.ndarray, labels: np.ndarray, before: np.ndarray, 
     s = SETTINGS
     ascent = sums.sum() / counts.sum()
     npo = np.mean(-2 / s.beta * np.log(sigmoid(-s.beta * (sums - reference))))
-    weighted, distilled = [], []
+    weighted, distilled, towards = [], [], 0.0
     for (_, p, y), (_, q, _) in zip(by_token(logits, labels), by_token(before, labels), strict=True):
         weighted.append(p[y] ** s.wga_alpha * np.log(p[y]))
         q = q * np.where(np.arange(len(q)) == y, np.exp(-s.undial_strength), 1.0)  # a logit lowered scales its odds
         distilled.append(-np.sum(q / q.sum() * np.log(p)))
+    for (_, p, _), (_, q, _) in zip(by_token(logits, labels), by_token(before, labels), strict=True):
+        towards -= np.sum(q * np.log(p)) / len(labels)
     return {
         "ga": ascent, "graddiff": ascent, "ga-kl": ascent, "npo": npo, "npo-kl": npo,
+        "npo-cf": npo + s.counterfactual * towards,
         "simnpo": np.mean(-2 / s.simnpo_beta * np.log(sigmoid(-s.simnpo_beta / counts * sums - s.simnpo_gamma))),
         "dpo": np.mean(-1 / s.beta * np.log(sigmoid(s.beta * (refused - other_reference)
                                                     - s.beta * (sums - reference)))),
@@ -210,13 +213,14 @@ def test_selected_records_are_a_batch_of_their_own(batch: tuple[torch.Tensor, to
 
 def test_what_an_objective_lacks_is_named(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     bare = Answers(*token_log_probs(*batch))
+    referred = replace(bare, reference=torch.zeros(len(batch[0])))
     for name, objective in OBJECTIVES.items():
         for needed, message in ((objective.reference and not objective.refusals, "log-probabilities"),
                                 (objective.refusals, "refusals=True"), (objective.hidden, "hidden=True"),
                                 (objective.forget_logits, "needs logits")):
             if needed:
                 with pytest.raises(ClueError, match=message):
-                    objective.forget(bare, None, SETTINGS)
+                    objective.forget(referred if message == "needs logits" else bare, None, SETTINGS)
         if objective.retain_logits and objective.retain is not None:
             with pytest.raises(ClueError, match="needs logits"):
                 objective.retain(bare, SETTINGS)

@@ -39,6 +39,7 @@ from .reference import ReferenceWeights
 from .refusals import refuse
 from .role_gradient import RoleGradient, forgotten_of
 from .schedule import Pool, RetainWeight, Shuffled, Stage, learning_rate, stages_of
+from .twins import TWINS, corrupted_twins
 
 if TYPE_CHECKING:
     from ..data.records import RecordSet
@@ -76,7 +77,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     Raises:
         PlanError: the plan names no weight, or does not fit the model.
         RecordError: the forget set is empty, or a retain set is needed and missing or empty, or a plain text is to be
-            refused.
+            refused, or a record has no corrupted twin and the objective needs it.
         ClueError: a setting is out of range, or the objective is none.
         ModelError: loss or gradient were NaN or infinite in ``bad_steps`` steps running.
         RunError: the checkpoint is damaged, or of a training with another model, plan, setting or record.
@@ -105,10 +106,15 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     # A refusal does end: it is an answer that is to be given.
     refusals = encoded(refuse(forget, settings.refusals, seed), data.append_eos) if objective.refusals else []
     retain_examples = [encoded(records, data.append_eos) for records in retain.values()
-                       if settings.metric or (conflict and retains)]
+                       if settings.metric or objective.twins or (conflict and retains)]
+    twins: list[list[Example]] = []
+    if objective.twins:
+        pool = Pool(retain_examples, seed)
+        donors = pool.take(min(METRIC_RECORDS, len(pool))) if retain_examples else forget_examples
+        twins = corrupted_twins(forget_examples, donors, tokenizer, chat=data.chat, seed=seed)
     keeper = None if checkpoint is None else Checkpoint(checkpoint, every=every, identity=identity(
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
-    training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, retain_examples,
+    training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, twins, retain_examples,
                          pad_id(tokenizer), on_step, keeper)
     with _restored(model), _checkpointed(model):
         model.eval()
@@ -134,11 +140,12 @@ class _Training:
     """One call of :func:`unlearn`: what it needs, and where it is."""
 
     def __init__(self, model: nn.Module, plan: Plan, settings: UnlearnSettings, objective: Objective, seed: int,
-                 forget: Sequence[Example], refusals: Sequence[Example], retain: Sequence[Sequence[Example]], pad: int,
+                 forget: Sequence[Example], refusals: Sequence[Example], twins: Sequence[Sequence[Example]],
+                 retain: Sequence[Sequence[Example]], pad: int,
                  on_step: Callable[[dict[str, Any]], None] | None, keeper: Checkpoint | None) -> None:
         self.model, self.plan, self.settings, self.objective, self.seed = model, plan, settings, objective, seed
         self.forget, self.answers, self.retain, self.pad = forget, [*forget, *refusals], retain, pad
-        self.refusals = bool(refusals)
+        self.refusals, self.twins = bool(refusals), twins
         self.device = next(model.parameters()).device
         self.on_step, self.keeper = on_step, keeper
         self.taught, self.held_out = _parted(len(forget), settings.validation, seed)
@@ -200,10 +207,11 @@ class _Training:
             if self.refusals:
                 chosen += [len(self.forget) + i for i in chosen]
         retained = self.retain_pool.take(settings.batch_size) if turn.retain else []
+        twins = [self.twins[i][(place.done + i) % TWINS] for i in chosen] if self.twins else []
         lr = learning_rate(place.number, stage.steps, settings)
         used = weight.value
         losses, slices = gradient([self.answers[i] for i in chosen], None if reference is None else reference[chosen],
-                                  retained, used)
+                                  retained, used, twins)
         moving = [(optimizer, part) for optimizer, roles in zip(optimizers, stage.groups(), strict=True)
                   if (part := gradient.part(slices, roles)) and set(roles) <= set(turn.roles)]
         norm = math.hypot(*(optimizer.grad_norm(part) for optimizer, part in moving))

@@ -93,7 +93,8 @@ class Answers:
             objective asks for it.
         targets: int64 [tokens], the answer tokens one after the other, in the order of ``scored``.
         logits: [tokens, vocabulary] for these tokens, float32 or finer; None unless the objective asks for them.
-        reference_logits: the same under the model before unlearning.
+        reference_logits: the same under the model before unlearning, given the objective's ``twins`` in place of the
+            records where it has them.
         hidden: the hidden states that the objective asks for; None unless it does.
     """
 
@@ -167,6 +168,20 @@ def negative_preference(answers: Answers, refusals: Answers | None, settings: Un
     answers."""
     ratio = answers.log_p - _needed(answers.reference, "the log-probabilities of the model before unlearning")
     return -2.0 / settings.beta * F.logsigmoid(-settings.beta * ratio).mean()
+
+
+def counterfactual_preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
+    """NPO plus ``counterfactual`` times the mean over records of the summed cross-entropy, at every answer token, of the
+    model to what the model before unlearning gave the same token behind a corrupted twin of the prompt.
+
+    NPO alone says what not to answer. Where the probability goes is left open, and the forgotten answer stays likelier
+    than others like it; the second term sends it to the answers that others would get.
+    """
+    away = negative_preference(answers, refusals, settings)
+    log_p = _needed(answers.logits, "logits").log_softmax(-1)
+    twin = _needed(answers.reference_logits, "the logits behind corrupted twins").softmax(-1)
+    towards = -(twin * log_p).sum() / len(answers.n_tokens)
+    return away + settings.counterfactual * towards
 
 
 def simple_negative_preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
@@ -254,6 +269,8 @@ class Objective:
         forget_logits, retain_logits: whether the loss needs the logits of the forget or retain answers, the model's and
             those before unlearning. The latter are computed in every step with the planned weights as they were
             (:class:`~clue.unlearn.reference.ReferenceWeights`).
+        twins: whether the forget answers' logits before unlearning are those behind corrupted twins of their prompts
+            (:mod:`clue.unlearn.twins`), another twin in every step.
         hidden: whether both losses need the hidden states behind layer ``rmu_layer``, the model's and those before
             unlearning; only planned weights up to this layer then have a gradient.
     """
@@ -264,12 +281,14 @@ class Objective:
     refusals: bool = False
     forget_logits: bool = False
     retain_logits: bool = False
+    twins: bool = False
     hidden: bool = False
 
 
 #: ``UnlearnSettings.objective`` -> objective. ``graddiff`` (arXiv 2203.12817) is gradient ascent plus the retain loss.
 OBJECTIVES: dict[str, Objective] = {
     "npo": Objective(negative_preference, reference=True),
+    "npo-cf": Objective(counterfactual_preference, reference=True, forget_logits=True, twins=True),
     "graddiff": Objective(gradient_ascent),
     "ga": Objective(gradient_ascent, retain=None),
     "npo-kl": Objective(negative_preference, retain_divergence, reference=True, retain_logits=True),

@@ -39,11 +39,11 @@ class RoleGradient:
             raise ClueError("an objective of hidden states (rmu) runs in one process: start it without torchrun")
 
     def __call__(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
-                 retain_weight: float) -> tuple[dict[str, float], dict[str, Tensor]]:
+                 retain_weight: float, twins: Sequence[Example] = ()) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The step's entries of the log, and the gradient of every parameter's planned slices, slices first.
 
         ``forget``: forget records, and after them as many refusals where the objective needs these; ``reference`` has an
-        entry for each.
+        entry for each. ``twins`` stand in for the forget records where the model before unlearning is asked.
         """
         # The gradients of weights outside linear layers cannot be told apart within one pass.
         passes = [(forget, retain)]
@@ -52,7 +52,7 @@ class RoleGradient:
         losses = dict.fromkeys(("forget_loss", "forget_probability", "forgotten", "retain_loss"), math.nan)
         taken: list[dict[str, SliceGradient]] = []
         for forgets, retains in passes:
-            self._pass(forgets, reference, retains, retain_weight, losses)
+            self._pass(forgets, reference, retains, retain_weight, twins, losses)
             taken.append(added_up(self.sparse.take(), self.sparse))
         forget_part = {name: gradient.forget for name, gradient in taken[0].items()}
         self._measure(forget_part)
@@ -82,13 +82,13 @@ class RoleGradient:
         return found
 
     def _pass(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
-              retain_weight: float, losses: dict[str, float]) -> None:
+              retain_weight: float, twins: Sequence[Example], losses: dict[str, float]) -> None:
         """Forward and backward over forget records and then retain records, in one batch."""
         settings, objective = self._settings, self._objective
         end, kept = len(forget), slice(len(forget), len(forget) + len(retain))
         n = end // 2 if objective.refusals else end
         # Before the pass with gradients, which must not see its weights change.
-        of_forget = self._reference_logits(forget[:n]) if forget and objective.forget_logits else None
+        of_forget = self._reference_logits(twins or forget[:n]) if forget and objective.forget_logits else None
         of_retain = self._reference_logits(retain) if retain and objective.retain_logits else None
         batch = collate([*forget, *retain], self._pad, self._device)
         before = None
