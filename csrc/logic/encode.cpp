@@ -58,7 +58,7 @@ class Instance {
     if (found_.feasible) minimize_components();
     if (!found_.feasible) return infeasible();
     if (!known_ && limits_.interrupted()) throw Interrupted();
-    if (!known_) throw TimeUp();
+    if (!known_) throw TimeUp("assignment that obeys the pins");
     report();
     found_.interrupted = limits_.interrupted();
     if (digest_ && found_.optimal) certify();

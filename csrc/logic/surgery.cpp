@@ -69,7 +69,7 @@ class Surgeon {
 
   [[noreturn]] void give_up() const {
     if (limits_.interrupted()) throw Interrupted();
-    throw TimeUp();
+    throw TimeUp("edit set");
   }
 
   std::size_t n_levels() const { return operation_.least ? 1 : 5; }
