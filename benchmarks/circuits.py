@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clue.logic import Assignment, assign
+from clue.logic import Assignment, assign, operate
 from clue.logic.question import NamedCircuit, NamedNodes
 from clue.types import Gate
 
@@ -80,6 +80,11 @@ def hitting_set(leaves: int, sets: int, size: int, seed: int) -> tuple[list[Name
 def solve(forget: list[NamedCircuit], retain: list[NamedCircuit], **options: Any) -> Assignment:
     """``clue.logic.assign``; it asks of a circuit only what :class:`NamedCircuit` has."""
     return assign(forget, retain, **options)  # type: ignore[arg-type]
+
+
+def edit(forget: list[NamedCircuit], retain: list[NamedCircuit], **options: Any) -> Assignment:
+    """``clue.logic.operate``, likewise."""
+    return operate(forget, retain, **options)  # type: ignore[arg-type]
 
 
 def peak_memory() -> int:

@@ -1,4 +1,5 @@
-"""Circuits to a proven assignment (``clue.logic.assign``): against PySAT's RC2 and enumeration.
+"""Circuits to a proven assignment (``clue.logic.assign``), or to a proven edit set (``operate``): against PySAT's RC2
+and enumeration.
 
 Circuits are random and layered (benchmarks/circuits.py), with AND/OR/ADDER in the shares that transformers show, and
 with many more OR and AND gates, where far more is left to choose. Sizes and times without a peer are measured in a
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from circuits import ADVERSARIAL, TRANSFORMER, Mix, hitting_set, nodes, question, solve
+from circuits import ADVERSARIAL, TRANSFORMER, Mix, edit, hitting_set, nodes, question, solve
 from claims import Claims, add_json, medians
 
 from clue.logic import check_certificate
@@ -116,6 +117,81 @@ def against_rc2(found: Claims, edges: tuple[int, ...]) -> None:
         found.add(f"{total} edges, {ours.n_forced} forced and {ours.n_chosen} chosen conflicts", faster, "times faster",
                   f"PySAT RC2, encoded in Python: {peer:.2f} s", "at least 10", faster >= 10)
         gc.collect()
+
+
+def edits_in_python(forget: list[NamedCircuit], retain: list[NamedCircuit]) -> tuple[Any, int]:
+    """The surgical question as PySAT's WCNF, and the weight of a conflict, more than all edits together.
+
+    Of node n, 4n + 1 is "edited", 4n + 2 "dead", 4n + 3 "relied on" and 4n + 4 "conflict".
+    """
+    from pysat.formula import WCNF
+
+    formula = WCNF()
+    n = retain[0].graph.n_nodes
+    in_forget, in_retain = (set(np.concatenate([np.r_[c.src, c.dst] for c in side]).tolist()) - {0, n - 1}
+                            for side in (forget, retain))
+    asked = set()
+    for circuits, is_retain in ((retain, True), (forget, False)):
+        for one in circuits:
+            groups: dict[tuple[int, int], list[int]] = {}
+            for u, v, g in zip(one.src.tolist(), one.dst.tolist(), one.gate.tolist(), strict=True):
+                groups.setdefault((v, g), []).append(u)
+            for (node, gate), inputs in groups.items():
+                if is_retain:
+                    head, body = [-(4 * node + 3)], [4 * m + 3 for m in inputs if m]
+                    if gate == Gate.OR and 0 in inputs:
+                        continue
+                else:
+                    head = [-(4 * node + 2), *([4 * node + 1] if node in in_forget else [])]
+                    body = [4 * m + 2 for m in inputs if m]
+                    asked |= {node} if body else set()
+                if gate == (Gate.OR if is_retain else Gate.AND):
+                    if body:
+                        formula.append([*head, *body])
+                else:
+                    for literal in body:
+                        formula.append([*head, literal])
+    formula.append([4 * n - 2])
+    formula.append([4 * n - 1])
+    dear = len(in_forget) + 1
+    for node in sorted(in_forget):
+        if node not in asked:
+            formula.append([-(4 * node + 2), 4 * node + 1])
+        formula.append([-(4 * node + 1)], weight=1)
+        if node in in_retain:
+            formula.append([-(4 * node + 1), -(4 * node + 3), 4 * node + 4])
+            formula.append([-(4 * node + 4)], weight=dear)
+    return formula, dear
+
+
+def surgery(found: Claims, repeats: int, edges: int) -> None:
+    """The least edit set at the size that the goal names, and at ``edges`` against RC2, encoding included."""
+    forget, retain = question(100_000, 1_200_000, 3, TRANSFORMER, 0)
+    answer = edit(forget, retain)
+    assert answer.optimal
+    seconds = medians(repeats, ours=partial(edit, forget, retain))["ours"]
+    found.add(f"surgery: 100000 nodes, {sum(len(c.src) for c in (*forget, *retain))} edges, 3 retain circuits: arrays to"
+              f" proven optimum of {answer.statistics['edits']} edits and {answer.cost} conflicts", seconds, "s",
+              "CPU time; none", "under 1", seconds < 1)
+    try:
+        from pysat.examples.rc2 import RC2Stratified
+    except ImportError:
+        print("left out, for want of python-sat: RC2", file=sys.stderr)
+        return
+    forget, retain = question(edges // 12, edges, 3, TRANSFORMER, 2)
+    answer = edit(forget, retain)
+
+    def peer() -> None:
+        formula, dear = edits_in_python(forget, retain)
+        with RC2Stratified(formula) as solver:
+            solver.compute()
+            least = divmod(solver.cost, dear)
+        assert answer.optimal and (answer.cost, answer.statistics["edit_weight"]) == least, least
+
+    times = medians(repeats, ours=partial(edit, forget, retain), peer=peer)
+    found.add(f"surgery: {sum(len(c.src) for c in (*forget, *retain))} edges, {answer.statistics['edits']} edits and"
+              f" {answer.cost} conflicts", times["peer"] / times["ours"], "times faster",
+              f"PySAT RC2, stratified, encoded in Python: {times['peer']:.2f} s")
 
 
 def free_leaves(each: int) -> tuple[list[NamedCircuit], list[NamedCircuit]]:
@@ -234,6 +310,7 @@ def main() -> int:
     found = Claims()
     sizes(found, arguments.repeats)
     against_rc2(found, tuple(arguments.rc2_edges))
+    surgery(found, arguments.repeats, min(arguments.rc2_edges, default=100_000))
     against_enumeration(found, arguments.leaves // 2)
     adversarial(found, arguments.repeats, arguments.time_limit)
     certified(found, arguments.repeats)

@@ -224,8 +224,11 @@ def test_explanations_pins_and_surgery(tmp_path: Path, capsys: pytest.CaptureFix
         (["--surgical", "--semantics", "authors"], "leave --semantics out"),
         (["--surgical", "--explain", "h0"], "--explain goes without --surgical"),
         (["--explain", "h9"], "node: there is no node 'h9'"),
+        *([[option, str(tmp_path / "proof"), *other], "--certify and --lrat go without --surgical, --never and --must"]
+          for option in ("--certify", "--lrat") for other in (["--surgical"], ["--never", "h0"], ["--must", "h0"])),
     ]:
         assert expected in failure(capsys, path, *argv)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_circuit_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <cadical.hpp>
-#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <string>
@@ -15,7 +14,7 @@
 #include "certificate.hpp"
 #include "logic/check.hpp"
 #include "logic/circuit.hpp"
-#include "logic/minimize.hpp"
+#include "logic/surgery.hpp"
 
 namespace py = pybind11;
 namespace logic = clue::logic;
@@ -62,55 +61,6 @@ double seconds(double time_limit) {
   if (!(time_limit >= 0 && time_limit < 1e9))
     throw py::value_error("time_limit: expected seconds in [0, 1e9), got " + std::to_string(time_limit));
   return time_limit;
-}
-
-// A formula that Python has built, under several objectives; see minimize.hpp.
-py::dict minimize_in_order(std::int32_t n_variables, const py::object& clauses, const py::list& levels,
-                           const py::object& preference, double time_limit) {
-  Arrays arrays;
-  const auto literal = [&](std::int32_t value, const std::string& name, bool zero) {
-    if (value == std::numeric_limits<std::int32_t>::min() || std::abs(value) > n_variables || (value == 0 && !zero))
-      throw py::value_error(name + ": expected literals of 1.." + std::to_string(n_variables) + ", got " +
-                            std::to_string(value));
-  };
-  const auto given = arrays.view<std::int32_t>(clauses, "clauses");
-  for (const std::int32_t value : given) literal(value, "clauses", true);
-  if (!given.empty() && given.back() != 0) throw py::value_error("clauses: the last 0 is missing");
-  logic::Formula formula{n_variables, {given.begin(), given.end()}};
-  std::vector<logic::Level> softs;
-  for (const py::handle& item : levels) {
-    const std::string name = "levels[" + std::to_string(softs.size()) + "]";
-    if (!py::isinstance<py::tuple>(item) || py::len(item) != 2)
-      throw py::type_error(name + ": expected a tuple (literals, weights)");
-    const auto level = py::reinterpret_borrow<py::tuple>(item);
-    const auto literals = arrays.view<std::int32_t>(level[0], name + ".literals");
-    const auto weights = arrays.view<std::int64_t>(level[1], name + ".weights");
-    if (literals.size() != weights.size()) throw py::value_error(name + ": expected one weight per literal");
-    softs.emplace_back();
-    std::int64_t room = std::numeric_limits<std::int64_t>::max() / 4;
-    for (std::size_t i = 0; i < literals.size(); ++i) {
-      literal(literals[i], name, false);
-      if (weights[i] <= 0 || weights[i] > room)
-        throw py::value_error(name + ": expected weights > 0 whose sum is below 2^61, got " +
-                              std::to_string(weights[i]));
-      room -= weights[i];
-      softs.back().push_back({literals[i], weights[i]});
-    }
-  }
-  const auto wanted = arrays.view<std::int32_t>(preference, "preference");
-  for (const std::int32_t value : wanted) literal(value, "preference", false);
-  const std::vector<int> order(wanted.begin(), wanted.end());
-  logic::Limits limits(seconds(time_limit), clue::signalled);
-  logic::Optimum optimum;
-  {
-    const py::gil_scoped_release released;
-    optimum = logic::minimize(formula, softs, order, {}, limits, nullptr);
-  }
-  if (limits.interrupted()) throw py::error_already_set();
-  using namespace py::literals;
-  return py::dict("model"_a = array(optimum.model), "satisfiable"_a = optimum.satisfiable,
-                  "lower_bound"_a = optimum.lower_bound, "levels_closed"_a = optimum.levels_closed,
-                  "cores"_a = optimum.cores, "solves"_a = optimum.solves);
 }
 
 logic::Question make_question(Arrays& arrays, std::int32_t n_nodes, const py::object& editable, const py::list& forget,
@@ -171,6 +121,32 @@ py::dict assign(std::int32_t n_nodes, const py::object& editable, const py::list
                   "certificate"_a = py::bytes(answer.certificate));
 }
 
+py::dict operate(std::int32_t n_nodes, const py::object& editable, const py::list& forget, const py::list& retain,
+                 const py::object& weights, const py::object& risk, const py::object& reach, const py::object& pin,
+                 const py::object& limits, bool least, double time_limit) {
+  Arrays arrays;
+  logic::Operation operation;
+  operation.question = make_question(arrays, n_nodes, editable, forget, retain, weights, "support");
+  operation.question.risk = arrays.view<std::int64_t>(risk, "risk");
+  operation.question.reach = arrays.view<std::int64_t>(reach, "reach");
+  operation.question.time_limit = seconds(time_limit);
+  if (!pin.is_none()) operation.question.forget_pin = arrays.view<std::int8_t>(pin, "pin");
+  operation.limits = arrays.view<std::int32_t>(limits, "limits");
+  for (const std::int32_t literal : operation.limits)
+    if (literal == std::numeric_limits<std::int32_t>::min())
+      throw py::value_error("limits: expected literals, got " + std::to_string(literal));
+  if (!operation.limits.empty() && operation.limits.back() != 0) throw py::value_error("limits: the last 0 is missing");
+  operation.least = least;
+  const logic::Edits edits =
+      call_interruptible([&](const auto& interrupted) { return logic::operate(operation, interrupted); });
+  using namespace py::literals;
+  return py::dict("feasible"_a = edits.feasible, "edited"_a = array(edits.edited), "conflict"_a = array(edits.conflict),
+                  "forced"_a = array(edits.forced), "forget_works"_a = array(edits.forget_works),
+                  "retain_works"_a = array(edits.retain_works), "lower_bound"_a = edits.lower_bound,
+                  "levels_closed"_a = edits.levels_closed, "variables"_a = edits.variables, "clauses"_a = edits.clauses,
+                  "components"_a = edits.components, "cores"_a = edits.cores, "solves"_a = edits.solves);
+}
+
 py::dict check_circuits(std::int32_t n_nodes, const py::object& editable, const py::list& forget,
                         const py::list& retain, const py::object& weights, const std::string& semantics,
                         const py::bytes& digest, const py::bytes& certificate) {
@@ -198,7 +174,7 @@ void register_logic(py::module_& module) {
   module.def("check_circuits", &check_circuits, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"),
              py::arg("retain"), py::arg("weights"), py::arg("semantics"), py::arg("digest"), py::arg("certificate"),
              "Checks the certificate of an answer of assign; see clue.logic.check_certificate.");
-  module.def("minimize_in_order", &minimize_in_order, py::arg("n_variables"), py::arg("clauses"), py::arg("levels"),
-             py::arg("preference"), py::arg("time_limit"),
-             "The best model of clauses (0 ends each) under levels of (soft literals, weights), then a preference.");
+  module.def("operate", &operate, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
+             py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("pin"), py::arg("limits"), py::arg("least"),
+             py::arg("time_limit"), "The least edit that kills the forget outputs; see clue.logic.operate.");
 }

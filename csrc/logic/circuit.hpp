@@ -67,7 +67,7 @@ struct Answer {
 };
 
 struct TimeUp : std::runtime_error {
-  TimeUp() : std::runtime_error("time_limit: no assignment that obeys the pins was found in time") {}
+  explicit TimeUp(const std::string& sought) : std::runtime_error("time_limit: no " + sought + " was found in time") {}
 };
 
 // Answers the question. The answer is unique and depends on nothing but the question, unless it is cut short: then it

@@ -219,6 +219,7 @@ class Minimizer {
         if (value == 0) add_soft(soft.literal, soft.weight, -1, 0);
       }
       if (bound_ > 0) tell();
+      if (formula_ != nullptr && !try_guesses()) return false;
       std::int64_t stratum = 0;
       for (const State& soft : softs_) stratum = std::max(stratum, soft.weight);
       while (stratum > 0 && bound_ < cost_) {
@@ -304,9 +305,32 @@ class Minimizer {
     soft.waiting = totalizer >= 0;
   }
 
+  bool carries_weight(int literal) const {
+    const auto key = static_cast<std::size_t>(2 * std::abs(literal) + (literal < 0));
+    return key < position_.size() && position_[key] > 0 &&
+           softs_[static_cast<std::size_t>(position_[key] - 1)].weight > 0;
+  }
+
   State& soft_of(int literal) {
     const auto key = static_cast<std::size_t>(2 * std::abs(literal) + (literal < 0));
     return softs_[static_cast<std::size_t>(position_[key] - 1)];
+  }
+
+  // Relaxes the guesses that are cores. False when a limit ended the search.
+  bool try_guesses() {
+    for (const std::vector<int>& guess : formula_->guesses) {
+      if (bound_ == cost_) break;
+      if (std::any_of(guess.begin(), guess.end(), [&](int literal) { return !carries_weight(literal); })) continue;
+      const Verdict verdict = run(guess, static_cast<int>(guess.size()) + 200);
+      if (limits_.expired()) return false;
+      if (verdict != Verdict::Unsatisfiable) continue;
+      core_.clear();
+      for (const int literal : guess)
+        if (solver_.failed(literal)) core_.push_back(literal);
+      if (core_.empty()) throw std::logic_error("the formula has no model");
+      relax();
+    }
+    return true;
   }
 
   // Rounds of disjoint cores until all softs of weight >= stratum hold together, or the bounds meet.

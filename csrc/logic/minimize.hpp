@@ -16,6 +16,7 @@ class Recorder;
 struct Formula {
   int n_variables = 0;
   std::vector<int> clauses;
+  std::vector<std::vector<int>> guesses;  // soft literals of the first level that may be cores: each is tried first
 };
 
 // A literal that should be true; `weight` > 0 is paid where it is not. At most one per literal within a level.

@@ -41,11 +41,17 @@ def check_circuits(
     digest: bytes,
     certificate: bytes,
 ) -> dict[str, Any]: ...
-def minimize_in_order(
-    n_variables: int,
-    clauses: npt.NDArray[np.int32],
-    levels: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]],
-    preference: npt.NDArray[np.int32],
+def operate(
+    n_nodes: int,
+    editable: npt.NDArray[np.uint8],
+    forget: list[_Edges],
+    retain: list[_Edges],
+    weights: npt.NDArray[np.int64],
+    risk: npt.NDArray[np.int64],
+    reach: npt.NDArray[np.int64],
+    pin: npt.NDArray[np.int8] | None,
+    limits: npt.NDArray[np.int32],
+    least: bool,
     time_limit: float,
 ) -> dict[str, Any]: ...
 

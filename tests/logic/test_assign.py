@@ -225,11 +225,20 @@ def test_bounds_are_told_as_they_improve() -> None:
     for before, after in itertools.pairwise(told):
         assert before[0] <= after[0] and before[1] >= after[1] and before != after
 
-    def fail(lower: int, cost: int) -> None:
-        raise ValueError("seen enough")
+    class Enough(BaseException):
+        pass
 
-    with pytest.raises(ValueError, match="seen enough"):
-        assign([forget], [retain], on_bounds=fail)
+    for error in (ValueError("seen enough"), CircuitError("seen enough"), SystemExit(3), Enough(told)):
+        for last in (0, len(told) - 1):  # at once, and with the proof
+
+            def fail(lower: int, cost: int, error: BaseException = error, last: int = last) -> None:
+                if (lower, cost) == told[last]:
+                    raise error
+
+            for keep in (False, True):
+                with pytest.raises(type(error)) as caught:
+                    assign([forget], [retain], on_bounds=fail, keep_on_interrupt=keep)
+                assert caught.value is error
     for last in range(len(told)):  # stopped at any time, the plan is valid
 
         def stop(lower: int, cost: int, last: int = last) -> None:
@@ -241,6 +250,25 @@ def test_bounds_are_told_as_they_improve() -> None:
         assert kept.lower_bound <= found.cost <= kept.cost <= told[last][1]
     with pytest.raises(KeyboardInterrupt):
         assign([forget], [retain], on_bounds=stop)
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_only_ever_close_in_on_the_cost(semantics: str, seed: int) -> None:
+    rng = np.random.default_rng([24, seed])
+    graph = nodes(200)
+    sides = [[layered(rng, graph, 1.6, (0.5, 0.45, 0.05)) for _ in range(2)] for _ in range(2)]
+    inside = members(sides[0])[1:-1]
+    for options in ({}, {"weights": rng.integers(0, 9, 200)}, {"must": inside[:3]}, {"never": inside[:1]}):
+        told: list[tuple[int, int]] = []
+        try:
+            found = assign(*sides, semantics=semantics, on_bounds=lambda *bounds, told=told: told.append(bounds), **options)
+        except CircuitError as error:
+            assert "never" in options and "the pins contradict the circuits" in str(error)
+            continue
+        assert found.optimal and told[-1] == (found.cost, found.cost)
+        for (lower, cost), (next_lower, next_cost) in itertools.pairwise(told):
+            assert lower <= next_lower <= found.cost <= next_cost <= cost and (lower, cost) != (next_lower, next_cost)
 
 
 @pytest.mark.parametrize("semantics", SEMANTICS)

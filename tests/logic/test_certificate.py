@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue.certificate import Verified
-from clue.errors import CertificateError, RefutedError
+from clue.errors import CertificateError, CircuitError, RefutedError
 from clue.logic import _digest, assign, check_certificate, pose
 from clue.types import Gate
 
@@ -287,6 +287,14 @@ def test_no_certificate_where_the_time_limit_strikes(tmp_path: Path) -> None:
     forget, retain = hitting_set()
     assert not assign([forget], [retain], time_limit=0.2, certify=tmp_path / "c").optimal
     assert list(tmp_path.iterdir()) == []
+
+
+def test_certificates_go_without_pins(tmp_path: Path) -> None:
+    forget, retain = hitting_set(sets=3, leaves=10)
+    for pins in ({"never": [1]}, {"must": ["node 1"]}):
+        with pytest.raises(CircuitError, match="certify goes without never and must"):
+            assign([forget], [retain], certify=tmp_path / "c", **pins)
+    assert not list(tmp_path.iterdir())
 
 
 def test_certifying_changes_nothing(tmp_path: Path) -> None:

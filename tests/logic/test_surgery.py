@@ -40,7 +40,7 @@ def edited(role: np.ndarray) -> list[int]:
 def test_equals_exhaustive_search_up_to_sixteen_nodes(block: int) -> None:
     """2000 questions in all, half of them with limits, half with pins."""
     rng = np.random.default_rng([7, block])
-    answers = {"none": 0, "free": 0, "conflicts": 0}
+    answers = {"none": 0, "least": 0, "free": 0, "conflicts": 0}
     for i in range(200):
         forget, retain, weights = question(rng, 4, 17 if i % 4 == 0 else 12)
         n = len(weights)
@@ -56,8 +56,18 @@ def test_equals_exhaustive_search_up_to_sixteen_nodes(block: int) -> None:
         expected = best_edit(forget, retain, weights, risk, reach, **limits, **pins)
         options = {"weights": weights, "retain_score": risk, "forget_score": reach, **limits, **pins}
         if expected is None:
-            with pytest.raises(CircuitError, match="no edit set kills the forget outputs"):
+            with pytest.raises(CircuitError, match="no edit set kills the forget outputs") as refusal:
                 operate(forget, retain, **options)
+            told = re.search(r"at most .* (edited nodes|weight of edits): the least that would do is (\d+)",
+                             str(refusal.value))
+            assert (told is not None) == (anyhow is not None)
+            if told is not None:  # so much of the last limit named, within the one before it
+                last, least = "most" if told[1] == "edited nodes" else "budget", int(told[2])
+                before = {name: limits[name] for name in limits if name != last and " and " in str(refusal.value)}
+                assert least > limits[last] and best_edit(forget, retain, weights, risk, reach, **before,
+                                                          **{last: least}, **pins) is not None
+                assert best_edit(forget, retain, weights, risk, reach, **before, **{last: least - 1}, **pins) is None
+                answers["least"] += 1
             answers["none"] += 1
             continue
         found = operate(forget, retain, **options)
@@ -142,6 +152,46 @@ def test_hard_questions_and_limits_of_time() -> None:
     found = operate([forget], [retain], time_limit=0.5)
     assert not found.optimal and 0 < found.lower_bound < found.cost <= 120
     assert found.forget_works[-1] == 0 and found.retain_works[-1] == 1
+
+
+@pytest.mark.parametrize("within", ["nothing", "most", "budget", "pins"])
+def test_any_time_limit_gives_an_edit_set_or_says_that_the_time_is_up(within: str) -> None:
+    rng = np.random.default_rng(23)
+    n = 2000
+    editable = np.ones(n, bool)
+    editable[[0, -1]] = False
+    sides = [[layered(rng, Nodes(n, editable), 1.6, (0.5, 0.45, 0.05)) for _ in range(2)] for _ in range(2)]
+    weights = rng.integers(0, 9, n)
+    pins: dict[str, list[int]] = {}
+    limits: dict[str, int] = {}
+    if within == "pins":
+        pins = {"must": [members(sides[0])[5]], "never": edited(operate(*sides, weights=weights).role)[:1]}
+    elif within != "nothing":  # the tightest limit there is
+        with pytest.raises(CircuitError, match="the least that would do is") as refusal:
+            operate(*sides, weights=weights, **{within: 0})
+        limits = {within: int(str(refusal.value).split()[-1])}
+    best = operate(*sides, weights=weights, **limits, **pins)
+    assert best.optimal
+    outcomes = []
+    for time_limit in (1e-9, *np.geomspace(1e-5, 0.1, 20).tolist(), 0):
+        try:
+            found = operate(*sides, weights=weights, time_limit=time_limit, **limits, **pins)
+        except CircuitError as error:
+            assert str(error).startswith("time_limit: ")
+            outcomes.append("time is up")
+            continue
+        outcomes.append("proven" if found.optimal else "edit set")
+        mine = edited(found.role)
+        stopped = np.zeros((2, n), bool)
+        stopped[:, mine] = True
+        stopped[1, found.role == Role.CONFLICT] = False
+        assert not after(sides[0], stopped[:1], False)[0, -1] and after(sides[1], stopped[1:], True)[0, -1]
+        assert found.lower_bound <= best.cost <= found.cost == weights[found.role == Role.CONFLICT].sum()
+        assert len(mine) <= limits.get("most", n) and weights[mine].sum() <= limits.get("budget", weights.sum())
+        assert {*pins.get("must", [])} <= {*mine} and not {*pins.get("never", [])} & {*mine}
+        if found.optimal:
+            assert (found.cost, found.statistics["edit_weight"]) == (best.cost, best.statistics["edit_weight"])
+    assert outcomes[0] == "time is up" and outcomes[-1] == "proven"
 
 
 @settings(max_examples=60, deadline=None)

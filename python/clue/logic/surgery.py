@@ -11,6 +11,9 @@ the edits; and the d that is true of exactly the dead nodes obeys the clauses. S
 if some d with d_output = 1 exists. Retain: r_n implies that every group of n works and that n is not edited, or a
 conflict; again every node with r_n true really works, and the working nodes make one such r. A clause in the other
 direction (a node works because its inputs do) would say nothing more about edits.
+
+The native core (csrc/logic/surgery.hpp) fixes most edits without search (cone.cpp has the rules) and minimises the rest;
+here limits become clauses, and what is impossible is explained.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ..errors import CircuitError
 from ..sat import Solver
 from ..types import Role
 from . import Assignment, pinned, pose
-from .gates import Groups, Ids, Literals, groups, rows, units
+from .gates import Ids, Literals, groups, rows, units
 
 if TYPE_CHECKING:
     from ..circuit.graph import Circuit
@@ -88,7 +91,8 @@ def operate(
     Raises:
         CircuitError: as in :func:`assign`; and if no edit set kills the forget outputs (then the pins to blame are
             named), none is within the budget (then the least that would do is told), or the time limit struck before
-            one was found.
+            one within the limits was found, or before the circuits were read. Without limits everything is an answer
+            that the time limit finds on the way.
         KeyboardInterrupt: on Ctrl-C, within about 50 ms.
     """
     question = pose(forget, retain, weights=weights, retain_score=retain_score, forget_score=forget_score)
@@ -98,7 +102,7 @@ def operate(
     limits = [_Limit(what, counts, _whole(name, value)) for name, value, what, counts in (
         ("most", most, "edited nodes", np.ones_like(costs)), ("budget", budget, "weight of edits", costs))
         if value is not None]
-    return _Operation(forget, retain, question, pinned(forget, never, must), time_limit).answer(limits)
+    return _Operation(forget, question, pinned(forget, never, must), time_limit).answer(limits)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -108,118 +112,85 @@ def _whole(name: str, value: Any) -> int:
 
 
 class _Operation:
-    """The formula of one question, and the steps of the answer. The variables of node n are 4n + 1 .. 4n + 4."""
+    """One question, and the steps of the answer. In limits, the variable of node n, "it is edited", is n + 1."""
 
-    def __init__(self, forget: Sequence[Circuit], retain: Sequence[Circuit], question: dict[str, Any],
-                 pins: npt.NDArray[np.int8] | None, time_limit: float) -> None:
+    def __init__(self, forget: Sequence[Circuit], question: dict[str, Any], pins: npt.NDArray[np.int8] | None,
+                 time_limit: float) -> None:
         self.circuits = forget
-        self.question = question
+        self.question = {name: value for name, value in question.items() if name != "semantics"}
         self.pins = pins
         self.deadline = time.monotonic() + time_limit if time_limit else math.inf
-        n: int = question["n_nodes"]
-        self.r, self.d, self.e, self.c = (4 * np.arange(n) + i for i in (1, 2, 3, 4))
-        self.dying, self.working = groups(forget, retain=False), groups(retain, retain=True)
-        editable = question["editable"].astype(bool)
-        editable[[0, n - 1]] = False
-        self.editable = editable & self.dying.member
-        self.both = self.editable & self.working.member
-        self.n_variables = 4 * n
-        self.hard = self._clauses()
+        self.n: int = question["n_nodes"]
+        self.editable = question["editable"].astype(bool) & _members(question["forget"], self.n)
+        self.editable[[0, self.n - 1]] = False
         self.cores = self.solves = 0
 
-    def _clauses(self) -> Literals:
-        edit, source, both = self.editable, self.dying.sources(), self.both
-        return np.concatenate([
-            units([self.d[-1], self.r[-1]]),
-            self.dying.clauses(self.d, unless=np.where(edit, self.e, 0)),
-            rows(-self.d[source & edit], self.e[source & edit]),
-            units(-self.d[source & ~edit]),
-            self.working.clauses(self.r),
-            rows(-self.r[both], -self.e[both], self.c[both]),
-            rows(-self.c[both], self.e[both]),
-            rows(-self.c[both], self.r[both]),
-            units(_pin_literals(self.e, self.pins)),
-        ])
-
     def answer(self, limits: Sequence[_Limit]) -> Assignment:
-        q = self.question
-        weights, edit = q["weights"], self.editable
-        risk = np.where(self.working.member, q["risk"], 0)
-        levels = [_level(-self.c, weights * self.both), _level(-self.e, weights * edit),
-                  _level(-self.e, risk * edit), _level(self.e, q["reach"] * edit)]
-        preference = np.stack([-self.e, -self.c], axis=1)[edit].ravel().astype(np.int32)
-        found = self._minimize(self.hard, levels, preference)
-        if not found["satisfiable"]:
+        found = self._operate()
+        if not found["feasible"]:
             raise CircuitError(self._why_impossible())
-        edited = self._edited(found)
+        edited = found["edited"].astype(bool)
         if any(int(limit.costs[edited].sum()) > limit.most for limit in limits):
-            found = self._minimize(self._within(limits), levels, preference)
-        if len(found["model"]) == 0:
-            raise CircuitError("time_limit: no edit set was found in time: allow more")
+            found = self._operate(limits=self._clauses(limits))
+            if not found["feasible"]:
+                raise CircuitError("time_limit: whether there is an edit set within the limits was not found in time")
         return self._assignment(found)
 
-    def _within(self, limits: Sequence[_Limit]) -> Literals:
-        """The clauses with the limits added, each of which is shown to leave an edit set."""
-        hard = self.hard
+    def _clauses(self, limits: Sequence[_Limit]) -> Literals:
+        """The limits as clauses, each of which is shown to leave an edit set."""
+        clauses, n_variables = np.zeros(0, np.int32), self.n
+        zero = np.zeros(self.n, dtype=np.int64)
         for i, limit in enumerate(limits):
-            least = self._minimize(hard, [_level(-self.e, limit.costs * self.editable)], np.zeros(0, np.int32))
+            least = self._operate(weights=limit.costs, risk=zero, reach=zero, limits=clauses, least=True)
             if least["lower_bound"] > limit.most:
                 proven = "the least that would do is" if least["levels_closed"] else "it takes at least"
                 bounds = " and ".join(f"at most {each.most} {each.what}" for each in limits[:i + 1])
                 raise CircuitError(f"no edit set kills the forget outputs with {bounds}: {proven}"
                                    f" {least['lower_bound']}")
-            costs = np.where(self.editable, limit.costs, 0)
-            clauses, self.n_variables = at_most(self.e, costs, limit.most, self.n_variables)
-            hard = np.concatenate([hard, clauses])
-        return hard
+            more, n_variables = at_most(np.arange(1, self.n + 1), np.where(self.editable, limit.costs, 0), limit.most,
+                                        n_variables)
+            clauses = np.concatenate([clauses, more])
+        return clauses
 
-    def _minimize(self, hard: Literals, levels: list[tuple[Literals, npt.NDArray[np.int64]]],
-                  preference: Literals) -> dict[str, Any]:
-        left = 0.0
-        if self.deadline < math.inf:
-            left = max(self.deadline - time.monotonic(), 1e-3)
-        found = _core.minimize_in_order(self.n_variables, hard, levels, preference, left)
+    def _operate(self, *, limits: Literals | None = None, least: bool = False, **other: Any) -> dict[str, Any]:
+        left = max(self.deadline - time.monotonic(), 1e-9) if self.deadline < math.inf else 0.0
+        try:
+            found = _core.operate(**self.question | other, pin=self.pins, least=least, time_limit=left,
+                                  limits=np.zeros(0, np.int32) if limits is None else limits)
+        except ValueError as error:
+            raise CircuitError(str(error)) from None
         self.cores += found["cores"]
         self.solves += found["solves"]
         return found
 
-    def _edited(self, found: dict[str, Any]) -> Ids:
-        model = found["model"]
-        return np.flatnonzero(self.editable & (model[self.e] == 1)) if len(model) else np.zeros(0, np.int64)
-
     def _why_impossible(self) -> str:
-        free = self.hard[:len(self.hard) - 2 * len(_pin_literals(self.e, self.pins))]
-        to_blame = needed([free], _pin_literals(self.e, self.pins))
+        side = groups(self.circuits, retain=False)
+        dead, edit = np.arange(1, self.n + 1), np.arange(self.n + 1, 2 * self.n + 1)
+        can, source = self.editable, side.sources()
+        clauses = [units(dead[-1:]), side.clauses(dead, unless=np.where(can, edit, 0)),
+                   rows(-dead[source & can], edit[source & can]), units(-dead[source & ~can])]
+        to_blame = needed(clauses, _pin_literals(edit, self.pins))
         if to_blame:
-            return _refusal(self.circuits, [int(abs(literal) - 3) // 4 for literal in to_blame], self.pins,
+            return _refusal(self.circuits, [abs(literal) - self.n - 1 for literal in to_blame], self.pins,
                             "no edit set kills the forget outputs")
         return ("no edit set kills the forget outputs: the output is reached without passing a node that has weights of"
                 " its own")
 
     def _assignment(self, found: dict[str, Any]) -> Assignment:
-        q, n = self.question, self.question["n_nodes"]
-        edited = np.zeros(n, dtype=bool)
-        edited[self._edited(found)] = True
-        conflict = self.both & (found["model"][self.c] == 1) & edited
-        works = simulate(self.working, edited & ~conflict)
-        alive = simulate(self.dying, edited)
-        if alive[-1] or not works[-1]:
-            raise RuntimeError("the edit set does not do what was proven of it")
-        role = np.full(n, Role.FREE, dtype=np.uint8)
-        role[q["editable"].astype(bool) & works & self.working.member] = Role.RETAIN
+        q = self.question
+        edited, conflict = found["edited"].astype(bool), found["conflict"].astype(bool)
+        works, alive = found["retain_works"].astype(np.int8), found["forget_works"].astype(np.int8)
+        in_retain, in_forget = (_members(q[side], self.n) for side in ("retain", "forget"))
+        forced = found["forced"].astype(bool) & conflict
+        role = np.full(self.n, Role.FREE, dtype=np.uint8)
+        role[q["editable"].astype(bool) & (works == 1) & in_retain] = Role.RETAIN
         role[edited] = Role.FORGET
         role[conflict] = Role.CONFLICT
-        with Solver() as solver:
-            solver.reserve(4 * n)
-            solver.add(self.hard)
-            implied = solver.propagate()
-        forced = np.zeros(n, dtype=bool)
-        forced[conflict] = np.isin(self.c[conflict], [] if implied is None else implied)
         closed = found["levels_closed"]
         return Assignment(
             role=role,
-            retain_works=np.where(self.working.member, works, -1).astype(np.int8),
-            forget_works=np.where(self.dying.member, alive, -1).astype(np.int8),
+            retain_works=np.where(in_retain, works, -1).astype(np.int8),
+            forget_works=np.where(in_forget, alive, -1).astype(np.int8),
             forced=forced,
             cost=int(q["weights"][conflict].sum()),
             lower_bound=found["lower_bound"],
@@ -227,14 +198,17 @@ class _Operation:
             n_forced=int(forced.sum()),
             n_chosen=int((conflict & ~forced).sum()),
             statistics={"unique": int(closed == 5), "edits": int(edited.sum()),
-                        "edit_weight": int(q["weights"][edited].sum()), "variables": self.n_variables,
-                        "clauses": int((self.hard == 0).sum()), "cores": self.cores, "solves": self.solves},
+                        "edit_weight": int(q["weights"][edited].sum()),
+                        **{name: int(found[name]) for name in ("variables", "clauses", "components")},
+                        "cores": self.cores, "solves": self.solves},
         )
 
 
-def _level(literals: Ids, weights: npt.NDArray[np.int64]) -> tuple[Literals, npt.NDArray[np.int64]]:
-    kept = np.flatnonzero(weights > 0)
-    return literals[kept].astype(np.int32), weights[kept].astype(np.int64)
+def _members(circuits: Sequence[tuple[Ids, Ids, Ids]], n: int) -> npt.NDArray[np.bool_]:
+    found = np.zeros(n, dtype=bool)
+    for src, dst, _ in circuits:
+        found[src] = found[dst] = True
+    return found
 
 
 def _pin_literals(e: Ids, pins: npt.NDArray[np.int8] | None) -> Ids:
@@ -242,25 +216,6 @@ def _pin_literals(e: Ids, pins: npt.NDArray[np.int8] | None) -> Ids:
     if pins is None:
         return np.zeros(0, dtype=np.int64)
     return np.concatenate([-e[pins == 1], e[pins == 0]])
-
-
-def simulate(side: Groups, stopped: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """bool [nodes]: the node works, given those that are stopped. Nodes outside the side's circuits are said to work."""
-    works = ~stopped
-    # A retain node works if every group does, a forget node if any does, until all of them are dead.
-    receivers, bounds = np.unique(side.receiver, return_index=True)
-    for node, first, last in zip(receivers.tolist(), bounds.tolist(), [*bounds[1:].tolist(), len(side)], strict=True):
-        if not works[node]:
-            continue
-        answers = []
-        for g in range(first, last):
-            inputs = works[side.inputs[side.start[g]:side.start[g + 1]]]
-            if side.retain:
-                answers.append(side.satisfied[g] or (inputs.all() if side.all_inputs[g] else inputs.any()))
-            else:  # a group that asks for all inputs dead works while any does
-                answers.append(inputs.any() if side.all_inputs[g] else inputs.all())
-        works[node] = all(answers) if side.retain else any(answers)
-    return works
 
 
 def at_most(literals: Ids, costs: npt.NDArray[np.int64], most: int, n_variables: int) -> tuple[Literals, int]:
