@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clue.cli import main
-from clue.compare import Row, Task, Tuning, compare, hold_back
+from clue.compare import Row, Task, Tuning, compare
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, RunError
 from clue.evaluate.comparison import VALIDATION
@@ -22,26 +20,6 @@ from clue.run_directory import Run
 
 def records(name: str, subjects: list[str | None]) -> RecordSet:
     return RecordSet(name, tuple(Record(f"q{i}", "a", subject=subject) for i, subject in enumerate(subjects)))
-
-
-@given(st.lists(st.sampled_from(["ada", "bob", "cat", None]), min_size=1, max_size=30), st.integers(0, 9))
-def test_held_back_records_are_whole_subjects_and_never_seen(subjects: list[str | None], seed: int) -> None:
-    given = {"people": records("people", subjects), "skill": records("skill", [None] * 10)}
-    seen, held = hold_back(given, seed)
-    again, _ = hold_back(given, seed)
-    assert [s.sha256 for s in seen.values()] == [s.sha256 for s in again.values()]
-    assert len(held[f"{VALIDATION}skill"]) == 2
-    for name, whole in given.items():
-        kept, back = list(seen[name]), list(held.get(f"{VALIDATION}{name}", ()))
-        assert kept and sorted(r.prompt for r in kept + back) == sorted(r.prompt for r in whole)
-        if all(r.subject for r in whole) and len({r.subject for r in whole}) > 1:
-            assert not {r.subject for r in kept} & {r.subject for r in back}
-        assert bool(back) == (len(whole) > 1)
-
-
-def test_nothing_to_hold_back_is_an_error() -> None:
-    with pytest.raises(ClueError, match="give more records"):
-        hold_back({"retain": records("retain", [None])}, 0)
 
 
 def test_rows_are_named_as_they_are_read() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import pipeline
 from .config import BASELINES, Settings
+from .data.held_back import hold_back
 from .data.records import RecordSet
 from .errors import ClueError, ModelError, RunError
 from .meter import Meter
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .evaluate import EvaluationSets
     from .evaluate.comparison import Cell, Point
 
-#: Share of every retain set that is held back.
-VALIDATION_SHARE = 0.2
 #: Share of the weights a baseline may move where there is no plan of CLUE's to match.
 RATIO = 0.2
 
@@ -105,30 +103,12 @@ class Tuning:
             raise ClueError("the levels of forgetting must lie in (0, 1], and there must be at least one")
 
 
-def hold_back(retain: Mapping[str, RecordSet], seed: int) -> tuple[dict[str, RecordSet], dict[str, RecordSet]]:
-    """Split every retain set into what may be seen and validation records.
-
-    Records of one subject stay together where all records of a set name theirs. At least one record, or subject, goes to
-    either side; a set of fewer than two is not split.
-    """
+def _held_back(retain: Mapping[str, RecordSet], seed: int) -> tuple[dict[str, RecordSet], dict[str, RecordSet]]:
+    """:func:`hold_back`, the validation sets under names that tell them from test sets."""
     from .evaluate.comparison import VALIDATION
 
-    seen, held = {}, {}
-    for name, records in retain.items():
-        subjects = [record.subject for record in records]
-        keys = subjects if all(subjects) and len(set(subjects)) > 1 else list(range(len(records)))
-        units = list(dict.fromkeys(keys))
-        if len(units) < 2:
-            seen[name] = records
-            continue
-        random.Random(f"validation/{name}/{seed}").shuffle(units)
-        chosen = set(units[:max(1, round(VALIDATION_SHARE * len(units)))])
-        parts = [tuple(r for r, key in zip(records, keys, strict=True) if (key in chosen) == inside)
-                 for inside in (False, True)]
-        seen[name], held[f"{VALIDATION}{name}"] = RecordSet(name, parts[0]), RecordSet(f"{name} (validation)", parts[1])
-    if not held:
-        raise ClueError("no retain set has two records or more, so none can be held back to tune on: give more records")
-    return seen, held
+    seen, held = hold_back(retain, seed)
+    return seen, {f"{VALIDATION}{name}": records for name, records in held.items()}
 
 
 def world_task(setting: str, seed: int, progress: pipeline.Progress) -> Task:
@@ -148,7 +128,7 @@ def world_task(setting: str, seed: int, progress: pipeline.Progress) -> Task:
             kept.extend(cached_models(world, seed=seed, on_step=on_step))
         return kept
 
-    seen, held = hold_back({"retain": world.retain, **world.skills_train}, seed)
+    seen, held = _held_back({"retain": world.retain, **world.skills_train}, seed)
     sets = EvaluationSets(forget=world.forget, retain=world.retain_unseen, forget_paraphrase=world.forget_paraphrase,
                           retain_extra={"retain_seen": seen["retain"], "retain_paraphrase": world.retain_paraphrase, **held},
                           skills=world.skills, holdout=world.holdout)
@@ -163,7 +143,7 @@ def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: 
 
     sets, _ = evaluation_sets(inputs, tests)
     used = read_sets(inputs["forget"], inputs["retain"])
-    seen, held = hold_back({name: records for name, records in used.items() if name != "forget"}, seed)
+    seen, held = _held_back({name: records for name, records in used.items() if name != "forget"}, seed)
     extra = {**sets.retain_extra, **held}
     first = next(iter(seen))
     if tests.retain and "retain_seen" not in extra:

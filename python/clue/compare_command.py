@@ -22,8 +22,8 @@ BENCHMARKS = {"world": ("easy", "hard"), "world-easy": ("easy",), "world-hard": 
 #: Settings that a comparison decides by itself: every cell has its own, or measures alike.
 DECIDED = ("localize.method", "localize.ratio", "unlearn.objective", "unlearn.lr", "unlearn.metric", ".seed",
            "evaluate.rouge", "evaluate.bootstrap")
-#: Learning rates of every cell, as multiples of the benchmark's own.
-FACTORS = (0.0625, 0.125, 0.25, 0.5, 1.0)
+#: Learning rates of every cell, as multiples of the benchmark's own, or of this one where the settings name none.
+FACTORS, LR = (0.0625, 0.125, 0.25, 0.5, 1.0), 4e-4
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
                          help="every baseline also with the step in the retain metric, as a row of its own")
     compare.add_argument("--objective", default="npo", metavar="LIST", help="objectives of unlearn (default: %(default)s)")
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
-    compare.add_argument("--lrs", metavar="LIST", help="learning rates tried in every cell (default: the benchmark's lr and"
-                         " four halvings of it)")
+    compare.add_argument("--lrs", metavar="LIST", help="learning rates tried in every cell (default: the benchmark's lr, or"
+                         f" {LR:g}, and four halvings of it)")
     compare.add_argument("--levels", default="0.5,0.8,1", metavar="LIST",
                          help="shares of forgotten records at which models are measured (default: %(default)s)")
     compare.add_argument("--at", type=float, metavar="X", help="the level compared in the table (default: the highest)")
@@ -106,7 +106,7 @@ def job_of(arguments: argparse.Namespace, settings_of: Callable[[Settings], Sett
     objectives = _list("--objective", arguments.objective)
     for objective in objectives:
         check(UnlearnSettings(objective=objective))
-    lrs = [settings.unlearn.lr * factor for factor in FACTORS] if arguments.lrs is None else _numbers("--lrs", arguments.lrs)
+    lrs = _numbers("--lrs", arguments.lrs) if arguments.lrs else [(settings.unlearn.lr or LR) * f for f in FACTORS]
     tuning = Tuning(tuple(sorted({*lrs})), tuple(sorted({*_numbers("--levels", arguments.levels)})))
     target = max(tuning.levels) if arguments.at is None else arguments.at
     if target not in tuning.levels:

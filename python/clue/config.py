@@ -94,8 +94,11 @@ class UnlearnSettings:
     stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper), joint, or"
                           " alternating (a forget step on all planned weights, then a retain step on conflict weights)",
                           choices=("two", "joint", "alternating"))
-    lr: float = _option(1e-4, "learning rate at the top of the schedule")
-    steps: int = _option(200, "most optimizer steps, all stages together")
+    lr: float = _option(0.0, "learning rate at the top of the schedule; 0 chooses it, and the retain weight, by trials on"
+                        " retain records that are held back for it")
+    trials: int = _option(4, "at most so many trainings are tried where lr = 0; 0 goes by the size of the weights alone")
+    steps: int = _option(300, "most optimizer steps, all stages together; where lr = 0, twice those of the best trial where"
+                         " these are more")
     forget_share: float = _option(0.2, "share of the steps given to the forget stage when stages = two")
     batch_size: int = _option(16, "forget records per step; as many retain records go with them")
     retain_weight: float = _option(1.0, "lambda: weight of the retain loss on conflict weights; where there is a retain"
@@ -119,7 +122,7 @@ class UnlearnSettings:
     refusals: str = _option("", "what dpo and refusal teach instead of the answer, one refusal per line; empty means a"
                             " built-in list")
     metric: bool = _option(True, "precondition the forget gradient by the retain set's Kronecker curvature")
-    damping: float = _option(0.02, "lambda of that preconditioner, relative to the factors' mean diagonal")
+    damping: float = _option(0.01, "lambda of that preconditioner, relative to the factors' mean diagonal")
     weight_decay: float = _option(0.0, "decoupled weight decay, on planned weights only")
     clip: float = _option(1.0, "largest global gradient norm per optimizer step; 0 turns clipping off")
     warmup: int = _option(10, "linear warm-up steps of each stage; cosine decay to a tenth follows")
@@ -134,7 +137,7 @@ class UnlearnSettings:
                                    " probability is at or below this")
     bad_steps: int = _option(3, "a step whose loss or gradient is NaN or infinite is skipped; so many of them running"
                              " end the training")
-    metric_every: int = _option(0, "steps after which the retain metric is measured anew; 0 measures it once")
+    metric_every: int = _option(50, "steps after which the retain metric is measured anew; 0 measures it once")
     check_every: int = _option(5, "steps between looks at the whole forget set, to stop once all of it is forgotten")
 
 

@@ -131,11 +131,11 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
     inputs = run.manifest["inputs"]
     sets = read_sets(inputs["forget"], inputs["retain"])
     network, tokenizer = load_model(inputs["model"], settings)
-    steps = settings.unlearn.steps
 
     def on_step(step: dict[str, Any]) -> None:
         if step["step"] % REPORT_EVERY == 0:
-            progress(f"unlearn    step {step['step']} of at most {steps}: " + ", ".join(
+            trial = f"trial {step['trial']} of at most {settings.unlearn.trials}, " if "trial" in step else ""
+            progress(f"unlearn    {trial}step {step['step']} of at most {step['steps']}: " + ", ".join(
                 f"{name.replace('_', ' ')} {step[name]:.3f}" for name in ("forget_loss", "retain_loss",
                                                                          "forget_probability", "forgotten")
                 if step.get(name) is not None))
@@ -158,6 +158,9 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
         log.save(folder / "training.json")
         verification = _verified(inputs["model"], folder, plan)
     run.update(settings=settings.to_dict(), verification=verification)
+    if log.tuning is not None:
+        progress(f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.lr.max():.2g},"
+                 f" retain weight {log.retain_weight[0]:g}")
     shutil.rmtree(checkpoint, ignore_errors=True)
     progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps"
              + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))

@@ -20,6 +20,18 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def agreed(value: float) -> float:
+    """The first process's value, in all of them, so that they decide alike; all must ask."""
+    import torch
+
+    if place()[1] == 1:
+        return value
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.broadcast(shared, 0)
+    return float(shared)
+
+
 @contextmanager
 def joined(device: str) -> Iterator[bool]:
     """Join the processes that ``torchrun`` started, for as long as the block runs; without it, nothing happens.

@@ -20,11 +20,13 @@ _HOME = {
     "Answers": ".objectives",
     "OBJECTIVES": ".objectives",
     "Objective": ".objectives",
+    "Tuning": ".tuning",
     "answer_log_probs": ".objectives",
+    "tune": ".tuning",
 }
 
 __all__ = ["OBJECTIVES", "Answers", "MaskedAdamW", "Objective", "PlanCallback", "RetainMetric", "SparseGradients",
-           "UnlearnLog", "answer_log_probs", "unlearn"]
+           "Tuning", "UnlearnLog", "answer_log_probs", "tune", "unlearn"]
 
 if TYPE_CHECKING:
     from .callback import PlanCallback
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .objectives import OBJECTIVES, Answers, Objective, answer_log_probs
     from .optimizer import MaskedAdamW
     from .sparse import SparseGradients
+    from .tuning import Tuning, tune
 
 
 def __getattr__(name: str) -> Any:

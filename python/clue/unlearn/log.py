@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class UnlearnLog:
         final_validation: mean probability of the validation records (:attr:`UnlearnSettings.validation`); NaN without.
         skipped: steps whose loss or gradient was NaN or infinite; they moved nothing and have no entry.
         planned: scalar weights that the plan names; ``moved`` of them are not what they were before.
+        tuning: what chose learning rate and retain weight (:meth:`clue.unlearn.tuning.Tuning.to_json`); None where they
+            were given.
     """
 
     stage: npt.NDArray[np.uint8]
@@ -56,6 +58,7 @@ class UnlearnLog:
     skipped: int = 0
     planned: int = 0
     moved: int = 0
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def steps(self) -> int:
@@ -67,6 +70,7 @@ class UnlearnLog:
         document: dict[str, Any] = {"steps": self.steps, "stage": self.stage.tolist()}
         document |= {name: getattr(self, name) for name in _RESULTS}
         document["final_validation"] = None if math.isnan(self.final_validation) else self.final_validation
+        document["tuning"] = self.tuning
         for name in SERIES:
             document[name] = [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
         write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
@@ -84,7 +88,7 @@ class UnlearnLog:
                       for name in SERIES}
             results: dict[str, Any] = {name: math.nan if document[name] is None else kind(document[name])
                        for name, kind in _RESULTS.items()}
-            return cls(np.array(document["stage"], dtype=np.uint8), **series, **results)
+            return cls(np.array(document["stage"], dtype=np.uint8), **series, **results, tuning=document.get("tuning"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ClueError(f"{path} is not a readable unlearning log ({error}): unlearn again") from None
 

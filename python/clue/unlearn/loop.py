@@ -16,7 +16,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from .reference import ReferenceWeights
 from .refusals import refuse
 from .role_gradient import RoleGradient, forgotten_of
 from .schedule import Pool, RetainWeight, Shuffled, Stage, learning_rate, stages_of
+from .tuning import NOTES, tune
 from .twins import TWINS, corrupted_twins
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 #: The retain metric is measured on at most this many records, drawn from all retain sets: beyond that a mean over their
 #: tokens hardly changes, and a large retain set would cost more than the training.
-METRIC_RECORDS = 2048
+METRIC_RECORDS = 1024
 
 
 def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[str, RecordSet], plan: Plan,
@@ -63,12 +65,14 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         forget: what to forget.
         retain: named sets to keep; retain batches are drawn from all their records, shuffled together.
         plan: which weights move, and in which role.
-        settings: objective, stages, optimizer and stopping rule; the defaults when None.
+        settings: objective, stages, optimizer and stopping rule; the defaults when None. With ``lr = 0``, the default,
+            learning rate, retain weight and steps are chosen first, as :func:`clue.unlearn.tune` does.
         objective: in place of ``settings.objective``, and not of the named ones only: an :class:`Objective`, or a forget
             loss alone (:func:`~clue.unlearn.objectives.objective_of`).
         data: how records become tokens, which must be how the model was taught; the defaults when None.
         seed: of the order of forget and retain records, and of every other choice.
-        on_step: called after every step with the step's entry of the log, plus ``step`` (from 1) and ``steps``.
+        on_step: called after every step with the step's entry of the log, plus ``step`` (from 1) and ``steps``; in trials
+            also with the ``trial``'s number.
         checkpoint: a folder to keep the training's state in, made where it is missing: planned slices, moments, sampling,
             schedule and log. Where it holds one, training goes on from there, given the model as it was before: on a CPU
             to the same bits as without the interruption. It stays there at the end; who made it removes it.
@@ -87,9 +91,15 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
     objective = objective_of(settings.objective if objective is None else objective)
+    planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
+    tuning = None
+    if settings.lr == 0:
+        notes = None if checkpoint is None else Path(checkpoint) / NOTES
+        tuning = tune(model, tokenizer, forget, retain, plan, settings, objective=objective, data=data, seed=seed,
+                      on_step=on_step, notes=notes)
+        settings = tuning.settings
     retains = objective.retain is not None and (settings.retain_weight > 0 or settings.retain_budget > 0)
     stages = stages_of(plan, settings, retains=retains)
-    planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
     limit = length_limit(model, data.max_length)
 
     def encoded(records: RecordSet, append_eos: bool) -> list[Example]:
@@ -116,9 +126,10 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
     training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, twins, retain_examples,
                          pad_id(tokenizer), on_step, keeper)
-    with _restored(model), _checkpointed(model):
+    with restored(model), _checkpointed(model):
         model.eval()
-        return training.run(stages)
+        log = training.run(stages)
+        return log if tuning is None else replace(log, tuning=tuning.to_json())
 
 
 @dataclass
@@ -303,7 +314,7 @@ class _Training:
     def _finished(self, stopped: bool) -> UnlearnLog:
         probability, forgotten = self._whole(range(len(self.forget)))
         validation = self._whole(self.held_out)[0] if self.held_out else math.nan
-        series = {name: np.array(self.log[name], dtype=np.float64) for name in SERIES}
+        series: dict[str, Any] = {name: np.array(self.log[name], dtype=np.float64) for name in SERIES}
         return UnlearnLog(np.array(self.log["stage"], dtype=np.uint8), **series, stopped_early=stopped,
                           final_probability=probability, final_forgotten=forgotten, final_validation=validation,
                           skipped=self.place.skipped, planned=self.plan.weights_changed, moved=self.before.moved())
@@ -353,7 +364,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Put every module's mode and every parameter's ``requires_grad`` back, and leave no gradients behind."""
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
