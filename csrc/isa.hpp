@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "update/rounding.hpp"
+
 namespace clue {
 
 // Neurons are taken by cache lines of their rows.
@@ -38,9 +40,11 @@ struct AdamWConstants {
 };
 
 // One AdamW step on `count` contiguous elements. master may be null; where it is not, it is the value and param only
-// receives it, rounded.
+// receives it, rounded. random may be null, which rounds to nearest; otherwise param is bfloat16, is rounded at random by
+// the key, and its first element is number `element` of its slice.
 using AdamWLeaf = void (*)(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, void* master,
-                           std::int64_t count, const AdamWConstants& constants);
+                           std::int64_t count, const AdamWConstants& constants, const RoundingKey* random,
+                           std::int64_t element);
 
 // Which gradient goes with which parameter; the order indexes Kernels::adamw.
 enum AdamWTypes { kBf16Bf16, kBf16F32, kF16F16, kF16F32, kF32F32, kF64F64, kAdamWTypes };

@@ -264,6 +264,17 @@ template <class P, class G, class State>
   }
 }
 
+template <class G>
+[[gnu::noinline]] void adamw_random(Bf16* __restrict param, const G* __restrict grad, float* __restrict first,
+                                    float* __restrict second, std::int64_t count, const Scalars<float> c,
+                                    const RoundingKey key, const std::uint32_t element) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float value = step<float>(load(param[i]), load(grad[i]), first[i], second[i], c);
+    const std::uint32_t random = rounding_bits(key, element + static_cast<std::uint32_t>(i));
+    param[i].bits = rounded_at_random(bits_of(value), random);
+  }
+}
+
 template <class P, class G, class State>
 [[gnu::noinline]] void adamw_master(P* __restrict param, const G* __restrict grad, State* __restrict first,
                                     State* __restrict second, State* __restrict master, std::int64_t count,
@@ -276,11 +287,14 @@ template <class P, class G, class State>
 
 template <class P, class G, class State>
 void adamw(void* param, const void* grad, void* first, void* second, void* master, std::int64_t count,
-           const AdamWConstants& constants) {
+           const AdamWConstants& constants, const RoundingKey* random, std::int64_t element) {
   const Scalars<State> c(constants);
   P* const p = static_cast<P*>(param);
   const G* const g = static_cast<const G*>(grad);
   State *const m = static_cast<State*>(first), *const v = static_cast<State*>(second);
+  if constexpr (__is_same(P, Bf16)) {
+    if (random) return adamw_random<G>(p, g, m, v, count, c, *random, static_cast<std::uint32_t>(element));
+  }
   if (master) {
     adamw_master<P, G, State>(p, g, m, v, static_cast<State*>(master), count, c);
   } else {

@@ -228,7 +228,8 @@ inline AdamWTypes adamw_types(const NamedView& param, const NamedView& grad) {
 inline MaskedAdamWArguments masked_adamw_arguments(Borrower& borrower, py::handle param_object, py::handle grad_object,
                                                    py::handle exp_avg_object, py::handle exp_avg_sq_object,
                                                    py::handle index_object, std::int64_t axis,
-                                                   const std::optional<py::object>& master_object) {
+                                                   const std::optional<py::object>& master_object,
+                                                   const std::optional<std::uint64_t>& rounding_key) {
   const NamedView param{"param", borrower.borrow(param_object, "param", Access::kWrite)};
   const NamedView grad{"grad", borrower.borrow(grad_object, "grad", Access::kRead)};
   const NamedView exp_avg{"exp_avg", borrower.borrow(exp_avg_object, "exp_avg", Access::kWrite)};
@@ -298,6 +299,14 @@ inline MaskedAdamWArguments masked_adamw_arguments(Borrower& borrower, py::handl
     arguments.master = check_state(master);
   } else {
     master.view.shape[0] = 0;
+  }
+  if (rounding_key) {
+    if (p.dtype != Dtype::kBf16) {
+      refuse_type("rounding_key", std::string("None for a param in ") + name_of(p.dtype), "a key");
+    }
+    if (master_object) refuse_value("rounding_key", "None for a param with a master, which loses nothing", "a key");
+    arguments.stochastic = true;
+    arguments.key = *rounding_key;
   }
   require_own_memory({param, exp_avg, exp_avg_sq, master}, {grad, index});
   return arguments;

@@ -31,11 +31,11 @@ void norm_backward(const py::object& grad, const std::optional<py::object>& norm
 void masked_adamw(const py::object& param, const py::object& grad, const py::object& exp_avg,
                   const py::object& exp_avg_sq, const py::object& index, std::int64_t axis, double lr, double beta1,
                   double beta2, double eps, double weight_decay, std::int64_t step, double grad_scale,
-                  const std::optional<py::object>& master) {
+                  const std::optional<py::object>& master, const std::optional<std::uint64_t>& rounding_key) {
   const clue::AdamWConstants constants = clue::adamw_constants({lr, beta1, beta2, eps, weight_decay, step, grad_scale});
   clue::Borrower borrower(clue::Borrower::Where::kCuda);
   const clue::MaskedAdamWArguments arguments =
-      clue::masked_adamw_arguments(borrower, param, grad, exp_avg, exp_avg_sq, index, axis, master);
+      clue::masked_adamw_arguments(borrower, param, grad, exp_avg, exp_avg_sq, index, axis, master, rounding_key);
   const py::gil_scoped_release release;
   clue::masked_adamw_cuda(arguments, constants, borrower.device().id, borrower.stream());
 }
@@ -61,6 +61,7 @@ PYBIND11_MODULE(_cuda, module) {
              "Pull gradients at a norm's output back to its input, in place.");
   module.def("masked_adamw", masked_adamw, "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "index"_a, "axis"_a,
              py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "grad_scale"_a,
-             "master"_a = py::none(), "One AdamW step on some rows or columns of a parameter, in place.");
+             "master"_a = py::none(), "rounding_key"_a = py::none(),
+             "One AdamW step on some rows or columns of a parameter, in place.");
   module.def("device_count", device_count, "CUDA devices this process can use; 0 without a driver.");
 }

@@ -34,7 +34,10 @@ struct Step {
 
   void update(char* p, const char* g, std::int64_t slice, std::int64_t element, std::int64_t count) const {
     const std::int64_t offset = (slice * a.length + element) * state_item;
-    leaf(p, g, a.exp_avg + offset, a.exp_avg_sq + offset, a.master ? a.master + offset : nullptr, count, constants);
+    char* const master = a.master ? a.master + offset : nullptr;
+    const RoundingKey random = a.stochastic ? rounding_key(a.key, a.index[slice]) : RoundingKey{};
+    leaf(p, g, a.exp_avg + offset, a.exp_avg_sq + offset, master, count, constants, a.stochastic ? &random : nullptr,
+         element);
   }
 
   // The processor fetches ahead within a row, but cannot know which row is next.

@@ -26,6 +26,15 @@ __device__ inline void store(__half& to, float x) { to = __float2half_rn(x); }
 __device__ inline void store(float& to, float x) { to = x; }
 __device__ inline void store(double& to, double x) { to = x; }
 
+// Only bfloat16 is ever rounded at random (the caller has checked).
+template <class P, class State>
+__device__ inline void store_at_random(P& to, State x, std::uint32_t) {
+  store(to, x);
+}
+__device__ inline void store_at_random(__nv_bfloat16& to, float x, std::uint32_t random) {
+  to = __ushort_as_bfloat16(rounded_at_random(__float_as_uint(x), random));
+}
+
 __device__ inline float square_root(float x) { return sqrtf(x); }
 __device__ inline double square_root(double x) { return sqrt(x); }
 
@@ -77,6 +86,16 @@ struct Step {
     if (master) master[offset] = value;
     return value;
   }
+
+  // Writes a new value to its element, rounded.
+  __device__ void put(P& to, State value, std::int64_t slice, std::int64_t element) const {
+    if (a.stochastic) {
+      const RoundingKey key = rounding_key(a.key, place(slice));
+      store_at_random(to, value, rounding_bits(key, static_cast<std::uint32_t>(element)));
+    } else {
+      store(to, value);
+    }
+  }
 };
 
 template <class P, class G, class State>
@@ -86,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) along_kernel(const Step<P, G, State>
     const std::int64_t slice = item / chunks, element = item % chunks * kThreads + threadIdx.x;
     if (element >= s.a.length) continue;
     P* const param = s.param(slice, element);
-    store(*param, s.update(load(*param), load(*s.grad(slice, element)), slice, element));
+    s.put(*param, s.update(load(*param), load(*s.grad(slice, element)), slice, element), slice, element);
   }
 }
 
@@ -112,7 +131,7 @@ __global__ void __launch_bounds__(kTile* kTileWarps) across_kernel(const Step<P,
     __syncthreads();
     for (int e = threadIdx.y; e < kTile; e += kTileWarps) {
       if (slice0 + lane < s.a.slices && element0 + e < s.a.length) {
-        store(*s.param(slice0 + lane, element0 + e), param[e][lane]);
+        s.put(*s.param(slice0 + lane, element0 + e), param[e][lane], slice0 + lane, element0 + e);
       }
     }
     __syncthreads();

@@ -23,6 +23,8 @@ struct MaskedAdamWArguments {
   std::int64_t bound;  // number of rows or columns of the parameter
   AdamWTypes types;
   Dtype param_dtype, grad_dtype;
+  bool stochastic;    // the parameter is bfloat16 and is rounded at random
+  std::uint64_t key;  // of the random numbers; a slice draws by its place in the parameter
 };
 
 // On the CPU, partitioned over elements: the same bits for any number of threads.

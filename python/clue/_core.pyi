@@ -192,6 +192,7 @@ def masked_adamw(
     step: int,
     grad_scale: float,
     master: Any = None,
+    rounding_key: int | None = None,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, as ``torch.optim.AdamW``) on some rows or columns of a parameter, in place.
 
@@ -210,6 +211,9 @@ def masked_adamw(
         grad_scale: factor on the gradient.
         master: the slices' values in fp32, in the layout of ``exp_avg``, for a bf16 or fp16 parameter, which then only
             receives them rounded. Without it the parameter's own rounded values are the starting point of every step.
+        rounding_key: from 0 to 2**64 - 1; a bf16 parameter without a master is then rounded up or down at random, right on
+            average (arXiv 1502.02551). The random numbers are a function of the key, an element's row and its column: give
+            every parameter and every step a key of its own.
 
     Raises:
         TypeError, ValueError, BufferError: ``<argument>: <expected>, got <actual>``.

@@ -43,6 +43,7 @@ def masked_adamw(
     step: int,
     grad_scale: float,
     master: Any = None,
+    rounding_key: int | None = None,
 ) -> None:
     """As ``clue._core.masked_adamw``. ``index`` is not looked at beforehand, since that would wait for the stream: an
     index outside the parameter stops the device with an error, and a repeated one is undefined.

@@ -13,6 +13,7 @@ from torch import Tensor
 from clue import _core
 
 from ..oracles import adamw as oracle
+from ..oracles import rounding
 from .conftest import Native
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -151,6 +152,61 @@ def test_a_master_keeps_what_half_precision_loses(native: Native, axis: int, dty
     assert torch.equal(slices(plain, index, axis)[away], slices(start, index, axis)[away])
 
 
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**31), key=st.integers(0, 2**64 - 1), shape=shapes, axis=st.integers(0, 1),
+       slices_first=st.booleans(), transposed=st.booleans(), half_grad=st.booleans())
+def test_rounding_at_random_draws_by_place(native: Native, seed: int, key: int, shape: tuple[int, ...], axis: int,
+                                           slices_first: bool, transposed: bool, half_grad: bool) -> None:
+    """The same step into float32 weights, then the oracle's rounding of every element; nothing else moves."""
+    case = Case(seed, shape, min(axis, len(shape) - 1), torch.bfloat16, slices_first=slices_first, half_grad=half_grad,
+                transposed=transposed and len(shape) == 2, device=native.device)
+    exact = case.param.float()
+    native.kernels.masked_adamw(exact, case.grad.float(), case.exp_avg.clone(), case.exp_avg_sq.clone(), case.index,
+                                case.axis, **OPTIONS)
+    before = case.buffer.clone()
+    native.kernels.masked_adamw(*case.arguments(), **OPTIONS, rounding_key=key)
+    rows = slices(exact, case.index, case.axis).cpu().reshape(len(case.index), exact.numel() // exact.shape[case.axis])
+    expected = [[rounding.rounded(value, rounding.random_bits(key, index, element)) for element, value in enumerate(row)]
+                for index, row in zip(case.index.tolist(), rows.tolist(), strict=True)]
+    got = slices(case.param, case.index, case.axis).float().cpu().reshape(rows.shape)
+    assert torch.equal(got, torch.tensor(expected).reshape(rows.shape))
+    case.param.index_copy_(case.axis, case.index, _window(before, case).index_select(case.axis, case.index))
+    assert torch.equal(bits(case.buffer), bits(before))
+
+
+def test_rounding_at_random_is_right_on_average(native: Native) -> None:
+    """Steps of a hundredth of the spacing add up without a master, where rounding to nearest loses them all."""
+    start = torch.full((40, 500), 1.0, dtype=torch.bfloat16, device=native.device)
+    grad = torch.ones_like(start)
+    index = torch.arange(40, device=native.device)
+    lr, steps = 2.0**-7 / 100, 50
+    moved = {}
+    for key in (None, 5):
+        param, exp_avg = start.clone(), torch.zeros(40, 500, device=native.device)
+        exp_avg_sq = torch.zeros_like(exp_avg)
+        for step in range(1, steps + 1):
+            native.kernels.masked_adamw(param, grad, exp_avg, exp_avg_sq, index, 0, **OPTIONS | {
+                "lr": lr, "weight_decay": 0.0, "step": step}, rounding_key=None if key is None else key + step)
+        moved[key] = (start - param).float().mean().item() / (lr * steps)
+    assert moved[None] == 0.0
+    # Below 1 the spacing is 2^-8: a weight moves by one with chance 1/50 a step. 20 000 of them: deviation about 1%.
+    assert moved[5] == pytest.approx(1.0, abs=0.05)
+
+
+def test_special_values_survive_rounding_at_random(native: Native, isa: None) -> None:
+    every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[None].to(native.device)
+    index = torch.zeros(1, dtype=torch.int64, device=native.device)
+    for name in _core.isas() if native.device == "cpu" else [""]:
+        if name:
+            _core.set_isa(name)
+        param, state = every.clone(), torch.zeros(every.shape, device=native.device)
+        native.kernels.masked_adamw(param, torch.zeros_like(every), state, state.clone(), index, 0,
+                                    **OPTIONS | {"lr": 0.0}, rounding_key=2**64 - 1)
+        nan = every.isnan()
+        assert torch.equal(param.isnan(), nan)
+        assert torch.equal(bits(param)[~nan], bits(every)[~nan])
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_instruction_sets_give_the_same_bits(axis: int, dtype: torch.dtype, threads: None,
@@ -164,6 +220,10 @@ def test_threads_and_instruction_sets_give_the_same_bits(axis: int, dtype: torch
             assert len(case.index) > 100  # enough for several threads
             _core.masked_adamw(*case.arguments(), **OPTIONS, master=case.master)
             found.append([case.buffer, case.exp_avg, case.exp_avg_sq])
+            if dtype == torch.bfloat16:
+                case = Case(9, (600, 500), axis, dtype)
+                _core.masked_adamw(*case.arguments(), **OPTIONS, rounding_key=11)
+                found[-1] += [case.buffer, case.exp_avg]
     for other in found[1:]:
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[0], other, strict=True))
 
@@ -203,6 +263,9 @@ def test_half_precision_rounds_as_torch_does(native: Native, dtype: torch.dtype,
     ({"exp_avg_sq": torch.zeros(2, 4).bfloat16()}, TypeError, "^exp_avg_sq: float32, got bfloat16$"),
     ({"index": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "^index: int64, got another$"),
     ({"master": torch.zeros(2, 4)}, TypeError, "^master: None for a param in float32, got torch.Tensor$"),
+    ({"rounding_key": 1}, TypeError, "^rounding_key: None for a param in float32, got a key$"),
+    ({"param": torch.zeros(3, 4).bfloat16(), "master": torch.zeros(2, 4), "rounding_key": 1}, ValueError,
+     "^rounding_key: None for a param with a master, which loses nothing, got a key$"),
     ({"lr": -1.0}, ValueError, "^lr: a number of at least 0, got -1"),
     ({"beta1": 1.0}, ValueError, r"^beta1: a number in \[0, 1\), got 1"),
     ({"eps": float("nan")}, ValueError, "^eps: a number of at least 0, got nan$"),
