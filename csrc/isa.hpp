@@ -40,8 +40,8 @@ struct AdamWConstants {
 };
 
 // One AdamW step on `count` contiguous elements. master may be null; where it is not, it is the value and param only
-// receives it, rounded. random may be null, which rounds to nearest; otherwise param is bfloat16, is rounded at random by
-// the key, and its first element is number `element` of its slice.
+// receives it, rounded. random may be null, which rounds to nearest; otherwise param is bfloat16, is rounded at random
+// by the key, and its first element is number `element` of its slice.
 using AdamWLeaf = void (*)(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, void* master,
                            std::int64_t count, const AdamWConstants& constants, const RoundingKey* random,
                            std::int64_t element);

@@ -1,6 +1,7 @@
-// Stochastic rounding to bfloat16: up or down at random, so that a weight is right on average however small its updates.
-// The random numbers are a function of a key and an element's place, not of any order: the same bits for every number of
-// threads, instruction set and device. Static, since kernels.cpp may link nothing that another instruction set could own.
+// Stochastic rounding to bfloat16: up or down at random, so that a weight is right on average however small its
+// updates. The random numbers are a function of a key and an element's place, not of any order: the same bits for every
+// number of threads, instruction set and device. Static, since kernels.cpp may link nothing that another instruction
+// set could own.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +36,8 @@ CLUE_ANYWHERE static inline std::uint32_t rounding_bits(RoundingKey key, std::ui
   return x ^ (x >> 15);
 }
 
-// The 16 bits of the bfloat16 below a float (towards zero), or of the one above with the chance of what is cut off. A float
-// that is a bfloat16 stays; above the largest one lies infinity; NaN stays NaN.
+// The 16 bits of the bfloat16 below a float (towards zero), or of the one above with the chance of what is cut off. A
+// float that is a bfloat16 stays; above the largest one lies infinity; NaN stays NaN.
 CLUE_ANYWHERE static inline std::uint16_t rounded_at_random(std::uint32_t bits, std::uint32_t random) {
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return static_cast<std::uint16_t>(nan ? 0x7fc0u : (bits + (random >> 16)) >> 16);

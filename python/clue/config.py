@@ -124,6 +124,8 @@ class UnlearnSettings:
     metric: bool = _option(True, "precondition the forget gradient by the retain set's Kronecker curvature")
     damping: float = _option(0.01, "lambda of that preconditioner, relative to the factors' mean diagonal")
     weight_decay: float = _option(0.0, "decoupled weight decay, on planned weights only")
+    rounding: str = _option("nearest", "of bf16 weights: nearest (from float32 copies of the planned weights) or stochastic"
+                            " (without these, up or down at random, right on average)", choices=("nearest", "stochastic"))
     clip: float = _option(1.0, "largest global gradient norm per optimizer step; 0 turns clipping off")
     warmup: int = _option(10, "linear warm-up steps of each stage; cosine decay to a tenth follows")
     floor: float = _option(0.15, "how far to forget: a record counts as forgotten, and is left alone, once its"

@@ -31,7 +31,7 @@ def test_killed_trainings_end_with_the_same_bits(tmp_path: Path) -> None:
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"two", "joint", "budget"}
+    assert set(found) == {"two", "joint", "rounding", "budget"}
     for name, case in found.items():
         assert set(case["signals"]) == {9}, name  # every one of them was killed on its way
         assert case["plain"]["began"] == 1 < case["resumed"]["began"], name

@@ -106,11 +106,13 @@ def test_gradient_norm_counts_planned_weights_only(make_model: Any, mixed_plan: 
     assert optimizer.grad_norm() == pytest.approx(expected, rel=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_state_continues_bit_by_bit(dtype: torch.dtype, make_model: Any, mixed_plan: Any, bits: Any) -> None:
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, "nearest"), (torch.bfloat16, "nearest"),
+                                                 (torch.bfloat16, "stochastic")])
+def test_saved_state_continues_bit_by_bit(dtype: torch.dtype, rounding: str, make_model: Any, mixed_plan: Any,
+                                          bits: Any) -> None:
     model = make_model(dtype=dtype)
     plan = mixed_plan(model)
-    first = MaskedAdamW(model, plan, lr=1e-3, weight_decay=DECAY)
+    first = MaskedAdamW(model, plan, lr=1e-3, weight_decay=DECAY, rounding=rounding, seed=4)
     for step in range(3):
         gradients(model, step)
         first.step()
@@ -125,6 +127,67 @@ def test_saved_state_continues_bit_by_bit(dtype: torch.dtype, make_model: Any, m
             gradients(m, step)
             optimizer.step()
     assert all(np.array_equal(now, bits(other)[name]) for name, now in bits(model).items())
+
+
+def test_stochastic_rounding_needs_no_master(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    """At a learning rate far below the spacing of bf16 weights move as in float32 on average, by the seed alone."""
+    lr, steps = 3e-5, 40
+    found: dict[tuple[torch.dtype, int], dict[str, Any]] = {}
+    for dtype, seed in [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 0), (torch.bfloat16, 1)]:
+        model = make_model(dtype=torch.bfloat16).to(dtype)
+        plan = mixed_plan(model)
+        optimizer = MaskedAdamW(model, plan, lr=lr, rounding="stochastic", seed=seed)
+        before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        kept = bits(model)
+        for _ in range(steps):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        moved(kept, bits(model), plan)
+        assert not any("master" in state for state in optimizer.state.values())
+        now = {name: before[name] - p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
+        again = found.setdefault((dtype, seed), now)
+        assert all(torch.equal(again[name], change) for name, change in now.items())
+    exact, first, other = (torch.cat([change[torch.from_numpy(plan.mask(name))] for name, change in of.items()])
+                           for of in found.values())
+    assert not torch.equal(first, other)
+    # Weights near .02 lie 2^-14 apart, twice a step: forty steps leave each with a deviation of 3 spacings at most.
+    deviation = 3 * 2**-13 / len(first) ** 0.5
+    assert first.mean().item() == pytest.approx(exact.mean().item(), abs=4 * deviation)
+    assert exact.mean().item() == pytest.approx(lr * steps, rel=1e-2)
+
+
+def test_an_older_state_is_rounded_to_nearest(make_model: Any, mixed_plan: Any) -> None:
+    model = make_model()
+    optimizer = MaskedAdamW(model, mixed_plan(model))
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["rounding"], group["seed"]
+    optimizer.load_state_dict(state)
+    gradients(model, 0)
+    optimizer.step()
+    assert optimizer.param_groups[0]["rounding"] == "nearest"
+
+
+def test_a_model_changed_behind_the_optimizer_is_refused(make_model: Any, mixed_plan: Any, bits: Any) -> None:
+    def ready() -> tuple[Any, MaskedAdamW]:
+        model = make_model()
+        return model, MaskedAdamW(model, mixed_plan(model))
+
+    model, optimizer = ready()
+    model.bfloat16()
+    gradients(model, 0)
+    before = bits(model)
+    with pytest.raises(ClueError, match="was float32 on cpu when the optimizer was made and now is bfloat16 on cpu: make the"
+                                        " optimizer after moving"):
+        optimizer.step()
+    assert all(np.array_equal(before[name], now) for name, now in bits(model).items())
+    for change in (lambda m: m.to("meta"), lambda m: m.load_state_dict(make_model(1).state_dict(), assign=True)):
+        model, optimizer = ready()
+        change(model)
+        with pytest.raises(ClueError, match=r"model.layers.*is no longer the tensor that this optimizer was made with: make"):
+            optimizer.step(gradients={})
 
 
 def test_state_of_another_plan_is_refused(make_model: Any, make_plan: Any) -> None:
@@ -151,3 +214,8 @@ def test_refusals(make_model: Any, make_plan: Any) -> None:
         MaskedAdamW(make_model(intermediate_size=64), plan)
     with pytest.raises(ClueError, match="lr = -1"):
         MaskedAdamW(model, plan, lr=-1)
+    with pytest.raises(ClueError, match="rounding = 'up' must be nearest or stochastic"):
+        MaskedAdamW(model, plan, rounding="up")
+    half = make_model(dtype=torch.float16)
+    with pytest.raises(ClueError, match="up_proj.weight is in float16, and stochastic rounding is for bfloat16: convert"):
+        MaskedAdamW(half, plan, rounding="stochastic")

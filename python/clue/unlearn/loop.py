@@ -189,7 +189,8 @@ class _Training:
                 self._measure(stage)
             # A fresh optimizer: the moments of one stage say nothing about the next.
             optimizers = [MaskedAdamW(self.model, self.plan, lr=settings.lr, weight_decay=settings.weight_decay,
-                                      roles=roles) for roles in stage.groups()]
+                                      roles=roles, rounding=settings.rounding, seed=self.seed)
+                          for roles in stage.groups()]
             if saved is not None and index == saved.numbers["stage"]:
                 for number, optimizer in enumerate(optimizers):
                     optimizer.restore_slices(saved.nested(f"optimizer/{number}"))

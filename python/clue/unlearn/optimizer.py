@@ -6,6 +6,8 @@ neither reads nor writes anything outside the slices: weight decay and momentum 
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +60,10 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Making one sets ``requires_grad`` on the planned parameters and clears it on every other parameter of the model.
     ``step`` reads ``parameter.grad`` on the slices, or takes the gradients of the slices alone
-    (:class:`clue.unlearn.sparse.SparseGradients` computes no others). Weights in bf16 or fp16 get a float32 master copy
-    of the slices, since at small learning rates plain bf16 loses most updates.
+    (:class:`clue.unlearn.sparse.SparseGradients` computes no others). At small learning rates bf16 and fp16 weights
+    rounded to nearest lose most updates, so their slices get a float32 master copy. Without it, at two thirds of the state,
+    bf16 weights move by stochastic rounding (arXiv 1502.02551): up or down at random, right on average. The random numbers
+    depend on the seed, the parameter, the step and the weight's place alone, so runs repeat and resume bit by bit.
 
     Under DistributedDataParallel give the model inside. Of parameters sharded by ``fully_shard`` every process moves its
     part, and holds state for the planned slices in it only: make the optimizer after sharding, and save the state of each
@@ -70,17 +74,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         plan: which of them.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay touches planned weights only.
         roles: which of the plan's roles move.
+        rounding: of bf16 weights, ``nearest`` (from a float32 master) or ``stochastic`` (without one).
+        seed: of stochastic rounding.
 
     Raises:
         PlanError: the plan does not fit the model, edits tied weights, or names no weight of these roles.
+        ClueError: a number out of range, or stochastic rounding of fp16 weights.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0,
-                 roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> None:
+                 roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT), rounding: str = "nearest", seed: int = 0) -> None:
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= b < 1 for b in betas):
             raise ClueError(f"lr = {lr}, eps = {eps} and weight_decay = {weight_decay} must not be negative, and"
                             f" betas = {tuple(betas)} must lie in [0, 1)")
+        if rounding not in ("nearest", "stochastic"):
+            raise ClueError(f"rounding = {rounding!r} must be nearest or stochastic")
         planned = planned_parameters(model, plan, roles)
         if not planned:
             wanted = " or ".join(role.name.lower() for role in roles)
@@ -91,14 +100,27 @@ class MaskedAdamW(torch.optim.Optimizer):
         #: union of all roles', on the parameter's device)
         self._planned: dict[nn.Parameter, list[Shard]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}  # of compact gradients
+        self._model = weakref.ref(model)
+        self._made: dict[nn.Parameter, tuple[str, torch.dtype, torch.device]] = {}  # its name, and as what it was met
         for name, parameter in planned.items():
             axis, union = planned_index(plan, name, roles)
+            if rounding == "stochastic" and parameter.dtype == torch.float16:
+                raise ClueError(f"{name} is in float16, and stochastic rounding is for bfloat16: convert the model, or"
+                                " say rounding = nearest")
             parameter.requires_grad_(True)
+            self._made[parameter] = parameter_of(name), parameter.dtype, parameter.device
             shard = shard_of(parameter, name, axis, torch.from_numpy(union).to(parameter.device))
             self._planned.setdefault(parameter, []).append(shard)
             self._shapes[name] = (len(union), *(n for i, n in enumerate(plan.shapes[name]) if i != axis))
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "rounding": rounding,
+                    "seed": seed}
         super().__init__(list(self._planned), defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # states saved before there was a choice have neither
+            group.setdefault("rounding", "nearest")
+            group.setdefault("seed", 0)
 
     def gradients(self) -> list[Tensor]:
         """The planned slices of every gradient there is: copies, [k, columns] for rows and [rows, k] for columns; of
@@ -137,8 +159,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                 Of sharded parameters too it is the gradient of all slices, the same on every process.
 
         Raises:
-            ClueError: a gradient belongs to a parameter that the plan does not name, or has another shape.
+            ClueError: a gradient belongs to a parameter that the plan does not name, or has another shape; the model was
+                moved or converted after the optimizer was made.
         """
+        self._check_model()
         compact = self._checked(gradients)
         loss = None
         if closure is not None:
@@ -159,8 +183,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                         continue
                     weight, state = shard.here(parameter.detach()), self._state_of(parameter, shard.name)
                     if not state:
-                        self._begin(weight, shard.axis, shard.index, state)
+                        self._begin(weight, shard.axis, shard.index, state, group["rounding"])
                     state["step"] += 1
+                    random = group["rounding"] == "stochastic" and weight.dtype == torch.bfloat16
                     if grad.stride(-1) != 1:
                         grad = grad.contiguous()
                     if compact is not None and shard.axis == 1:
@@ -169,8 +194,22 @@ class MaskedAdamW(torch.optim.Optimizer):
                         weight, grad, state["exp_avg"], state["exp_avg_sq"], shard.index, shard.axis,
                         lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"],
                         weight_decay=group["weight_decay"], step=int(state["step"]), grad_scale=grad_scale,
-                        master=state.get("master"))
+                        master=state.get("master"),
+                        rounding_key=_rounding_key(group["seed"], shard.name, state["step"]) if random else None)
         return loss
+
+    def _check_model(self) -> None:
+        """Refuse to move weights that the model no longer uses, or that became others since the optimizer met them."""
+        model = self._model()
+        for parameter, (name, dtype, device) in self._made.items():
+            path, _, own = name.rpartition(".")
+            if model is not None and getattr(model.get_submodule(path), own) is not parameter:
+                raise ClueError(f"{name} is no longer the tensor that this optimizer was made with: make the optimizer after"
+                                " the model is moved, converted or sharded")
+            if (parameter.dtype, parameter.device) != (dtype, device):
+                raise ClueError(f"{name} was {_kind(dtype, device)} when the optimizer was made and now is"
+                                f" {_kind(parameter.dtype, parameter.device)}: make the optimizer after moving or converting"
+                                " the model")
 
     def _state_of(self, parameter: Tensor, name: str) -> dict[str, Any]:
         """The state of a parameter, or of one part of it."""
@@ -242,7 +281,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                                 f" got {tuple(gradient.shape)}")
         return gradients
 
-    def _begin(self, weight: Tensor, axis: int, index: Tensor, state: dict[str, Any]) -> None:
+    @staticmethod
+    def _begin(weight: Tensor, axis: int, index: Tensor, state: dict[str, Any], rounding: str) -> None:
         slices = weight.index_select(axis, index)
         if axis == 1:  # columns are kept transposed, so that the state of one column is contiguous
             slices = slices.T.contiguous()
@@ -252,13 +292,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         state["index"] = index
         state["exp_avg"] = torch.zeros_like(slices, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(slices, dtype=dtype)
-        if half:
+        if half and rounding == "nearest":
             state["master"] = slices.float()
 
 
 def _copied(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.detach().clone().to(device) if isinstance(value, Tensor) else
             _copied(value, device) if isinstance(value, dict) else value for key, value in state.items()}
+
+
+def _kind(dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} on {device}"
+
+
+def _rounding_key(seed: int, name: str, step: int) -> int:
+    """A number of its own, 64 bits, for every seed, parameter and step."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {name}".encode(), digest_size=8).digest(), "little")
 
 
 def _kernel(device: torch.device) -> Callable[..., None]:
