@@ -62,8 +62,9 @@ class LocalizeSettings:
                               choices=("auto", "given", "subject", "question"))
     semantics: str = _option("support", "reading of the gates: support (one-sided) or authors (each an equivalence)",
                              choices=("support", "authors"))
-    weighting: str = _option("unit", "cost of a conflict: unit (the paper), or attribution (retain score of the node)",
-                             choices=("unit", "attribution"))
+    weighting: str = _option("unit", "cost of a conflict: unit (the paper), attribution (retain score of the node), or"
+                             " editability (what forgetting bought at the node costs retention, by its curvature)",
+                             choices=("unit", "attribution", "editability"))
     mode: str = _option("conflict", "what is minimised: conflict (nodes that forgetting and retention both need) or surgical"
                         " (edits: an edited node stops, and every retain output stays alive)",
                         choices=("conflict", "surgical"))

@@ -1,7 +1,8 @@
 """The commands' work: the stages of :mod:`clue.pipeline` in a run directory, each resumed when it is there already.
 
-A run directory holds ``pairs``, ``scores``, ``circuits``, ``assignment``, ``plan``, ``model`` (the unlearned model and
-its training log), ``evaluation``, on request ``robustness``, and ``report.html``; ``run.json`` says what made them.
+A run directory holds ``pairs``, ``scores``, ``circuits``, ``editability`` (where it weighs), ``assignment``, ``plan``,
+``model`` (the unlearned model and its training log), ``evaluation``, on request ``robustness``, and ``report.html``;
+``run.json`` says what made them.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ def explain(run: Run, nodes: Sequence[str]) -> list[str]:
     if settings.mode == "surgical":
         raise RunError(f"{run.folder} was made with mode = surgical: only roles in conflict mode are explained")
     scores, circuits = (_kept(run, stage, dict) for stage in ("scores", "circuits"))
+    measured = _kept(run, "editability", dict) if settings.weighting == "editability" else None
     graph = circuits["forget"].graph
     explainer = Explainer([circuits["forget"]], [found for name, found in circuits.items() if name != "forget"],
-                          semantics=settings.semantics, **objectives(scores, graph, settings))
+                          semantics=settings.semantics, **objectives(scores, graph, settings, measured))
     planned = _kept(run, "assignment", dict).role
     lines = []
     for node in nodes:
@@ -434,6 +436,7 @@ def _kept(run: Run, stage: str, make: Callable[[], Any]) -> Any:
     from .circuit.attribution import Scores
     from .circuit.graph import Circuit
     from .data.pairs import Pairs
+    from .editability import Editability
     from .logic import Assignment
 
     by_set: dict[str, Any] = {"pairs": Pairs, "scores": Scores, "circuits": Circuit}
@@ -448,9 +451,12 @@ def _kept(run: Run, stage: str, make: Callable[[], Any]) -> Any:
                 value.save(folder / f"{name}.safetensors")
             write_json(folder / "sets.json", list(made))
         return made
+    kinds: dict[str, tuple[Any, str]] = {"plan": (Plan, ""), "editability": (Editability, ""),
+                                         "assignment": (Assignment, "assignment.json")}
+    kind, file = kinds[stage]
     if run.has(stage):
-        return Plan.load(folder) if stage == "plan" else Assignment.load(folder / "assignment.json")
+        return kind.load(folder / file)
     with run.stage(stage) as folder:
         made = make()
-        made.save(folder if stage == "plan" else folder / "assignment.json")
+        made.save(folder / file)
     return made

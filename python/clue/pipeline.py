@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .circuit.attribution import Scores
     from .circuit.graph import Circuit, Graph
     from .data.pairs import Pairs
+    from .editability import Editability
     from .logic import Assignment
     from .model.anatomy import Anatomy
 
@@ -120,7 +121,11 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
         name: cut(body, pairs[name], s, settings) for name, s in scores.items()})
     say("circuits   " + ", ".join(f"{name} {circuit.summary()}" for name, circuit in circuits.items()))
 
-    assignment: Assignment = keep("assignment", lambda: solve(scores, circuits, settings, seed=seed))
+    measured: Editability | None = None
+    if settings.weighting == "editability":
+        measured = keep("editability", lambda: _editability(body, tokenizer, sets, circuits["forget"], settings, data, seed))
+
+    assignment: Assignment = keep("assignment", lambda: solve(scores, circuits, settings, editability=measured, seed=seed))
     say(f"roles      conflict cost {assignment.cost}, {'proven least' if assignment.optimal else 'NOT proven least'}:"
         f" {assignment.n_forced} forced, {assignment.n_chosen} chosen")
 
@@ -148,9 +153,21 @@ def cut(body: Anatomy, pairs: Pairs, scores: Scores, settings: LocalizeSettings)
     return confirm(body, pairs, circuit, settings) if settings.confirm else circuit
 
 
+def _editability(body: Anatomy, tokenizer: Any, sets: Mapping[str, Any], circuit: Circuit, settings: LocalizeSettings,
+                 data: DataSettings, seed: int) -> Editability:
+    """Of the nodes of the forget circuit: no others can be chosen."""
+    from .editability import editability
+
+    retain = {name: found for name, found in sets.items() if name != "forget"}
+    return editability(body, tokenizer, sets["forget"], retain, circuit.graph, circuit.nodes, data=data,
+                       batch_size=settings.batch_size, seed=seed)
+
+
 def solve(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], settings: LocalizeSettings, *,
-          seed: int = 0) -> Assignment:
+          editability: Editability | None = None, seed: int = 0) -> Assignment:
     """Turn the circuits into a formula and solve it to the proven minimum of conflicts, or of edits in surgical mode.
+
+    ``editability`` is needed, and used, where ``settings.weighting`` asks for it.
 
     With ``settings.stability``, only roles that are stable under the scores' uncertainty lead to edits (see
     :mod:`clue.stability`); ``seed`` seeds its samples.
@@ -160,7 +177,7 @@ def solve(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], setting
     def once(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit]) -> Assignment:
         forget = [circuits["forget"]]
         retain = [circuit for name, circuit in circuits.items() if name != "forget"]
-        values = objectives(scores, circuits["forget"].graph, settings)
+        values = objectives(scores, circuits["forget"].graph, settings, editability)
         if settings.mode == "surgical":
             return operate(forget, retain, **values)
         return assign(forget, retain, semantics=settings.semantics, **values)
@@ -173,7 +190,8 @@ def solve(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], setting
     return keep_stable(found, sample_roles(scores, circuits, settings, once, seed=seed), settings.stability)
 
 
-def objectives(scores: Mapping[str, Scores], graph: Graph, settings: LocalizeSettings) -> dict[str, Any]:
+def objectives(scores: Mapping[str, Scores], graph: Graph, settings: LocalizeSettings,
+               editability: Editability | None = None) -> dict[str, Any]:
     """``weights``, ``retain_score`` and ``forget_score`` of :func:`clue.logic.assign`.
 
     What a retain node is worth is its largest score over the retain sets, each scaled to a largest score of one, so that
@@ -183,6 +201,11 @@ def objectives(scores: Mapping[str, Scores], graph: Graph, settings: LocalizeSet
     weights = None
     if settings.weighting == "attribution":
         weights = 1 + np.round(999 * retain_score).astype(np.int64)
+    elif settings.weighting == "editability":
+        if editability is None:
+            raise ClueError("weighting = editability needs every node's editability: measure it with"
+                            " clue.editability.editability")
+        weights = editability.costs()
     return {"weights": weights, "retain_score": retain_score, "forget_score": scaled(scores["forget"], graph)}
 
 
