@@ -124,6 +124,9 @@ class UnlearnSettings:
                             " built-in list")
     metric: bool = _option(True, "precondition the forget gradient by the retain set's Kronecker curvature")
     damping: float = _option(0.01, "lambda of that preconditioner, relative to the factors' mean diagonal")
+    metric_width: int = _option(2048, "factors of that curvature with more channels than this are kept to their largest"
+                                " eigenvalues")
+    metric_rank: int = _option(512, "how many eigenvalues these are")
     weight_decay: float = _option(0.0, "decoupled weight decay, on planned weights only")
     rounding: str = _option("nearest", "of bf16 weights: nearest (from float32 copies of the planned weights) or stochastic"
                             " (without these, up or down at random, right on average)", choices=("nearest", "stochastic"))
@@ -204,7 +207,7 @@ def check(settings: Any) -> None:
         if f.name in {"beta", "simnpo_beta"} and not value > 0.0:
             raise ClueError(f"{f.name} = {value} must be greater than 0")
         if f.name in {"batch_size", "steps", "check_every", "bad_steps", "max_new_tokens", "relearn_steps", "drift_steps",
-                      "curve_points", "hints", "stability_samples"} and value < 1:
+                      "curve_points", "hints", "stability_samples", "metric_rank"} and value < 1:
             raise ClueError(f"{f.name} = {value} must be at least 1")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not (0 <= value < float("inf")):
             raise ClueError(f"{f.name} = {value} must be finite and not negative")

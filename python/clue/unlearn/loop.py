@@ -274,7 +274,8 @@ class _Training:
         pool = Pool(self.retain, self.seed)
         sample = pool.take(min(METRIC_RECORDS, len(pool)))
         self.metric = RetainMetric.measure(self.model, self.plan, self._batches(sample), damping=self.settings.damping,
-                                           roles=stage.roles)
+                                           roles=stage.roles, exact_width=self.settings.metric_width,
+                                           rank=self.settings.metric_rank)
         self.at_metric, self.place.measured = self.before.now() if self.place.done else {}, self.place.done
 
     @torch.no_grad()

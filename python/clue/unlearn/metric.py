@@ -10,13 +10,15 @@ keeps the part of a forget gradient g that retention does not use and shrinks th
 what the plan moves: planned rows need G over these rows only, planned columns A over these columns only. Single weights
 need both whole: their gradient stands among zeros, is stepped, and is read off again. A bias is a
 layer whose only input is the constant 1. An expert is two linear layers that see the tokens routed to it. Where a layer
-keeps W transposed (Conv1D), so are g, the step and its factors.
+keeps W transposed (Conv1D), so are g, the step and its factors. Wide factors are kept to their largest eigenvalues
+(:mod:`.curvature`), so that the metric of an 8B model's plan takes about 1 GB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,7 @@ from ..model.capture import frozen
 from ..model.experts import Routed, is_experts, linear_traffic
 from ..types import Role
 from ..weights import is_flat, member_of, parameter_of, weight_of
+from .curvature import EXACT_WIDTH, RANK, Factor, Inverse
 from .objectives import answer_log_probs
 from .optimizer import planned_index, planned_parameters
 
@@ -40,24 +43,19 @@ if TYPE_CHECKING:
 class RetainMetric:
     """Inverse curvature factors of planned slices. Make one with :meth:`measure`."""
 
-    def __init__(self, factors: dict[str, tuple[Tensor, Tensor]], damping: float,
-                 places: dict[str, Tensor] | None = None) -> None:
-        """``factors``: parameter -> (curvature over its planned rows, over its planned columns), both symmetric.
+    def __init__(self, sides: Mapping[str, tuple[Inverse | None, Inverse | None]], sizes: Mapping[str, tuple[int, int]],
+                 places: Mapping[str, Tensor]) -> None:
+        """``sides``: parameter -> (what to multiply by from the left, from the right), ``None`` for nothing.
 
-        That is (G, A), or (A, G) for a weight kept transposed. ``places``: where the planned single weights of a
-        parameter lie, int64 [k].
+        That is (G, A), or (A, G) for a weight kept transposed. Of parameters whose single weights are planned, ``sizes`` has
+        the whole shape and ``places`` where these lie in it, int64 [k].
         """
-        self._places = places or {}
-        done: dict[int, Tensor | None] = {}  # q, k, v share one A, and so do gate and up
-        for factor in (f for pair in factors.values() for f in pair):
-            if id(factor) not in done:
-                done[id(factor)] = _inverse(factor, damping)
-        self._inverses = {name: (done[id(rows)], done[id(columns)]) for name, (rows, columns) in factors.items()}
-        self._sizes = {name: (len(rows), len(columns)) for name, (rows, columns) in factors.items()}
+        self._sides, self._sizes, self._places = dict(sides), dict(sizes), dict(places)
 
     @classmethod
     def measure(cls, model: nn.Module, plan: Plan, batches: Iterable[Batch], *, damping: float,
-                roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> RetainMetric:
+                roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT), exact_width: int = EXACT_WIDTH,
+                rank: int = RANK) -> RetainMetric:
         """One forward and backward pass over retain batches; weight gradients are never computed.
 
         Args:
@@ -66,15 +64,18 @@ class RetainMetric:
             batches: :class:`clue.data.encoding.Batch`; padding is left out of both factors.
             damping: relative to each factor's mean diagonal; smaller keeps less of what retention uses.
             roles: the slices of these roles, taken together, are the ones that can be preconditioned afterwards.
+            exact_width: factors of more channels are kept to their ``rank`` largest eigenvalues.
+            rank: how many these are.
 
         Raises:
             PlanError: a planned weight is not the weight or bias of a linear layer, or an expert's.
+            ClueError: ``exact_width`` is negative, or ``rank`` is not positive.
         """
-        layers, stacks = _layers(model, plan, roles)
+        layers, stacks = _layers(model, plan, roles, partial(Factor, exact_width=exact_width, rank=rank))
         if not layers and not stacks:
-            return cls({}, damping)
+            return cls({}, {}, {})
         tokens: list[Tensor] = []  # the mask of the batch that is running, [batch * seq]
-        previous: list[tuple[Tensor, _Factor]] = []  # the latest full input, and the factor it went into
+        previous: list[tuple[Tensor, Factor]] = []  # the latest full input, and the factor it went into
 
         def attach(layer: _Layer) -> Any:
             def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -121,20 +122,33 @@ class RetainMetric:
             finally:
                 for handle in handles:
                     handle.remove()
-        one = torch.ones(1, 1)
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        sides: dict[str, tuple[Inverse | None, Inverse | None]] = {}
+        sizes: dict[str, tuple[int, int]] = {}
+
+        constant = Factor(None)
+        constant.add(torch.ones(1, 1))
+
+        def invert(name: str, rows: Factor, columns: Factor) -> None:
+            if rows.met and columns.met:
+                sizes[name] = rows.width, columns.width
+                sides[name] = rows.inverse(damping), columns.inverse(damping)
+
         for layer in layers:
-            for name, factor in layer.outputs.items():
-                a = layer.input.total if layer.input is not None and weight_of(name) == layer.weight else one
-                if factor.total is not None and a is not None:
-                    transposed = layer.transposed and weight_of(name) == layer.weight
-                    found[name] = (a, factor.total) if transposed else (factor.total, a)
+            for name, outputs in layer.outputs.items():
+                if weight_of(name) != layer.weight:
+                    invert(name, outputs, constant)
+                elif layer.input is not None:
+                    invert(name, *((layer.input, outputs) if layer.transposed else (outputs, layer.input)))
         for part in (part for planned in stacks.values() for parts in planned.values() for part in parts):
-            if part.outputs.total is not None and part.inputs.total is not None:
-                found[part.name] = part.outputs.total, part.inputs.total
-        places = {name: torch.from_numpy(planned_index(plan, name, roles)[1]).to(rows.device)
-                  for name, (rows, _) in found.items() if is_flat(name)}
-        return cls(found, damping, places)
+            invert(part.name, part.outputs, part.inputs)
+        device = next(model.parameters()).device
+        places = {name: torch.from_numpy(planned_index(plan, name, roles)[1]).to(device) for name in sides if is_flat(name)}
+        return cls(sides, sizes, places)
+
+    def bytes(self) -> int:
+        """Memory of the inverses; q, k and v share one, and so do gate and up."""
+        return sum({id(inverse): inverse.bytes() for pair in self._sides.values() for inverse in pair
+                    if inverse is not None}.values())
 
     @torch.no_grad()
     def precondition(self, parameter: str, gradient: Tensor) -> Tensor:
@@ -148,7 +162,7 @@ class RetainMetric:
         Returns:
             a tensor of the same shape and dtype; computed in float32 (float64 for float64).
         """
-        rows, columns = self._inverses[parameter]
+        rows, columns = self._sides[parameter]
         place = self._places.get(parameter)
         if place is not None:
             size = self._sizes[parameter]
@@ -157,28 +171,10 @@ class RetainMetric:
             step = gradient.unsqueeze(1) if gradient.ndim == 1 else gradient
         for inverse, left in ((rows, True), (columns, False)):
             if inverse is not None:
-                inverse = inverse.to(step.device)
-                step = step.to(inverse.dtype)
-                step = inverse @ step if left else step @ inverse
+                step = inverse.apply(step, left=left)
         if place is not None:
             step = step.reshape(-1).index_select(0, place)
         return step.reshape(gradient.shape).to(gradient.dtype)
-
-
-@dataclass
-class _Factor:
-    """A running sum of outer products over some channels (all of them when ``index`` is None)."""
-
-    index: Tensor | None
-    total: Tensor | None = None
-
-    def add(self, vectors: Tensor) -> None:
-        """Add every row of [tokens, channels]."""
-        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-        if self.index is not None:
-            vectors = vectors.index_select(1, self.index)
-        product = vectors.T @ vectors
-        self.total = product if self.total is None else self.total.add_(product)
 
 
 @dataclass
@@ -188,8 +184,8 @@ class _Layer:
     module: nn.Module
     weight: str
     transposed: bool
-    input: _Factor | None
-    outputs: dict[str, _Factor]
+    input: Factor | None
+    outputs: dict[str, Factor]
 
 
 @dataclass
@@ -198,12 +194,12 @@ class _Part:
 
     name: str
     kind: str
-    inputs: _Factor
-    outputs: _Factor
+    inputs: Factor
+    outputs: Factor
 
 
-def _layers(model: nn.Module, plan: Plan,
-            roles: Sequence[Role]) -> tuple[list[_Layer], dict[nn.Module, dict[int, list[_Part]]]]:
+def _layers(model: nn.Module, plan: Plan, roles: Sequence[Role],
+            factor: Callable[[Tensor | None], Factor]) -> tuple[list[_Layer], dict[nn.Module, dict[int, list[_Part]]]]:
     """What to watch: linear layers, and in stacks of experts the experts with planned parts."""
     layers: dict[str, _Layer] = {}
     stacks: dict[nn.Module, dict[int, list[_Part]]] = {}
@@ -215,7 +211,7 @@ def _layers(model: nn.Module, plan: Plan,
         number = member_of(name)
         if number is not None and is_experts(module):
             rows, columns = (index if axis == side and not is_flat(name) else None for side in (0, 1))
-            part = _Part(name, kind, _Factor(columns), _Factor(rows))
+            part = _Part(name, kind, factor(columns), factor(rows))
             stacks.setdefault(module, {}).setdefault(number, []).append(part)
             continue
         transposed = is_transposed(module)
@@ -225,24 +221,14 @@ def _layers(model: nn.Module, plan: Plan,
         layer = layers.setdefault(path, _Layer(module, f"{path}.weight", transposed, None, {}))
         of_outputs = kind == "bias" or axis == (1 if transposed else 0)
         if kind == "weight" and is_flat(name):
-            layer.outputs[name], layer.input = _Factor(None), _Factor(None)
+            layer.outputs[name], layer.input = factor(None), factor(None)
             continue
-        layer.outputs[name] = _Factor(index if of_outputs else None)
+        layer.outputs[name] = factor(index if of_outputs else None)
         if kind == "weight":
-            layer.input = _Factor(None if of_outputs else index)
+            layer.input = factor(None if of_outputs else index)
     return list(layers.values()), stacks
 
 
-def _add_all(factors: dict[str, _Factor], gradient: Tensor) -> None:
+def _add_all(factors: dict[str, Factor], gradient: Tensor) -> None:
     for factor in factors.values():
         factor.add(gradient)
-
-
-def _inverse(factor: Tensor, damping: float) -> Tensor | None:
-    """(F / damping + I)^-1 with F divided by its mean diagonal; None, which means I, when F is zero."""
-    scale = factor.diagonal().mean().double()
-    if not scale > 0:
-        return None
-    matrix = factor.double() / (scale * damping)  # in float64: eigenvalues reach from 1 to size / damping
-    matrix.diagonal().add_(1.0)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix)).to(factor.dtype)
