@@ -13,6 +13,7 @@
 #include "bindings/running.hpp"
 #include "certificate.hpp"
 #include "logic/check.hpp"
+#include "logic/checksum.hpp"
 #include "logic/circuit.hpp"
 #include "logic/surgery.hpp"
 
@@ -162,9 +163,22 @@ py::dict check_circuits(std::int32_t n_nodes, const py::object& editable, const 
   });
 }
 
+py::bytes checksum(const py::buffer& values) {
+  const py::buffer_info info = values.request();
+  if (info.ndim != 1 || (info.size > 1 && info.strides[0] != info.itemsize))
+    throw py::value_error("values: expected one contiguous dimension");
+  const auto sums =
+      logic::checksum({static_cast<const char*>(info.ptr), static_cast<std::size_t>(info.size * info.itemsize)});
+  std::string found;
+  for (const std::uint64_t sum : sums)
+    for (int byte = 0; byte < 8; ++byte) found += static_cast<char>(sum >> 8 * byte & 0xff);
+  return found;
+}
+
 }  // namespace
 
 void register_logic(py::module_& module) {
+  module.def("checksum", &checksum, py::arg("values"), "32 bytes that tell arrays apart; see csrc/logic/checksum.hpp.");
   module.def("cadical_version", [] { return CaDiCaL::Solver::version(); }, "Version of the CaDiCaL linked in.");
   module.def("assign", &assign, py::arg("n_nodes"), py::arg("editable"), py::arg("forget"), py::arg("retain"),
              py::arg("weights"), py::arg("risk"), py::arg("reach"), py::arg("semantics"), py::arg("time_limit"),

@@ -8,7 +8,7 @@ namespace clue::logic {
 namespace {
 
 constexpr std::string_view kMagic = "CLUECERT";
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 
 }  // namespace
 

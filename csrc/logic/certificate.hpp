@@ -13,10 +13,10 @@
 // written as 2s, or -2s - 1 if negative; a literal of variable v >= 1 is 2v, or 2v + 1 where it is negated.
 //
 //   8 bytes  "CLUECERT"
-//   4 bytes  version, little endian: 1
+//   4 bytes  version, little endian: 2
 //   1 byte   kind of question: 1 circuits, 2 weighted formula (.wcnf)
 //   1 byte   claim: 1 the cost is the least, 0 there is no model
-//   32 bytes SHA-256 of the question, as clue.logic and clue.sat compute it
+//   32 bytes digest of the question, as clue.certificate.digest computes it
 //   number   cost; then the model's bits, low ones first, padded to whole bytes with 0. Neither if there is no model.
 //              circuits: 2 bits a node, works for retain (r_n) and dead for forget (not f_n), from node 0 on
 //              formula: 1 bit a variable, from variable 1 on

@@ -31,6 +31,13 @@ def assign(
 ) -> dict[str, Any]:
     """``interrupted`` is None, or the exception that a signal or ``on_bounds`` raised."""
 
+def checksum(values: npt.NDArray[Any]) -> bytes:
+    """32 bytes that tell arrays apart, by their content; see csrc/logic/checksum.hpp.
+
+    Raises:
+        ValueError: ``values`` is not one contiguous dimension.
+    """
+
 def check_circuits(
     n_nodes: int,
     editable: npt.NDArray[np.uint8],

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
-from clue.certificate import Verified
+from clue import _core
+from clue.certificate import Verified, digest
 from clue.errors import CertificateError, CircuitError, RefutedError
 from clue.logic import _digest, assign, check_certificate, pose
 from clue.types import Gate
@@ -269,7 +272,7 @@ def test_a_certificate_is_of_one_question(cases: list[Case], tmp_path: Path) -> 
     for certificate, text in [
         (other.certificate, "it is of another question"), (b"", "cut short|does not begin"), (b"CLUECERX" + b"0" * 60,
                                                                                   "does not begin"),
-        (case.certificate[:8] + b"\2\0\0\0" + case.certificate[12:], "its version is 2, not 1"),
+        (case.certificate[:8] + b"\1\0\0\0" + case.certificate[12:], "its version is 1, not 2"),
         (case.certificate[:12] + b"\2" + case.certificate[13:], "of another kind of question"),
     ]:
         with pytest.raises(CertificateError, match=text) as caught:
@@ -281,6 +284,36 @@ def test_a_certificate_is_of_one_question(cases: list[Case], tmp_path: Path) -> 
         check_certificate(case.forget, case.retain, case.certificate, semantics="authors", weights=case.weights)
     with pytest.raises(CertificateError, match="none does not exist"):
         check_certificate(case.forget, case.retain, tmp_path / "none", weights=case.weights)
+
+
+arrays = st.lists(hnp.arrays(st.sampled_from([np.uint8, np.int32, np.int64]), st.integers(0, 40)), max_size=4)
+
+
+@settings(max_examples=60)
+@given(arrays)
+def test_the_digest_is_as_the_format_says(given: list[np.ndarray]) -> None:
+    assert digest("kind", given) == oracle.digest("kind", given)
+    assert digest("another", given) != digest("kind", given)
+
+
+@settings(max_examples=60)
+@given(arrays, st.randoms(use_true_random=False))
+def test_one_bit_makes_another_digest(given: list[np.ndarray], random: Any) -> None:
+    before = digest("kind", given)
+    assert digest("kind", [*given, np.zeros(0, dtype=np.int32)]) != before
+    for i, array in enumerate(given):
+        assert digest("kind", [*given[:i], np.append(array, array.dtype.type(0)), *given[i + 1:]]) != before
+        if len(array):
+            other = array.copy()
+            bits = other.view(np.uint8)
+            bits[random.randrange(len(bits))] ^= 1 << random.randrange(8)
+            assert digest("kind", [*given[:i], other, *given[i + 1:]]) != before
+
+
+def test_a_checksum_of_what_is_no_flat_array_is_refused() -> None:
+    for values in (np.zeros((2, 2)), np.zeros(6)[::2]):
+        with pytest.raises(ValueError, match="^values: expected one contiguous dimension$"):
+            _core.checksum(values)
 
 
 def test_no_certificate_where_the_time_limit_strikes(tmp_path: Path) -> None:

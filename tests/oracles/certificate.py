@@ -6,6 +6,7 @@ Literals are (variable, sign) with any hashable variable.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
@@ -46,6 +47,21 @@ class Reader:
     def signed(self) -> int:
         value = self.number()
         return -(value + 1) // 2 if value % 2 else value // 2
+
+
+def digest(kind: str, arrays: Iterable[np.ndarray]) -> bytes:
+    """The name of a question, word for word as csrc/logic/checksum.hpp and clue.certificate.digest say."""
+    found = hashlib.sha256(kind.encode())
+    for array in arrays:
+        content = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        content += bytes(-len(content) % 32)
+        sums = [0, 1, 2, 3]
+        for at in range(0, len(content), 8):
+            word, lane = int.from_bytes(content[at:at + 8], "little"), at // 8 % 4
+            value = (sums[lane] + word * 0x9E3779B97F4A7C15) % 2**64
+            sums[lane] = (value << 31 | value >> 33) % 2**64 * 0xD6E8FEB86659FD93 % 2**64
+        found.update(len(array).to_bytes(8, "little") + b"".join(value.to_bytes(8, "little") for value in sums))
+    return found.digest()
 
 
 def negated(literal: Literal) -> Literal:
@@ -165,7 +181,7 @@ def section(data: Reader, axiom: Callable[[Reader], Clause], cost_of: Callable[[
 
 def head(data: Reader, kind: int, question: bytes) -> bool:
     """Whether a model is claimed."""
-    if data.bytes(8) != b"CLUECERT" or data.bytes(4) != (1).to_bytes(4, "little") or data.bytes(1) != bytes([kind]):
+    if data.bytes(8) != b"CLUECERT" or data.bytes(4) != (2).to_bytes(4, "little") or data.bytes(1) != bytes([kind]):
         raise Wrong("no certificate of such a question")
     claim = data.bytes(1)[0]
     if claim > 1 or data.bytes(32) != question:
