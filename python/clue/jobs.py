@@ -121,7 +121,6 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> bool:
 
 
 def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) -> None:
-    from .processes import place
     from .report.svg import percent
     from .unlearn.checkpoint import FILE as CHECKPOINT
     from .unlearn.loop import unlearn as train
@@ -151,7 +150,7 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
         progress(f"unlearn    goes on from {checkpoint / CHECKPOINT}")
     log = train(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
                 plan, settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step,
-                checkpoint=checkpoint if place()[1] == 1 else None)  # several processes would write the same file
+                checkpoint=checkpoint)
     if not writes:
         return
     with run.stage("model") as folder:

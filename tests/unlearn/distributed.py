@@ -97,7 +97,7 @@ def digest(weights: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def unlearned(model: nn.Module, plan: Plan, objective: str) -> Any:
+def unlearned(model: nn.Module, plan: Plan, objective: str, **keywords: Any) -> Any:
     """CLUE's own loop, on three forget records and a batch that two processes cannot share evenly."""
     from clue.config import DataSettings, UnlearnSettings
     from clue.unlearn import unlearn
@@ -105,7 +105,7 @@ def unlearned(model: nn.Module, plan: Plan, objective: str) -> Any:
     return unlearn(model, build_tokenizer(), records("forget", WORDS), {"retain": records("retain", RETAIN)}, plan,
                    UnlearnSettings(objective=objective, steps=STEPS, batch_size=3, lr=1e-2, warmup=0,
                                    floor=0.0),
-                   data=DataSettings(append_eos=False))
+                   data=DataSettings(append_eos=False), **keywords)
 
 
 def compare(now: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor], plan: Plan) -> None:

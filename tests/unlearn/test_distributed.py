@@ -6,6 +6,8 @@ and prints digests of all weights, which must be the same in both.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.processes import run
@@ -71,6 +73,53 @@ PROGRAM = """
                                            rtol=1e-3, atol=1e-4)
         print(mine.forget_loss, mine.final_probability, digest(whole(model)))
 """
+
+
+RESUMED = """
+    from pathlib import Path
+    import pytest
+    from torch.distributed.fsdp import fully_shard
+    from tests.unlearn.distributed import *
+    from clue.errors import ClueError, RunError
+
+    folder = Path(sys.argv[1])
+    model, plan = model_and_plan("llama/biased")
+    log = unlearned(model, plan, "npo")
+    expected = digest(whole(model))
+
+    def stop(entry):
+        if entry["step"] == 2:
+            raise KeyboardInterrupt  # in all processes after the same step
+
+    again, _ = model_and_plan("llama/biased")
+    with pytest.raises(KeyboardInterrupt):
+        unlearned(again, plan, "npo", checkpoint=folder, every=1, on_step=stop)
+    assert [file.name for file in folder.iterdir()] == ["training.safetensors"]
+    dist.barrier()
+    steps = []
+    again, _ = model_and_plan("llama/biased")
+    mine = unlearned(again, plan, "npo", checkpoint=folder, every=1, on_step=lambda entry: steps.append(entry["step"]))
+    assert steps[0] == 2 and digest(whole(again)) == expected
+    assert mine.forget_loss.tolist() == log.forget_loss.tolist()
+
+    sharded, _ = model_and_plan("llama/biased")
+    fully_shard(sharded)
+    with pytest.raises(ClueError, match="checkpoint: the model is sharded"):
+        unlearned(sharded, plan, "npo", checkpoint=folder)
+    dist.barrier()
+    # A checkpoint that the first process alone sees is refused by the others.
+    from clue.unlearn.checkpoint import Checkpoint
+    keeper = Checkpoint(folder if rank == 0 else folder / "elsewhere", every=1, identity={})
+    if rank == 0:
+        assert keeper.load() is not None  # an empty identity suits any training
+    else:
+        with pytest.raises(RunError, match="is not the same for all processes: put the run into a folder"):
+            keeper.load()
+    """
+
+
+def test_processes_go_on_together_from_one_checkpoint(tmp_path: Path) -> None:
+    run(RESUMED, str(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llama/biased", pytest.param("mixtral", marks=pytest.mark.slow)])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.atomic import replacing
 from ..errors import RunError
+from ..processes import agreed, place
 from ..provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Saved:
 
 
 class Checkpoint:
-    """The checkpoint in a folder.
+    """The checkpoint in a folder, which processes that share a training share too: the first writes it, all read it.
 
     Args:
         folder: made when the first checkpoint is written.
@@ -71,8 +72,10 @@ class Checkpoint:
         self._steps, self._took, self._last = 0, 0.0, time.monotonic()
 
     def due(self) -> bool:
-        """Whether to write one now; called once after every step."""
+        """Whether this process is to write one now; called once after every step."""
         self._steps += 1
+        if place()[0] != 0:
+            return False
         if self._every:
             return self._steps % self._every == 0
         return time.monotonic() - self._last >= max(SECONDS, PATIENCE * self._took)
@@ -96,13 +99,18 @@ class Checkpoint:
         """The checkpoint that is there, if there is one. What killed writers left beside it is removed.
 
         Raises:
-            RunError: it is damaged, or of a training with another model, plan, setting or record.
+            RunError: it is damaged, of a training with another model, plan, setting or record, or not there for all
+                processes.
         """
         from safetensors import SafetensorError, safe_open
 
-        for partial in self._file.parent.glob(f".{FILE}.*.partial"):
-            partial.unlink(missing_ok=True)
-        if not self._file.exists():
+        if place()[0] == 0:
+            for partial in self._file.parent.glob(f".{FILE}.*.partial"):
+                partial.unlink(missing_ok=True)
+        there = self._file.exists()
+        if bool(agreed(there)) != there:
+            raise RunError(f"{self._file} is not the same for all processes: put the run into a folder that all of them see")
+        if not there:
             return None
         try:
             with safe_open(self._file, framework="pt") as file:

@@ -40,6 +40,7 @@ from .reference import ReferenceWeights
 from .refusals import refuse
 from .role_gradient import RoleGradient, forgotten_of
 from .schedule import Pool, RetainWeight, Shuffled, Stage, learning_rate, stages_of
+from .shards import is_sharded
 from .tuning import NOTES, tune
 from .twins import TWINS, corrupted_twins
 
@@ -74,8 +75,9 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
         on_step: called after every step with the step's entry of the log, plus ``step`` (from 1) and ``steps``; in trials
             also with the ``trial``'s number.
         checkpoint: a folder to keep the training's state in, made where it is missing: planned slices, moments, sampling,
-            schedule and log. Where it holds one, training goes on from there, given the model as it was before: on a CPU
-            to the same bits as without the interruption. It stays there at the end; who made it removes it.
+            schedule and log; processes that share the training share it. Where it holds one, training goes on from there,
+            given the model as it was before: on a CPU to the same bits as without the interruption. It stays there at the
+            end; who made it removes it.
         every: steps between two checkpoints; 0 means one a minute, or less often where writing takes long.
 
     Raises:
@@ -91,7 +93,10 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
     objective = objective_of(settings.objective if objective is None else objective)
-    planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
+    planned = planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
+    if checkpoint is not None and any(map(is_sharded, planned.values())):
+        raise ClueError("checkpoint: the model is sharded, and no process holds all of what would be in it: train without, or"
+                        " a model that every process holds whole")
     tuning = None
     if settings.lr == 0:
         notes = None if checkpoint is None else Path(checkpoint) / NOTES
