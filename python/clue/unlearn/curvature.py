@@ -55,7 +55,7 @@ class LowRankInverse:
     """I - U diag(shrink) U^T: U [width, rank] are eigenvectors of F, and shrink [rank] is l / (l + damping mean diagonal).
 
     What F has beyond its rank counts as nothing. Spread evenly over the other directions, as its trace would allow, it keeps
-    less (docs/findings.md, 2): directions that retention hardly uses are those that forgetting is to take.
+    less (docs/findings.md, 4): directions that retention hardly uses are those that forgetting is to take.
     """
 
     vectors: Tensor
@@ -79,6 +79,7 @@ class Factor:
         if exact_width < 0 or rank < 1:
             raise ClueError(f"exact_width = {exact_width} must not be negative, and rank = {rank} must be at least 1")
         self.index = index
+        self.width = 0  # known once something was added
         self._exact_width, self._rank = exact_width, rank
         self._total: Tensor | None = None  # F, or F times the random matrix
         self._random: Tensor | None = None
@@ -149,7 +150,7 @@ def _low_rank(total: Tensor, random: Tensor, damping: float, rank: int) -> Inver
         return None
     dtype, sketch, random = total.dtype, total.double(), random.double()
     # A shift as large as the sketch's own rounding keeps the small matrix positive; it is taken off the eigenvalues again.
-    shift = torch.finfo(dtype).eps * float(torch.linalg.matrix_norm(sketch, 2)) * len(sketch) ** 0.5
+    shift = torch.finfo(dtype).eps * float(torch.linalg.matrix_norm(sketch)) * len(sketch) ** 0.5
     sketch = sketch + shift * random
     small = random.T @ sketch
     lower, failed = torch.linalg.cholesky_ex((small + small.T) / 2)
