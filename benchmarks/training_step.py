@@ -43,7 +43,6 @@ from clue.plan import Plan, Slice
 from clue.types import NodeKind, Role
 from clue.unlearn import MaskedAdamW, RetainMetric, SparseGradients, answer_log_probs
 from clue.unlearn.objectives import nll
-from clue.unlearn.reference import ReferenceWeights
 
 SHARE = 0.05
 
@@ -131,7 +130,8 @@ def of_8b(found: Claims, layers: int = 2, tokens: int = 1024) -> None:
     """What training Llama-3-8B's shape in bf16 holds at 5% conflict weights, from a few of its 32 layers at full width.
 
     Counted, not measured: activations of ``tokens`` with checkpointing (every layer's input, one layer's inside, and the
-    logits of all positions in bf16, float32 and as a gradient).
+    logits of the answers, half of the positions, in bf16, float32 and as a gradient). Copies of the slices before are in the
+    host's memory.
     """
     width, inner, vocabulary, depth = 4096, 14336, 128256, 32
     config = LlamaConfig(vocab_size=512, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -151,15 +151,11 @@ def of_8b(found: Claims, layers: int = 2, tokens: int = 1024) -> None:
     def part(name: str, before: int) -> None:
         parts[name] = held(given) - before
 
-    before = held(given)
-    copies = ReferenceWeights(model, plan)
-    part("copies", before)
-    before = held(given)
     metric = RetainMetric.measure(model, plan, [batch], damping=0.01)
     parts["metric"] = metric.bytes()
     optimizer = MaskedAdamW(model, plan, lr=1e-5, rounding="stochastic")
     before = held(given)
-    with SparseGradients(model, plan) as sparse:
+    with SparseGradients(model, plan, half=True) as sparse:
         sparse.split(forget=1, retain=1, seq=16)
         log_p, n_tokens = answer_log_probs(*answer_logits(model, batch))
         (nll(log_p[1:], n_tokens[1:]) - nll(log_p[:1], n_tokens[:1])).backward()
@@ -170,10 +166,10 @@ def of_8b(found: Claims, layers: int = 2, tokens: int = 1024) -> None:
         before = held(given)
         optimizer.step(gradients=gradients)
         part("state", before)
-    del copies, metric
+    del metric
     sizes = {"weights": 2 * weights} | {name: size * depth // layers for name, size in parts.items()}
     inside = tokens * (8 * width + 4 * inner) * 2
-    sizes["activations"] = tokens * depth * width * 2 + inside + tokens * vocabulary * (2 + 4 + 4)
+    sizes["activations"] = tokens * depth * width * 2 + inside + tokens // 2 * vocabulary * (2 + 4 + 4)
     total = sum(sizes.values()) / 1e9
     named = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
     share = plan.weights_changed * depth // layers / weights

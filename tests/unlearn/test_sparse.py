@@ -263,22 +263,25 @@ def half_part(model: nn.Module, rows: slice, loss: Callable[[Tensor], Tensor]) -
         return loss(log_probs(model, rows))
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_get_float32_gradients(dtype: torch.dtype) -> None:
+def test_half_precision_weights_get_float32_gradients_unless_told(dtype: torch.dtype, half: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9).to(dtype))
     plan = small_plan(model, {"0.weight": (0, {Role.FORGET: [1, 4], Role.CONFLICT: [5]}),
                               "0.bias": (0, {Role.CONFLICT: [5]})})
     x, weights = torch.randn(4, 300, 12).to(dtype), torch.randn(4, 300, 9).to(dtype)
-    with SparseGradients(model, plan) as sparse:
+    with SparseGradients(model, plan, half=half) as sparse:
         sparse.split(forget=1, retain=3, seq=300)
         (model(x) * weights).sum().backward()
         got = sparse.take()
+    rounding = torch.finfo(dtype).eps if half else 1e-5
     exact = weights.double()[:1].flatten(0, 1).T @ x.double()[:1].flatten(0, 1)
-    assert got["0.weight"].forget.dtype == torch.float32
-    torch.testing.assert_close(got["0.weight"].forget.double(), exact[[1, 4, 5]], rtol=1e-5, atol=1e-4)
+    assert got["0.weight"].forget.dtype == (dtype if half else torch.float32)
+    torch.testing.assert_close(got["0.weight"].forget.double(), exact[[1, 4, 5]], rtol=rounding, atol=1e-4)
     summed = weights.double()[1:, :, 5].sum()[None]
-    torch.testing.assert_close(got["0.bias"].retain.double(), summed, rtol=1e-5, atol=1e-4)
+    assert got["0.bias"].retain.dtype == got["0.weight"].forget.dtype
+    torch.testing.assert_close(got["0.bias"].retain.double(), summed, rtol=rounding, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama/biased", "gpt2"])

@@ -281,7 +281,7 @@ class _Training:
         self.metric = RetainMetric.measure(self.model, self.plan, self._batches(sample), damping=self.settings.damping,
                                            roles=stage.roles, exact_width=self.settings.metric_width,
                                            rank=self.settings.metric_rank)
-        self.at_metric, self.place.measured = self.before.now() if self.place.done else {}, self.place.done
+        self.at_metric, self.place.measured = self.before.kept() if self.place.done else {}, self.place.done
 
     @torch.no_grad()
     def _retain_loss(self) -> float:

@@ -42,7 +42,7 @@ class ReferenceWeights:
             shard = shard_of(parameter, name, axis, torch.from_numpy(index).to(parameter.device))
             if len(shard.index):
                 self._slices[name] = shard.here(parameter.detach()), axis, shard.index
-        self._before = self.now()
+        self._before = self.kept()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -60,6 +60,10 @@ class ReferenceWeights:
         """A copy of the planned slices as they are, by planned name: [k, columns] for rows, [rows, k] for columns."""
         return {name: weight.index_select(axis, index) for name, (weight, axis, index) in self._slices.items()}
 
+    def kept(self) -> dict[str, Tensor]:
+        """:meth:`now`, in the host's memory: a GPU's is scarce, and few objectives ever ask for it."""
+        return {name: slices.cpu() for name, slices in self.now().items()}
+
     @torch.no_grad()
     def put(self, slices: Mapping[str, Tensor]) -> None:
         """Make the planned slices what :meth:`now` said."""
@@ -71,5 +75,5 @@ class ReferenceWeights:
         count = 0
         for name, slices in self.now().items():
             width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[slices.element_size()]
-            count += int((slices.view(width) != self._before[name].view(width)).sum())
+            count += int((slices.cpu().view(width) != self._before[name].view(width)).sum())
         return count

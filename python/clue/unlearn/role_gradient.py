@@ -33,7 +33,8 @@ class RoleGradient:
         self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
         self._before, self._roles = before, tuple(roles)
         self._pad, self._device = pad, next(model.parameters()).device
-        self.sparse = SparseGradients(model, plan, roles)
+        # Rounded once per step, they still are finer than the weights that move by them.
+        self.sparse = SparseGradients(model, plan, roles, half=settings.rounding == "stochastic")
         self._watch = HiddenStates(model, settings, seed) if objective.hidden else None
         if self._watch is not None and place()[1] > 1:
             raise ClueError("an objective of hidden states (rmu) runs in one process: start it without torchrun")

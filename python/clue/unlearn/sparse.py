@@ -49,6 +49,7 @@ class PlannedSlices:
         axis: the one that ``index`` runs along.
         index: int64 [k], sorted: its slices of all roles.
         conflict: int64 [c], sorted: which of the k are conflict slices.
+        half: whether gradients of bf16 and fp16 weights are kept in that precision, not in float32.
     """
 
     name: str
@@ -56,6 +57,7 @@ class PlannedSlices:
     axis: int
     index: Tensor
     conflict: Tensor
+    half: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,15 +68,16 @@ class PlannedSlices:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its gradients: float32 for half precision."""
-        return torch.float32 if self.parameter.dtype in HALF else self.parameter.dtype
+        """Of its gradients."""
+        return torch.float32 if self.parameter.dtype in HALF and not self.half else self.parameter.dtype
 
 
 @dataclass(frozen=True)
 class SliceGradient:
     """Gradients of the planned slices of one parameter, slices first: [k, length], or [k] for a bias.
 
-    float32 where the weights are bf16 or fp16, else their dtype. ``None`` where the pass reached no such weight.
+    float32 where the weights are bf16 or fp16 (unless they are kept half), else their dtype. ``None`` where the pass reached
+    no such weight.
 
     Attributes:
         forget: [k, ...] over the forget samples, for all planned slices.
@@ -102,12 +105,14 @@ class SparseGradients:
         model: any model; the modules keep their classes, and forward passes give the bits they always gave.
         plan: which weights move.
         roles: which of the plan's roles move.
+        half: keep gradients of bf16 and fp16 weights in that precision, for half the memory, rather than in float32.
 
     Raises:
         PlanError: the plan does not fit the model, edits tied weights, or names no weight of these roles.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT), *,
+                 half: bool = False) -> None:
         self._model = model
         #: by name, in plan order
         self.planned: dict[str, PlannedSlices] = {}
@@ -118,7 +123,8 @@ class SparseGradients:
             conflicts = [s.index for s in plan.of_role(Role.CONFLICT) if s.parameter == name and s.role in roles]
             index = torch.from_numpy(union).to(parameter.device)
             chosen = torch.from_numpy(conflicts[0]).to(index) if conflicts else index[:0]
-            slices = self.planned[name] = PlannedSlices(name, parameter, axis, index, torch.searchsorted(index, chosen))
+            slices = self.planned[name] = PlannedSlices(name, parameter, axis, index, torch.searchsorted(index, chosen),
+                                                        half)
             if is_flat(name):  # single weights, which a whole gradient is picked from
                 continue
             path, _, kind = parameter_of(name).rpartition(".")
@@ -204,7 +210,7 @@ class SparseGradients:
             if gradient is not None and self.samples is not None:
                 chosen = view_of(gradient, name).index_select(slices.axis, slices.index)
                 chosen = chosen.movedim(slices.axis, 0).contiguous()
-                chosen = chosen.float() if chosen.dtype in HALF else chosen
+                chosen = chosen.to(slices.dtype)
                 if self.samples[0]:
                     forget = chosen
                 elif len(slices.conflict):
