@@ -10,10 +10,14 @@ Limits::Limits(double time_limit, std::function<bool()> interrupted)
   if (limited_) deadline_ += std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(time_limit));
 }
 
+void Limits::keep_back(std::chrono::duration<double> time) {
+  kept_back_ = std::chrono::duration_cast<Clock::duration>(time);
+}
+
 bool Limits::expired() {
   if (expired_) return true;
   const auto now = Clock::now();
-  if (limited_ && now >= deadline_) return expired_ = true;
+  if (limited_ && now + kept_back_ >= deadline_) return expired_ = true;
   if (now >= next_poll_) {
     next_poll_ = now + std::chrono::milliseconds(50);
     if (poll_()) interrupt();

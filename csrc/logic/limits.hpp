@@ -17,12 +17,14 @@ class Limits {
   bool expired();                                                        // the time is up, or it was interrupted
   bool tick() { return (++ticks_ & 1023) == 0 ? expired() : expired_; }  // the same, for every round of a long loop
   void interrupt() { expired_ = interrupted_ = true; }
+  void keep_back(std::chrono::duration<double> time);  // of the time limit, for what has to be done after it
   bool interrupted() const { return interrupted_; }  // it was Ctrl-C, not the clock
 
  private:
   using Clock = std::chrono::steady_clock;
   std::function<bool()> poll_;
   Clock::time_point next_poll_, deadline_;
+  Clock::duration kept_back_{};
   bool limited_, expired_ = false, interrupted_ = false;
   unsigned ticks_ = 0;
 };

@@ -1,8 +1,7 @@
 // OLL, core-guided MaxSAT, one level after the other.
 //
-// 1. Assume every soft literal of the current stratum (largest weights first). If the solver finds a model, go on to
-// the
-//    next stratum; after the last one the level is closed.
+// 1. Assume every soft literal of the current stratum (largest weights first). If the solver finds a model, the next
+//    stratum follows; after the last one the level is closed.
 // 2. Otherwise it returns a core: soft literals that cannot all hold. Minimise it, take its least weight w off each
 //    member and add w to the lower bound. A totalizer counts how many members fail; "at most one" becomes a new soft
 //    literal of weight w. When that one is in a later core, "at most two" takes over, and so on: outputs are made on
@@ -18,6 +17,7 @@
 #include "minimize.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <stdexcept>
 #include <utility>
 
@@ -29,6 +29,9 @@ namespace {
 
 // Decisions, beside one per variable, of a search without local search before it.
 constexpr int kEasy = 5000;
+
+// Freeing a solver's clauses takes this share of the time that adding them took.
+constexpr double kFreeing = 0.3;
 
 // A limit struck where half the work is of no use.
 struct Expired {};
@@ -125,12 +128,18 @@ class Minimizer {
     model_.resize(static_cast<std::size_t>(n_original_) + 1);
     solver_.reserve(n_original_);
     // Cut short by a limit, it is a formula that no search is made on.
+    const auto began = std::chrono::steady_clock::now();
+    unsigned n = 0;
     for (auto first = formula.clauses.begin(); first != formula.clauses.end() && !limits.tick();) {
       const auto last = std::find(first, formula.clauses.end(), 0);
       solver_.clause({first, last});
       first = last + 1;
+      if (++n % (1 << 16) == 0) limits.keep_back(kFreeing * (std::chrono::steady_clock::now() - began));
     }
   }
+  ~Minimizer() { limits_.keep_back({}); }
+  Minimizer(const Minimizer&) = delete;
+  Minimizer& operator=(const Minimizer&) = delete;
 
   void phase(int literal) { solver_.phase(literal); }
   void freeze(int literal) { solver_.freeze(literal); }

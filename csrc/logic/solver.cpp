@@ -54,10 +54,12 @@ class InOrder : public CaDiCaL::ExternalPropagator {
 }  // namespace
 
 Solver::Solver(Limits& limits) : limits_(limits) {
-  // lucky costs a full pass per incremental call; factor invents variables that would clash with ours.
+  // lucky costs a full pass per incremental call; factor invents variables that would clash with ours. Preprocessing
+  // before the first search looks at no limit, for 20 s on three million clauses, and has not made a search shorter.
   solver_.set("quiet", 1);
   solver_.set("factor", 0);
   solver_.set("lucky", 0);
+  solver_.set("preprocesslight", 0);
   solver_.connect_terminator(this);
 }
 

@@ -52,6 +52,8 @@ class Surgeon {
         found_.lower_bound += q_.weight[node];
     name_variables();
     found_.levels_closed = n_levels();
+    edit_before_ = cone_.edit;
+    works_before_ = cone_.works.x;
     encode();
     if (found_.feasible) minimize_packs();
     if (!found_.feasible) return std::move(found_);
@@ -262,24 +264,43 @@ class Surgeon {
     }
   }
 
-  // What is open becomes true, which is an edit set; where the best one was not reached, without what it can do
-  // without.
+  // What is open becomes true, which is an edit set. Where the best one was not reached: without what it can do without,
+  // and no worse than what was known before the search, whose models may be far from the best for long.
   void report() {
+    settle();
+    if (found_.levels_closed < n_levels() && operation_.limits.empty()) {
+      const auto weights = [&] {
+        std::int64_t edits = 0, conflicts = 0;
+        for (std::int32_t node = 0; node < n_; ++node) {
+          edits += found_.edited[node] ? q_.weight[node] : 0;
+          conflicts += found_.conflict[node] ? q_.weight[node] : 0;
+        }
+        return std::pair(operation_.least ? 0 : conflicts, edits);
+      };
+      const auto searched = weights();
+      const Edits kept = found_;
+      cone_.edit.swap(edit_before_);
+      cone_.works.x.swap(works_before_);
+      settle();
+      if (searched < weights()) found_ = kept;
+    }
+    std::vector<std::uint8_t> stopped = found_.edited;
+    for (std::int32_t node = 0; node < n_; ++node)
+      if (found_.conflict[node]) stopped[node] = 0;
+    found_.forget_works = simulate(cone_.dead, found_.edited);
+    found_.retain_works = simulate(cone_.works, stopped);
+    if (found_.forget_works.back() || (!operation_.least && !found_.retain_works.back()))
+      throw std::logic_error("the edit set does not do what was proven of it");
+  }
+
+  void settle() {
     const auto n = static_cast<std::size_t>(n_);
     found_.edited.assign(n, 0);
     found_.conflict.assign(n, 0);
     for (std::int32_t node = 0; node < n_; ++node) found_.edited[node] = cone_.may_edit(node);
     if (found_.levels_closed < n_levels()) drop_needless();
-    std::vector<std::uint8_t> stopped = found_.edited;
     for (std::int32_t node = 0; node < n_; ++node)
-      if (found_.edited[node] && cone_.both(node) && cone_.works.x[node] != kFalse) {
-        found_.conflict[node] = 1;
-        stopped[node] = 0;
-      }
-    found_.forget_works = simulate(cone_.dead, found_.edited);
-    found_.retain_works = simulate(cone_.works, stopped);
-    if (found_.forget_works.back() || (!operation_.least && !found_.retain_works.back()))
-      throw std::logic_error("the edit set does not do what was proven of it");
+      found_.conflict[node] = found_.edited[node] && cone_.both(node) && cone_.works.x[node] != kFalse;
   }
 
   void drop_needless() {
@@ -312,7 +333,8 @@ class Surgeon {
   std::vector<std::int32_t> e_, d_, r_, c_;  // variables by node; 0 is none
   std::vector<std::int32_t> clauses_, clause_;
   std::vector<std::int64_t> ends_;
-  std::vector<std::vector<std::int32_t>> cores_;  // nodes
+  std::vector<std::int8_t> edit_before_, works_before_;  // what the search started from
+  std::vector<std::vector<std::int32_t>> cores_;         // nodes
   std::vector<int> local_;                        // of a variable in its pack's formula
 };
 
