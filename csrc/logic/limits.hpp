@@ -18,7 +18,7 @@ class Limits {
   bool tick() { return (++ticks_ & 1023) == 0 ? expired() : expired_; }  // the same, for every round of a long loop
   void interrupt() { expired_ = interrupted_ = true; }
   void keep_back(std::chrono::duration<double> time);  // of the time limit, for what has to be done after it
-  bool interrupted() const { return interrupted_; }  // it was Ctrl-C, not the clock
+  bool interrupted() const { return interrupted_; }    // it was Ctrl-C, not the clock
 
  private:
   using Clock = std::chrono::steady_clock;

@@ -264,8 +264,8 @@ class Surgeon {
     }
   }
 
-  // What is open becomes true, which is an edit set. Where the best one was not reached: without what it can do without,
-  // and no worse than what was known before the search, whose models may be far from the best for long.
+  // What is open becomes true, which is an edit set. Where the best one was not reached: without what it can do
+  // without, and no worse than what was known before the search, whose models may be far from the best for long.
   void report() {
     settle();
     if (found_.levels_closed < n_levels() && operation_.limits.empty()) {
@@ -335,7 +335,7 @@ class Surgeon {
   std::vector<std::int64_t> ends_;
   std::vector<std::int8_t> edit_before_, works_before_;  // what the search started from
   std::vector<std::vector<std::int32_t>> cores_;         // nodes
-  std::vector<int> local_;                        // of a variable in its pack's formula
+  std::vector<int> local_;                               // of a variable in its pack's formula
 };
 
 }  // namespace
