@@ -198,11 +198,16 @@ class Explainer:
 
     # --- why a node is a conflict -----------------------------------------------------------------------------------
     #
-    # Every group of edges has a selector, which is assumed; so is "m is no conflict" for nodes m. Where the assumptions
-    # cannot hold together, those that failed are the reason, minimised by leaving out one after the other.
+    # Where gates without a choice lead from both outputs to the node, the shortest chain of them on each side is the
+    # reason: no gate of it can be skipped, or there would be a shorter one. For all else the solver is asked. Every group
+    # of edges has a selector, which is assumed; so is "m is no conflict" for nodes m. Where the assumptions cannot hold
+    # together, those that failed are the reason, minimised by leaving out one after the other.
 
     def reason(self, node: int) -> tuple[tuple[GateGroup, ...], tuple[int, ...]]:
         """(``gates``, ``instead``) of :class:`Explanation`."""
+        if all(reached[node] for reached, _ in self._certain):
+            return tuple(side.group(g) for side, (_, through) in zip((self._dying, self._working), self._certain)
+                         for g in sorted(_chain(node, side, through))), ()
         solver, selectors, peace = self._solver
         own = [int(peace[node])]
         if solver.solve([*own, *selectors]):
@@ -218,6 +223,10 @@ class Explainer:
         gates = tuple(sides[g >= n].group(g - n if g >= n else g) for g in chosen)
         return gates, tuple(int(m) for m in np.flatnonzero(np.isin(peace, list(kept))) if m != node)
 
+    @cached_property
+    def _certain(self) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]]:
+        return [side.certain() for side in (self._dying, self._working)]
+
     def _literals(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """d, r and "no conflict" of every node; the selectors of the groups follow."""
         n = self._graph.n_nodes
@@ -228,7 +237,7 @@ class Explainer:
         dead, works, peace = self._literals()
         total = len(self._dying) + len(self._working)
         selectors = 3 * self._graph.n_nodes + 1 + np.arange(total)
-        solver = Solver()
+        solver = Solver(preprocesslight=0)  # which takes far longer than all questions together
         solver.add(self._clauses(self._dying, self._working, selectors))
         return solver, selectors.tolist(), peace
 
@@ -256,3 +265,12 @@ class Explainer:
         solver = Solver(np.sign(clauses) * dense[:len(clauses)].astype(np.int32))
         kept = shrink(solver, dense[len(clauses):].tolist())
         return [own, *known[kept].tolist()]
+
+
+def _chain(node: int, side: Groups, through: npt.NDArray[np.int64]) -> list[int]:
+    """The groups through which the output implies the node."""
+    found: list[int] = []
+    while through[node] >= 0:
+        found.append(int(through[node]))
+        node = int(side.receiver[through[node]])
+    return found

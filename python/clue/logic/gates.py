@@ -85,6 +85,30 @@ class Groups:
                       self.gate[chosen], self.all_inputs[chosen], np.concatenate([[0], np.cumsum(sizes[chosen])]),
                       self.inputs[np.repeat(chosen, sizes)], self.satisfied[chosen], self.embedded[chosen])
 
+    def certain(self) -> tuple[npt.NDArray[np.bool_], Ids]:
+        """What the output's x implies however the choices fall, breadth first from it.
+
+        Returns:
+            bool [nodes], the nodes whose x is implied, the output among them; and int64 [nodes], the group that first
+            implied it, -1 for the output and where nothing did. Following receivers from a node gives a shortest chain.
+        """
+        n = len(self.member)
+        reached, through = np.zeros(n, dtype=bool), np.full(n, -1)
+        sizes = np.diff(self.start)
+        known = np.flatnonzero((self.all_inputs | (sizes == 1)) & ~self.satisfied & (sizes > 0))
+        first = np.searchsorted(self.receiver[known], np.arange(n + 1))
+        front = np.array([n - 1])
+        reached[front] = True
+        while len(front):
+            group = known[_ranges(first[front], first[front + 1])]
+            inputs = self.inputs[_ranges(self.start[group], self.start[group + 1])]
+            front, at = np.unique(inputs, return_index=True)
+            new = ~reached[front]
+            front = front[new]
+            through[front] = np.repeat(group, sizes[group])[at[new]]
+            reached[front] = True
+        return reached, through
+
     def sources(self) -> npt.NDArray[np.bool_]:
         """bool [nodes]: members that no group enters, so that nothing stops them but an edit; never the embedding."""
         found = self.member.copy()
@@ -150,12 +174,18 @@ def groups(circuits: Sequence[Circuit], *, retain: bool) -> Groups:
     return found if retain else found.only(sizes > 0)
 
 
+def _ranges(begin: Ids, end: Ids) -> Ids:
+    """All of begin[i], ..., end[i] - 1, one range after the other."""
+    sizes = end - begin
+    return np.repeat(end - np.cumsum(sizes), sizes) + np.arange(sizes.sum())
+
+
 def _stack(columns: Sequence[tuple[Ids, Ids]]) -> Literals:
     """Clauses from columns of (clause, literal); literals of 0 are none, and clauses come in ascending order."""
     clause = np.concatenate([ids for ids, _ in columns])
     literal = np.concatenate([literals for _, literals in columns])
     clause, literal = clause[literal != 0], literal[literal != 0]
-    ends = np.unique(clause)
+    ends = np.flatnonzero(np.bincount(clause))
     order = np.argsort(np.concatenate([clause, ends]), kind="stable")
     stacked: Literals = np.concatenate([literal, np.zeros(len(ends), dtype=np.int64)])[order].astype(np.int32)
     return stacked

@@ -54,8 +54,8 @@ def minimize(formula: WCNF, *, time_limit: float | None = None, keep_on_interrup
 
     Raises:
         OSError: the certificate cannot be written.
-        KeyboardInterrupt: on Ctrl-C, within about 0.1 s; on a million clauses preprocessing may go on for seconds
-            first, as after the time limit.
+        KeyboardInterrupt: on Ctrl-C, within about 0.1 s; what millions of clauses took in memory is given back first,
+            which takes a third of the time that loading them took.
         MemoryError: a variable is so large that its tables cannot fit into memory.
     """
     found = _core.minimize(formula.n_variables, formula.hard, formula.soft, formula.weights, seconds(time_limit),
