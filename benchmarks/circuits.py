@@ -45,7 +45,8 @@ def layered(graph: NamedNodes, edges: int, mix: Mix, rng: np.random.Generator, l
     while len(receiver):  # until no edge is missing: some are drawn twice
         below = 1 + -(-(receiver * layers // inner) * inner // layers)  # nodes below the receiver's layer
         source = (rng.random(len(receiver)) * below).astype(np.int64)
-        pairs = np.unique(np.concatenate([pairs, (receiver + 1) * graph.n_nodes + source]))
+        pairs = np.sort(np.concatenate([pairs, (receiver + 1) * graph.n_nodes + source]))
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique hashes, which takes many times as long here
         receiver = rng.integers(0, inner, max(edges - len(pairs), 0))
     gate_of = rng.choice(3, graph.n_nodes, p=mix).astype(np.uint8)
     gate_of[-1] = Gate.ADDER

@@ -53,7 +53,7 @@ def sizes(found: Claims, repeats: int) -> None:
                       run["peak"] / 1e9 < memory)
     # The least of interleaved runs: whatever else the machine does can only add time, and does so to some runs only.
     least: dict[int, float] = {}
-    for _ in range(max(repeats, 5)):
+    for _ in range(max(repeats, 9)):
         for n in (25_000, 50_000, 100_000, 200_000):
             run = alone(n, 12 * n, 3, TRANSFORMER, 1, 1)
             least[run["edges"]] = min(run["cpu"], least.get(run["edges"], run["cpu"]))

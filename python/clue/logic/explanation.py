@@ -206,7 +206,7 @@ class Explainer:
     def reason(self, node: int) -> tuple[tuple[GateGroup, ...], tuple[int, ...]]:
         """(``gates``, ``instead``) of :class:`Explanation`."""
         if all(reached[node] for reached, _ in self._certain):
-            return tuple(side.group(g) for side, (_, through) in zip((self._dying, self._working), self._certain)
+            return tuple(side.group(g) for side, (_, through) in zip((self._dying, self._working), self._certain, strict=True)
                          for g in sorted(_chain(node, side, through))), ()
         solver, selectors, peace = self._solver
         own = [int(peace[node])]
