@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data.atomic import flush
+from .data.atomic import new_folder
 from .errors import DeltaError
 from .run_directory import require_free
 from .saved_model import SavedModel
@@ -110,26 +109,14 @@ def export(delta: Delta, model: str | os.PathLike[str], out: str | os.PathLike[s
         largest = max(largest, _merged_off(before, after, difference.T if flip else difference))
     if not tensors:
         raise DeltaError("the delta changes nothing, so there is no adapter to write")
-    missing = [parent for parent in out.parents if not parent.exists()]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-        (temporary / "adapter_config.json").write_text(json.dumps(_config(ranks, whole, str(model), bool(transposed)),
-                                                                  indent=1, sort_keys=True) + "\n")
-        for file in temporary.iterdir():
-            flush(file)
-        os.replace(temporary, out)
-        flush(out.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in missing:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise DeltaError(f"{out} cannot be written ({getattr(error, 'strerror', None) or error}): free some space, or"
-                             " choose another folder with -o") from None
-        raise
+        with new_folder(out) as temporary:
+            save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+            (temporary / "adapter_config.json").write_text(json.dumps(_config(ranks, whole, str(model), bool(transposed)),
+                                                                      indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        raise DeltaError(f"{out} cannot be written ({error.strerror}): free some space, or choose another folder with"
+                         " -o") from None
     return Exported(ranks, tuple(whole), largest)
 
 

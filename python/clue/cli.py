@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, certificate_command, compare_command, delta_command, plan_command, solve
 from .config import Settings
+from .data.atomic import FULL
 from .errors import ClueError, RunError
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.errno in FULL:
+            message = (f"{error.filename or 'a file'} cannot be written ({error.strerror}): free some space and give the"
+                       " same command again, which goes on from what is there")
     print(f"clue: error: {message}", file=sys.stderr)
     return 2
 

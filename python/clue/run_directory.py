@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .data.atomic import flush, write_atomically
+from .data.atomic import flush, flush_tree, naming, write_atomically
 from .doctor import hardware, versions
 from .errors import RunError
 
@@ -137,6 +137,7 @@ class Run:
 
         Raises:
             RunError: the stage has finished already.
+            OSError: the disk is full; the run is as it was before the stage.
         """
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(f"stage: expected a plain folder name, got {name!r}")
@@ -146,10 +147,11 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            yield temporary
-            _flush_tree(temporary)
-            temporary.rename(self.path(name))
-            flush(self.folder)
+            with naming(self.path(name)):
+                yield temporary
+                flush_tree(temporary)
+                temporary.rename(self.path(name))
+                flush(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -245,10 +247,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def _flush_tree(folder: Path) -> None:
-    for base, _, names in os.walk(folder):
-        for name in names:
-            flush(Path(base) / name)
-        flush(Path(base))

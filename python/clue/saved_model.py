@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .data.atomic import flush
+from .data.atomic import new_folder
 from .errors import DeltaError
 from .weights import from_file, part_name
 
@@ -121,36 +121,22 @@ class SavedModel:
         require_free(out)
         if out.resolve().is_relative_to(self.folder.resolve()):
             raise DeltaError(f"{out} lies within {self.folder}: choose another folder with -o")
-        missing = [parent for parent in out.parents if not parent.exists()]
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(self.folder, temporary, copy_function=shutil.copyfile)
-            for name, bits in changed:
-                first = 0
-                for piece in self._pieces(name):
-                    rows = len(piece.bits)
-                    with open(temporary / piece.file.name, "r+b") as file:
-                        file.seek(piece.offset)
-                        file.write(np.ascontiguousarray(bits[first:first + rows]).data)
-                    first += rows
-            for base, _, names in os.walk(temporary):
-                for entry in names:
-                    flush(Path(base) / entry)
-                flush(base)
-            os.replace(temporary, out)
-            flush(out.parent)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            for parent in missing:
-                if parent.exists() and not any(parent.iterdir()):
-                    parent.rmdir()
-            if isinstance(error, OSError):
-                # shutil.Error lists (from, to, reason) of everything that could not be copied.
-                reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-                raise DeltaError(f"{out} cannot be written ({reason}): free some space, or choose another folder with"
-                                 " -o") from None
-            raise
+            with new_folder(out) as temporary:
+                shutil.copytree(self.folder, temporary, copy_function=shutil.copyfile, dirs_exist_ok=True)
+                for name, bits in changed:
+                    first = 0
+                    for piece in self._pieces(name):
+                        rows = len(piece.bits)
+                        with open(temporary / piece.file.name, "r+b") as file:
+                            file.seek(piece.offset)
+                            file.write(np.ascontiguousarray(bits[first:first + rows]).data)
+                        first += rows
+        except OSError as error:
+            # shutil.Error lists (from, to, reason) of everything that could not be copied.
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+            raise DeltaError(f"{out} cannot be written ({reason}): free some space, or choose another folder with"
+                             " -o") from None
 
     def fingerprint(self) -> str:
         """What :func:`clue.provenance.fingerprint` says of this model loaded in the dtype of its files, without loading it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,6 +73,28 @@ def test_what_a_checkpoint_holds(tmp_path: Path, make_model: Any, mixed_plan: An
     assert len(tensors["log/forget_loss"]) == 4  # steps 5 and 6 came after it
     # Nothing of the size of the model.
     assert sum(t.nbytes for t in tensors.values()) < 4 * plan.weights_changed * 4 + 40_000
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                                          sets: Any) -> None:
+    """The limit on file sizes stands in for a full disk: writing fails the same way."""
+    def train(every: int) -> None:
+        model = make_model()
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), SETTINGS,
+                checkpoint=tmp_path, every=every)
+
+    train(every=4)
+    before = (tmp_path / "training.safetensors").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as refusal:
+            train(every=1)  # goes on behind step 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert refusal.value.filename == str(tmp_path / "training.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["training.safetensors"]
+    assert (tmp_path / "training.safetensors").read_bytes() == before
 
 
 def test_the_clock_decides_where_nobody_does(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,

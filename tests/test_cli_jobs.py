@@ -1,0 +1,374 @@
+"""The jobs of the command line, on a small world: stages that are whole or absent, and refusals that leave no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clue.circuit.graph import Circuit
+from clue.cli import main
+from clue.config import Settings
+from clue.evaluate import Evaluation
+from clue.jobs import load_model
+from clue.plan import Plan
+from clue.run_directory import Run
+
+from .test_cli import failure, snapshot
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a small world (``forget.jsonl``, ``retain.jsonl``, ...) and an untrained ``model`` of it."""
+    from transformers import LlamaForCausalLM
+
+    from clue.data.world import build_world, model_config, save_world
+
+    folder = tmp_path_factory.mktemp("world")
+    small = build_world(n_people=12, n_forget=2)
+    save_world(small, folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(model_config(small, "small")).save_pretrained(folder / "model")
+    small.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+QUICK = ("--limit", "4", "--steps", "3", "--unlearn-batch-size", "4", "--no-rouge", "--bootstrap", "0")
+
+
+@pytest.fixture(scope="module")
+def localized(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of that world with a plan."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["localize", "--model", str(world / "model"), "--forget", str(world / "forget.jsonl"),
+                 "--retain", f"people={world / 'retain.jsonl'}", "-o", str(run), *QUICK]) == 0
+    return run
+
+
+def inputs(world: Path, **changed: str | Path) -> list[str]:
+    given = {"model": world / "model", "forget": world / "forget.jsonl", "retain": world / "retain.jsonl"} | changed
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def test_localize_says_how_faithful_the_circuits_it_was_asked_for_are(world: Path, tmp_path: Path,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["localize", *inputs(world), "-o", str(tmp_path / "run"), *QUICK, "--faithfulness", "0.5", "--neurons", "1",
+                 "--confirm", "2"]) == 0
+    said = re.findall(r"(\w+) (\d+) edges \(faithfulness (\d\.\d\d)", capsys.readouterr().err)
+    assert [name for name, _, _ in said] == ["forget", "retain"]
+    for name, edges, faithfulness in said:
+        circuit = Circuit.load(tmp_path / "run" / "circuits" / f"{name}.safetensors")
+        assert (len(circuit), f"{circuit.faithfulness:.2f}") == (int(edges), faithfulness)
+        assert circuit.faithfulness is not None and circuit.faithfulness >= 0.5
+
+
+@pytest.mark.slow
+def test_torchrun_starts_processes_that_share_unlearning(world: Path, localized: Path, tmp_path: Path) -> None:
+    """The model of two processes is that of one, to float tolerance; the first alone writes, reports and prints."""
+    from torch.distributed.run import __file__ as torchrun
+    from transformers import AutoModelForCausalLM
+
+    one, two = (shutil.copytree(localized, tmp_path / name) for name in ("one", "two"))
+    assert main(["unlearn", str(one), "--lr", "0.01"]) == 0
+    done = subprocess.run([sys.executable, torchrun, "--nproc-per-node", "2", "--standalone", "-m", "clue", "unlearn",
+                           str(two), "--lr", "0.01"], capture_output=True, text=True, timeout=280,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(two / "model")
+    assert done.stderr.count("verify     exact:") == 1
+    assert Run.open(two).manifest["verification"].startswith("exact:")
+    first, second = (AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (one, two))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-4)
+
+
+def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """unlearn, evaluate, report and verify on a localized run; only planned weights changed, and stages are kept."""
+    run = shutil.copytree(localized, tmp_path / "run")
+    assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "model")
+    assert Run.open(run).manifest["settings"]["unlearn"]["lr"] == 0.01
+    assert re.fullmatch(r"exact: \d+ of \d+ planned weights changed, and not a bit of any other",
+                        Run.open(run).manifest["verification"])
+    assert main(["plan", "verify", str(world / "model"), str(run / "model"), str(run)]) == 0
+    assert "exact: " in capsys.readouterr().out
+
+    assert main(["evaluate", str(run), "--test", str(world / "retain_unseen.jsonl")]) == 0
+    table = capsys.readouterr().out
+    assert "before" in table
+    assert "after" in table
+    evaluation = json.loads((run / "evaluation" / "after.json").read_text())
+    assert "retain_unseen" in str(evaluation)
+    assert main(["evaluate", str(run)]) == 0
+    assert capsys.readouterr().out == table
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "<html" in page and Run.open(run).manifest["verification"] in page
+
+    before = snapshot(run)
+    assert "made with other unlearn settings: remove" in failure(capsys, "unlearn", run, "--lr", "0.02")
+    assert "made with other evaluate settings" in failure(capsys, "evaluate", run, "--min-k", "0.5")
+    assert "other tests (gold)" in failure(capsys, "evaluate", run, "--gold", world / "model")
+    assert "made with edges = 0.05" in failure(capsys, "evaluate", run, "--edges", "0.5")
+    assert snapshot(run) == before
+
+
+def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(
+        world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The limit on file sizes stands in for a full disk: writing fails the same way, here of what is larger than this."""
+    run = shutil.copytree(localized, tmp_path / "run")
+    before = snapshot(tmp_path)
+    told = "cannot be written (File too large): free some space and give the same command again"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    try:
+        assert f"{tmp_path / 'new' / 'scores'} {told}" in failure(
+            capsys, "localize", *inputs(world), "-o", tmp_path / "new", *QUICK)
+        assert f"{run / 'model'} {told}" in failure(capsys, "unlearn", run, "--lr", "0.01")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {name: content for name, content in snapshot(tmp_path).items() if not name.startswith("new")} == before
+    assert Run.open(tmp_path / "new").stages() == ["pairs"]
+    assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    assert main(["localize", *inputs(world), "-o", str(tmp_path / "new"), *QUICK]) == 0
+
+
+def test_a_model_that_changed_meanwhile_is_refused(world: Path, localized: Path, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    moved, run = shutil.copytree(world / "model", tmp_path / "model"), shutil.copytree(localized, tmp_path / "run")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["inputs"]["model"] = str(moved)
+    (run / "run.json").write_text(json.dumps(manifest))
+
+    def spoil() -> None:
+        weights = load_file(moved / "model.safetensors")
+        weights["model.norm.weight"][0] += 1
+        save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+
+    def load_then_spoil(source: str, settings: Settings) -> Any:
+        loaded = load_model(source, settings)
+        spoil()
+        return loaded
+
+    # While it is being trained: what is saved differs from what is on disk outside the plan, and is not kept.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clue.jobs.load_model", load_then_spoil)
+        assert "thrown away: NOT exact: 1 weights outside the plan changed, in model.norm.weight (1)" in failure(
+            capsys, "unlearn", run)
+    # Before: the plan is of other weights.
+    assert "not the model this run was localized on" in failure(capsys, "unlearn", run)
+    assert not (run / "model").exists()
+
+
+def test_evaluating_on_what_was_used_is_refused_or_told(world: Path, localized: Path, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(localized, tmp_path / "run")
+    assert main(["unlearn", str(run)]) == 0
+    capsys.readouterr()
+    before = snapshot(run)
+    for flag in ("--test", "--skill", "--holdout", "--paraphrase"):
+        for used in ("forget", "retain"):
+            message = failure(capsys, "evaluate", run, flag, world / f"{used}.jsonl")
+            assert re.search(r"the test set \w+ shares \d+ of its \d+ records with the set \w+ used to localize", message)
+    assert snapshot(run) == before
+    # Without an independent test set the retain set itself is read, which is said and written down.
+    assert main(["evaluate", str(run)]) == 0
+    assert "people: 90 evaluated records were also used to localize and retain" in capsys.readouterr().err
+    assert json.loads((run / "evaluation" / "overlaps.json").read_text()) == {"people": 90}
+
+
+def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model(
+        world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, own = shutil.copytree(localized, tmp_path / "run"), tmp_path / "own"
+    assert main(["unlearn", str(run)]) == 0
+    own.mkdir()
+    rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
+    (own / "forget.json").write_text(json.dumps([{**row, "perturbed_answer": ["nobody", "else"]} for row in rows[:10]]
+                                                + [{"prompt": "what else ?", "answer": "tea"}]))
+    for there, here in (("holdout", "holdout"), ("addition_eval", "skill_addition"), ("retain_unseen", "retain")):
+        shutil.copy(world / f"{there}.jsonl", own / f"{here}.jsonl")
+    shutil.copytree(run, tmp_path / "again")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--benchmark", "custom", "--data", str(own), "--gold", str(world / "model")]) == 0
+    captured = capsys.readouterr()
+    assert "forget: 1 of 11 evaluated records are not in the forget set of this run" in captured.err
+    assert "skill_addition" in captured.out and "min_k++" in captured.out
+    gold = Evaluation.load(run / "evaluation" / "gold.json")
+    assert gold.detail["forget"].truth_n == 10 and set(gold.mia) == {"loss", "zlib", "min_k", "min_k++"}
+    # The gold model's numbers are enough to compare with, and give the same comparison.
+    stored = ["--gold", str(run / "evaluation" / "gold.json")]
+    assert main(["evaluate", str(tmp_path / "again"), "--benchmark", "custom", "--data", str(own), *stored]) == 0
+    assert capsys.readouterr().out == captured.out
+    before = snapshot(run / "evaluation")
+    quick = ["--relearn-steps", "2", "--drift-steps", "2", "--curve-points", "1"]
+    assert main(["evaluate", str(run), "--robustness", *quick]) == 0
+    tried = capsys.readouterr().out
+    assert tried.startswith(captured.out) and "after quantization" in tried and snapshot(run / "evaluation") == before
+    assert sorted(f.name for f in (run / "robustness").iterdir()) == ["after.json", "before.json", "gold.json"]
+    assert main(["evaluate", str(run), "--robustness"]) == 0  # read back, with the run's own settings
+    assert capsys.readouterr().out == tried
+    assert "other robustness settings" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "does it come back?" in page and "Forget quality" in page
+    capsys.readouterr()
+    assert "other tests (benchmark)" in failure(capsys, "evaluate", run, "--benchmark", "world")
+    (own / "retain.jsonl").write_text((world / "forget.jsonl").read_text())
+    shutil.rmtree(run / "evaluation")
+    assert "custom: its set retain shares" in failure(capsys, "evaluate", run, "--benchmark", "custom", "--data", own)
+
+
+def test_run_is_the_same_job_in_one_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", *inputs(world), "-o", str(tmp_path / "run"), *QUICK]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "localize" not in captured.out
+    assert captured.out.rstrip().endswith("report.html")
+    first = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    # Killed after the plan: the same command goes on from there, to the same bits.
+    for stage in ("model", "evaluation"):
+        shutil.rmtree(tmp_path / "run" / stage)
+    plan = (tmp_path / "run" / "plan").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == first
+    assert (tmp_path / "run" / "plan").stat().st_mtime_ns == plan
+
+
+@pytest.mark.parametrize("method", ["snip", "eap"])
+def test_a_baseline_goes_the_same_way(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      method: str) -> None:
+    run = tmp_path / "run"
+    arguments = ["--method", method, "--ratio", "0.1", "-o", str(run), "--test", str(world / "retain_unseen.jsonl")]
+    assert main(["run", *inputs(world), *arguments, *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert "weights may change" in captured.err and "not a bit of any other" in captured.err
+    page = (run / "report.html").read_text()
+    assert ("chosen by snip" if method == "snip" else "eap chose") in page
+    assert 'id="conflicts"' not in page
+    assert main(["plan", "show", str(run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    plan = Plan.load(run)
+    assert facts["weights_changed"] == plan.weights_changed <= round(0.1 * plan.provenance["baseline"]["of"])
+    assert {s["axis"] for s in facts["slices"].values()} == ({"weights"} if method == "snip" else {"rows", "columns"})
+    delta = tmp_path / "delta"
+    assert main(["delta", "make", str(world / "model"), str(run / "model"), str(run), "-o", str(delta)]) == 0
+    assert main(["delta", "revert", str(run / "model"), str(delta), "-o", str(tmp_path / "back")]) == 0
+    before, back = (load_file(folder / "model.safetensors") for folder in (world / "model", tmp_path / "back"))
+    assert all(torch.equal(before[name], back[name]) for name in before)
+
+
+def test_a_stage_out_of_order_names_the_one_before(localized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(localized)
+    assert "has no model yet: make it with `clue unlearn`" in failure(capsys, "evaluate", localized)
+    assert "has no evaluation yet: make it with `clue evaluate`" in failure(capsys, "report", localized)
+    assert "seed = 0, which can no longer change" in failure(capsys, "unlearn", localized, "--seed", "1")
+    assert snapshot(localized) == before
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("forget", None, "forget.jsonl"),
+    ("forget", "", "forget.jsonl"),
+    ("forget", '{"question": "a", "answer": "b"}\n{"question": "a"\n', "forget.jsonl:2"),
+    ("forget", '{"question": "a", "answer": "b"}\n{"question": "a"}\n', "forget.jsonl:2"),
+    ("forget", '{"question": "a", "answer": ""}\n', "forget.jsonl:1"),
+    ("forget", '{"question": "a", "answer": 3}\n', "forget.jsonl:1"),
+    ("retain", '{"question": "a"}\n', "retain.jsonl:1"),
+    ("retain", "same", "forget"),
+    ("forget", '{"question": "' + "Where " * 500 + '", "answer": "b"}\n', "forget.jsonl:1"),
+])
+def test_bad_records_are_named_and_leave_nothing(
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | None,
+        message: str) -> None:
+    file = tmp_path / f"{name}.jsonl"
+    if text is not None:
+        file.write_text((world / "forget.jsonl").read_text() if text == "same" else text)
+    before = snapshot(tmp_path)
+    assert message in failure(capsys, "localize", *inputs(world, **{name: file}), "-o", tmp_path / "a" / "run")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "no tokenizer", "nan", "truncated", "family", "no pad token"])
+def test_bad_models_are_named_and_leave_nothing(
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    model = tmp_path / "model"
+    if damage == "empty":
+        model.mkdir()
+    elif damage != "missing":
+        shutil.copytree(world / "model", model)
+    if damage == "no tokenizer":
+        for file in model.glob("token*"):
+            file.unlink()
+    elif damage == "nan":
+        weights = load_file(model / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    elif damage == "truncated":
+        content = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(content[:len(content) // 2])
+    elif damage == "family":
+        from transformers import CTRLConfig, CTRLLMHeadModel
+
+        CTRLLMHeadModel(CTRLConfig(vocab_size=300, n_positions=64, n_embd=16, dff=16, n_layer=1, n_head=2)
+                        ).save_pretrained(model)
+    elif damage == "no pad token":
+        # A tokenizer that at least knows an end of sequence is used with that as padding, which is masked anyway.
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        for name in ("pad_token", "eos_token"):
+            config.pop(name)
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
+    before = snapshot(tmp_path)
+    message = failure(capsys, "localize", *inputs(world, model=model), "-o", tmp_path / "run")
+    expected = {"nan": "up_proj", "family": "no anatomy entry for model family 'ctrl'",
+                "no pad token": "neither a pad nor an end-of-sequence token"}.get(damage, str(model))
+    assert expected in message
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_not_written_to(
+        world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    assert "other files (for example notes.txt)" in failure(capsys, "localize", *inputs(world), "-o", tmp_path)
+    assert "other files (for example notes.txt)" in failure(capsys, "demo", "--overwrite", "-o", tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_another_job_does_not_get_into_a_run(
+        world: Path, localized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(localized)
+    again = ["localize", *inputs(world, retain=f"people={world / 'retain.jsonl'}"), "-o", str(localized), *QUICK]
+    assert "localize.edges = 0.05 instead of 0.5" in failure(capsys, *again, "--edges", "0.5")
+    other = [a.replace("people=", "others=") for a in again]
+    assert "inputs.retain" in failure(capsys, *other)
+    assert "holds a run that is not a demo" in failure(capsys, "demo", "-o", localized)
+    assert "holds a run that is not a demo" in failure(capsys, "demo", "--overwrite", "-o", localized)
+    assert main(again) == 0
+    assert snapshot(localized) == before
+
+
+def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clue.cli", "localize", *inputs(world), "-o", str(run)],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    while not (run / "run.json").exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "clue: interrupted"
+    assert not run.exists() or not [p for p in run.iterdir() if p.name.startswith(".")]
