@@ -126,6 +126,24 @@ def test_a_comparison_goes_on_where_it_was_stopped(world: Path, tmp_path: Path, 
     assert "other records of files-0" in capsys.readouterr().err
 
 
+def test_robustness_is_that_of_the_model_where_training_ended(world: Path, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """Relearning moves all weights, those outside the plan too; the model of the cell is the one it starts from."""
+    more = ["--localization", "random", "--lrs", "0.003", "--levels", "0.01,1", "--relearn-steps", "3",
+            "--relearn-share", "0.5"]
+    assert main(command(world, tmp_path / "run", *more, "--robustness")) == 0
+    assert "relearned" in capsys.readouterr().out
+    (cell,) = cells(tmp_path / "run").values()
+    tried = [point for point in cell["points"] if "relearned.probability" in point["measures"]]
+    assert tried == cell["points"][-1:]
+    measures = tried[0]["measures"]
+    assert {f"int{bits}.{key}" for bits in (4, 8) for key in ("accuracy", "probability", "retain")} <= measures.keys()
+    assert measures["relearned.probability"] > measures["forget.probability"] - 1e-3
+    assert measures["int8.probability"] == pytest.approx(measures["forget.probability"], abs=0.05)
+    reference = json.loads((tmp_path / "run" / "reference-files-0" / "reference.json").read_text())["before"]
+    assert reference["int8.probability"] == pytest.approx(reference["forget.probability"], abs=0.05)
+
+
 def test_a_cell_that_diverges_stays_in_the_table(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--localization", "random", "--lrs", "1e30", "--clip", "0"]
     assert main(command(world, tmp_path / "run", *more)) == 0

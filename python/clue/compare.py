@@ -14,6 +14,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What every cell is given: learning rates, and the levels of forgetting at which it is measured."""
+    """What every cell is given: learning rates, and the levels of forgetting at which it is measured; with ``robustness``
+    it is tried, at the last of them, to bring back what was forgotten."""
 
     lrs: tuple[float, ...]
     levels: tuple[float, ...]
+    robustness: bool = False
 
     def __post_init__(self) -> None:
         if not self.lrs or min(self.lrs) <= 0:
@@ -185,7 +188,7 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
         if recorded.get(task.name, task.sha256) != dict(task.sha256):
             raise RunError(f"{run.folder} holds cells made from other records of {task.name}: choose another folder with -o")
         run.update(data={**recorded, task.name: dict(task.sha256)})
-        references[task.name] = _reference(run, task, settings, progress)
+        references[task.name] = _reference(run, task, settings, tuning, progress)
         match = "clue" if ratio is None and any(row.localization == "clue" for row in rows) else None
         for row in rows:
             for objective in objectives:
@@ -201,7 +204,7 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
     return cells, references
 
 
-def _reference(run: Run, task: Task, settings: Settings, progress: pipeline.Progress) -> dict[str, Any]:
+def _reference(run: Run, task: Task, settings: Settings, tuning: Tuning, progress: pipeline.Progress) -> dict[str, Any]:
     """Measures of the model before, and of gold."""
     from .evaluate.comparison import measures_of
 
@@ -210,9 +213,9 @@ def _reference(run: Run, task: Task, settings: Settings, progress: pipeline.Prog
         found: dict[str, Any] = json.loads((run.path(stage) / "reference.json").read_text())
         return found
     model, tokenizer = task.load()
-    found = {"before": measures_of(_measured(model, tokenizer, task, settings))}
-    if task.gold is not None:
-        found["gold"] = measures_of(_measured(task.gold(), tokenizer, task, settings))
+    models = {"before": model} | ({} if task.gold is None else {"gold": task.gold()})
+    found = {name: measures_of(_measured(model, tokenizer, task, settings))
+             | (_stood(model, tokenizer, task, settings) if tuning.robustness else {}) for name, model in models.items()}
     with run.stage(stage) as folder:
         write_json(folder / "reference.json", found)
     progress(f"measure    {task.name}: {', '.join(found)}")
@@ -291,6 +294,7 @@ class _Training:
 
         self._model, self._tokenizer, self._task, self._settings = model, tokenizer, task, settings
         self._left = sorted(tuning.levels)
+        self._robustness = tuning.robustness
         # As the floor rule reads them: that an answer ends is not what is to be forgotten.
         self._forget = encode(task.forget, tokenizer, chat=settings.data.chat, append_eos=False,
                               max_length=length_limit(model, settings.data.max_length))
@@ -303,14 +307,14 @@ class _Training:
         """Train until every level is reached or the steps run out."""
         from .unlearn.loop import unlearn
 
-        with self.meter:
-            try:
-                unlearn(self._model, self._tokenizer, self._task.forget, self._task.retain, plan, self._settings.unlearn,
-                        data=self._settings.data, seed=self._task.seed, on_step=self._look)
-            except _Enough:
-                return
+        with self.meter, suppress(_Enough):
+            unlearn(self._model, self._tokenizer, self._task.forget, self._task.retain, plan, self._settings.unlearn,
+                    data=self._settings.data, seed=self._task.seed, on_step=self._look)
         if not self.points or self.points[-1].steps != self._steps:
             self._measure(self._forgotten())
+        if self._robustness:  # now that the model is itself again: relearning moves all its weights
+            stood = _stood(self._model, self._tokenizer, self._task, self._settings)
+            self.points[-1] = replace(self.points[-1], measures={**self.points[-1].measures, **stood})
 
     def _look(self, entry: dict[str, Any]) -> None:
         self._steps = entry["step"]
@@ -344,3 +348,9 @@ def _measured(model: Any, tokenizer: Any, task: Task, settings: Settings) -> Any
     from .evaluate import evaluate
 
     return evaluate(model, tokenizer, task.sets, settings.evaluate, data=settings.data, seed=task.seed)
+
+
+def _stood(model: Any, tokenizer: Any, task: Task, settings: Settings) -> dict[str, float]:
+    from .evaluate.robustness import stand
+
+    return stand(model, tokenizer, task.sets, settings.robustness, data=settings.data, seed=task.seed)

@@ -66,6 +66,9 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     compare.add_argument("--at", type=float, metavar="X", help="the level compared in the table (default: the highest)")
     compare.add_argument("--ratio", type=float, metavar="X", help="share of the linear maps' weights that baselines edit"
                          " (default: as many weights as clue's plan has; 0.2 without clue)")
+    compare.add_argument("--robustness", action="store_true",
+                         help="also try, where a training ends, to bring back what was forgotten: by relearning, and by"
+                         " rounding the weights to 8 and 4 bits")
     compare.add_argument("-o", "--output", default="runs/compare", metavar="DIR",
                          help="folder of the comparison, made or gone on with (default: runs/compare)")
     compare.add_argument("--json", metavar="FILE", help="write the results as JSON; - for stdout")
@@ -107,7 +110,7 @@ def job_of(arguments: argparse.Namespace, settings_of: Callable[[Settings], Sett
     for objective in objectives:
         check(UnlearnSettings(objective=objective))
     lrs = _numbers("--lrs", arguments.lrs) if arguments.lrs else [(settings.unlearn.lr or LR) * f for f in FACTORS]
-    tuning = Tuning(tuple(sorted({*lrs})), tuple(sorted({*_numbers("--levels", arguments.levels)})))
+    tuning = Tuning(tuple(sorted({*lrs})), tuple(sorted({*_numbers("--levels", arguments.levels)})), arguments.robustness)
     target = max(tuning.levels) if arguments.at is None else arguments.at
     if target not in tuning.levels:
         raise ClueError(f"--at {target:g} is not one of the --levels {arguments.levels}: models are measured there alone")
@@ -116,7 +119,8 @@ def job_of(arguments: argparse.Namespace, settings_of: Callable[[Settings], Sett
     ratio = arguments.ratio
     matched = ratio is None and any(row.localization == "clue" for row in rows)
     inputs = {"benchmark": arguments.benchmark and arguments.benchmark.partition("-")[0], **files, "tests": dict(tests),
-              "lrs": list(tuning.lrs), "levels": list(tuning.levels), "ratio": "clue" if matched else ratio}
+              "lrs": list(tuning.lrs), "levels": list(tuning.levels), "ratio": "clue" if matched else ratio,
+              "robustness": tuning.robustness}
     return Job(settings, tuple(dict.fromkeys(rows)), tuple(objectives), arguments.seeds, tuning, target, ratio, inputs)
 
 

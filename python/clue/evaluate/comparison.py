@@ -32,6 +32,7 @@ HEADLINES = {
     "forget.accuracy": "forget", "forget_paraphrase.accuracy": "paraphrase", "forget.probability": "probability",
     "retain.accuracy": "retain", "retain.probability": "retain prob",
     "retain_seen.accuracy": "retain seen", "skills": "skills", "mia.loss.auc": "MIA AUC",
+    "relearned.probability": "relearned", "int4.probability": "4 bits",
 }
 #: The measure in which CLUE is compared with the others.
 HEADLINE = "retain.accuracy"

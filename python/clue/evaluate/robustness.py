@@ -130,6 +130,26 @@ def stress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Eva
         {"robustness": asdict(settings), "data": asdict(data), "seed": seed, "dtype": str(model.dtype).removeprefix("torch.")})
 
 
+def stand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, settings: RobustnessSettings,
+          *, data: DataSettings, seed: int) -> dict[str, float]:
+    """What is given back after relearning and after quantization, as numbers for a comparison.
+
+    Returns:
+        ``relearned.accuracy`` and ``relearned.probability``, of the forget records that relearning was not shown, after its
+        last step; ``int4.accuracy``, ``int4.probability`` and ``int4.retain`` (an accuracy), and those of ``int8``.
+    """
+    last = relearn(model, tokenizer, sets, replace(settings, curve_points=1), data=data, seed=seed)
+    back = last.lines["forget, not shown"][-1]
+    found = {"relearned.accuracy": back.accuracy, "relearned.probability": back.probability}
+    rounded = round_trip(model, tokenizer, sets, settings, data=data)
+    for bits, forget, retain in zip(rounded.x, rounded.lines["forget"], rounded.lines["retain"], strict=True):
+        if bits <= 8:
+            name = f"int{bits:.0f}"
+            found |= {f"{name}.accuracy": forget.accuracy, f"{name}.probability": forget.probability,
+                      f"{name}.retain": retain.accuracy}
+    return found
+
+
 def relearn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, settings: RobustnessSettings,
             *, data: DataSettings, seed: int) -> Curve:
     """Fine-tune a copy on a share of the forget set; recall of the rest (``not shown``), of the share, and of retain."""
