@@ -153,7 +153,7 @@ def experiment(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     localize = clue.LocalizeSettings(edges=arguments.edges, neurons=arguments.neurons, batch_size=8)
     plan = clue.localize(model, tokenizer, sets["forget"], sets["retain"], localize, seed=seed, progress=say)
     seconds["localize"] = time.process_time() - start
-    train = clue.UnlearnSettings(objective="npo", lr=arguments.lr, steps=arguments.steps, batch_size=8, warmup=5,
+    train = clue.UnlearnSettings(objective=arguments.objective, lr=arguments.lr, steps=arguments.steps, batch_size=8, warmup=5,
                                  floor=arguments.floor, check_every=2)
 
     def on_step(step: dict[str, Any]) -> None:
@@ -215,6 +215,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--edges", type=float, default=0.02)
     parser.add_argument("--neurons", type=float, default=0.10)
+    parser.add_argument("--objective", default="npo", help="of CLUE: npo or npo-cf")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--floor", type=float, default=0.2, help="answer probability at which a record is forgotten")
