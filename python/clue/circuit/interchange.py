@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,10 +29,25 @@ import numpy.typing as npt
 from ..data.atomic import write_atomically
 from ..errors import CircuitError
 from ..types import Direction, Gate, NodeKind, Provenance
-from .graph import Bools, Circuit, Floats, Graph, Ints, sort_edges
+from .graph import Circuit, Floats, Graph, Ints, sort_edges
+from .named_edges import (
+    AGAIN,
+    MADE_FOR,
+    PathLike,
+    check_block_level,
+    check_forward,
+    check_once,
+    flags_and_scores,
+    json_object,
+    labels,
+    load,
+    node_ids,
+    number,
+    record_at,
+    record_list,
+    shortened,
+)
 
-PathLike = str | os.PathLike[str]
-_Where = Callable[[int], str]
 _Row = tuple[str, dict[str, object]]
 
 #: Version of what CLUE writes under the key ``clue`` of an EAP-IG file.
@@ -42,8 +55,6 @@ FORMAT = 1
 
 _GATES = {gate.name: gate.value for gate in Gate}
 _PROVENANCES = {str(Provenance(bits).name): bits for bits in range(2 * max(Provenance))}
-_MADE_FOR = "read it into the graph of the model it was made for"
-_AGAIN = "write the file again, or remove the key 'clue' to read the flags alone"
 
 
 def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0) -> None:
@@ -117,23 +128,23 @@ def read_eap_ig(path: PathLike, graph: Graph, *, name: str | None = None,
         CircuitError: the file is missing, is no such JSON or names an edge twice; the model has other dimensions; a
             node is unknown, an edge runs backwards, no edge is in the circuit, or CLUE's part and the flags disagree.
     """
-    data = _object(path, _load(path), "", ("cfg", "nodes", "edges"))
-    cfg = _object(path, data["cfg"], "cfg", ("n_layers", "n_heads"))
+    data = json_object(path, load(path), "", ("cfg", "nodes", "edges"))
+    cfg = json_object(path, data["cfg"], "cfg", ("n_layers", "n_heads"))
     for key, expected in (("n_layers", graph.n_layers), ("n_heads", graph.n_heads)):
         if type(cfg[key]) is not int or cfg[key] != expected:
-            raise CircuitError(f"{path}: cfg: {key} is {_short(cfg[key])}, the graph has {expected}: {_MADE_FOR}")
+            raise CircuitError(f"{path}: cfg: {key} is {shortened(cfg[key])}, the graph has {expected}: {MADE_FOR}")
     if bool(cfg.get("parallel_attn_mlp", graph.parallel)) != graph.parallel:
-        raise CircuitError(f"{path}: cfg: parallel_attn_mlp is {_short(cfg['parallel_attn_mlp'])}, the graph has"
-                           f" {_short(graph.parallel)}: {_MADE_FOR}")
-    _object(path, data["nodes"], "nodes")
-    edges = _object(path, data["edges"], "edges")
+        raise CircuitError(f"{path}: cfg: parallel_attn_mlp is {shortened(cfg['parallel_attn_mlp'])}, the graph has"
+                           f" {shortened(graph.parallel)}: {MADE_FOR}")
+    json_object(path, data["nodes"], "nodes")
+    edges = json_object(path, data["edges"], "edges")
     names = list(edges)
-    flags, scores = _flags_and_scores(path, edges)
+    flags, scores = flags_and_scores(path, edges)
     if "clue" in data:
         circuit = _own_circuit(path, graph, data["clue"], name)
         _check_agreement(path, circuit, {edge for edge, flag in zip(names, flags.tolist(), strict=True) if flag})
         return circuit
-    _check_block_level(path, graph)
+    check_block_level(path, graph)
     if not flags.any():
         raise CircuitError(f"{path}: no edge has in_graph set: choose edges (apply_topn) before to_json")
 
@@ -144,9 +155,9 @@ def read_eap_ig(path: PathLike, graph: Graph, *, name: str | None = None,
     odd = next((i for i, pair in enumerate(ends) if len(pair) != 2), None)
     if odd is not None:
         raise CircuitError(f"{where(odd)} is not of the form source->target: rename or remove it")
-    src = _nodes([pair[0] for pair in ends], _eap_ig_sources(graph), _eap_ig_targets(graph), graph, where, "start")
-    dst = _nodes([pair[1] for pair in ends], _eap_ig_targets(graph), _eap_ig_sources(graph), graph, where, "end")
-    _check_forward(graph, src, dst, where)
+    src = node_ids([pair[0] for pair in ends], _eap_ig_sources(graph), _eap_ig_targets(graph), graph, where, "start")
+    dst = node_ids([pair[1] for pair in ends], _eap_ig_targets(graph), _eap_ig_sources(graph), graph, where, "end")
+    check_forward(graph, src, dst, where)
     order, first = _equal(src, dst)
     keep = np.logical_or.reduceat(flags[order], first)
     score = np.add.reduceat(scores[order], first)[keep]
@@ -179,15 +190,15 @@ def read_edge_pruning(path: PathLike, graph: Graph, *, name: str | None = None,
         CircuitError: the file is missing or is no such list; a node is unknown or outside the model, an edge runs
             backwards or is there twice, or there is no edge.
     """
-    rows = _list(path, graph, 2)
-    where = _records(path)
+    rows = record_list(path, graph, 2)
+    where = record_at(path)
     sources = {"embeds": graph.embed, "tok_embeds": graph.embed, "token_embeds": graph.embed, "pos_embeds": graph.embed,
                **_heads(graph, "a{}.h{}"), **_mlps(graph)}
     targets = {**_head_inputs(graph, "h"), **_mlps(graph), "resid_post": graph.logits}
-    src = _nodes([row[0] for row in rows], sources, targets, graph, where, "start")
-    dst = _nodes([row[1] for row in rows], targets, sources, graph, where, "end")
-    _check_once(rows, where)
-    _check_forward(graph, src, dst, where)
+    src = node_ids([row[0] for row in rows], sources, targets, graph, where, "start")
+    dst = node_ids([row[1] for row in rows], targets, sources, graph, where, "end")
+    check_once(rows, where)
+    check_forward(graph, src, dst, where)
     order, first = _equal(src, dst)
     src, dst = src[order][first], dst[order][first]
     none = np.full(len(src), np.nan)
@@ -219,16 +230,16 @@ def read_logical_edges(path: PathLike, graph: Graph, *, name: str | None = None)
         CircuitError: the file is missing or is no such list; a node is unknown or outside the model, a gate is none of
             the three, an edge runs backwards or is there twice with one gate, or there is no edge.
     """
-    rows = _list(path, graph, 3)
-    where = _records(path)
+    rows = record_list(path, graph, 3)
+    where = record_at(path)
     groups, inputs, heads = _head_inputs(graph, "H"), _head_inputs(graph, "h"), _heads(graph, "a{}.h{}.o")
     embeds = dict.fromkeys(("embeds", "tok_embeds", "pos_embeds"), graph.embed)
     sources = {**embeds, **heads, **_mlps(graph), **groups, **inputs}
     targets = {**groups, **inputs, **_mlps(graph), "resid_post": graph.logits, **heads}
-    src = _nodes([row[0] for row in rows], sources, targets, graph, where, "start")
-    dst = _nodes([row[1] for row in rows], targets, sources, graph, where, "end")
-    gate = _labels([row[2] for row in rows], _GATES, where, "gate")
-    _check_once(rows, where)
+    src = node_ids([row[0] for row in rows], sources, targets, graph, where, "start")
+    dst = node_ids([row[1] for row in rows], targets, sources, graph, where, "end")
+    gate = labels([row[2] for row in rows], _GATES, where, "gate")
+    check_once(rows, where)
     inside = np.isin(graph.kind[src], (NodeKind.Q, NodeKind.K, NodeKind.V))
     into_head = graph.kind[dst] == NodeKind.HEAD
     wiring = inside & ((into_head & (graph.layer[src] == graph.layer[dst])) | (dst == graph.logits))
@@ -241,7 +252,7 @@ def read_logical_edges(path: PathLike, graph: Graph, *, name: str | None = None)
         raise CircuitError(f"{path}: no record is an edge between a writer and a later reader: take the file that"
                            " get_logical_edge.py wrote")
     src, dst, gate = src[read], dst[read], gate[read]
-    _check_forward(graph, src, dst, lambda edge: where(int(read[edge])))
+    check_forward(graph, src, dst, lambda edge: where(int(read[edge])))
     evidence = np.array([Provenance.NOISING, Provenance.DENOISING, Provenance.UNKNOWN])[gate]  # by AND, OR, ADDER
     order, first = _equal(src, dst)
     src, dst, gate = src[order][first], dst[order][first], gate[order]
@@ -294,143 +305,6 @@ def _inverse(names: Mapping[str, int]) -> dict[int, list[str]]:
     return found
 
 
-# Reading: JSON to arrays of ids, refusing what is malformed.
-
-
-def _load(path: PathLike) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            again = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CircuitError(f"{path}: {_short(again)} is there twice: keep one of them")
-        return found
-
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise CircuitError(f"{path} does not exist: check the path") from None
-    except OSError as error:
-        raise CircuitError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise CircuitError(f"{path} is not JSON, or is cut short ({error}): write it again") from None
-
-
-def _object(path: PathLike, value: Any, key: str, needed: Iterable[str] = ()) -> dict[str, Any]:
-    what = f"{path}: {key}" if key else f"{path}"
-    remedy = _AGAIN if key.startswith("clue") else "take a file that Graph.to_json wrote"
-    if not isinstance(value, dict):
-        raise CircuitError(f"{what} must be a JSON object, not {_short(value)}: {remedy}")
-    for name in needed:
-        if name not in value:
-            raise CircuitError(f"{what} has no {name!r}: {remedy}")
-    return value
-
-
-def _list(path: PathLike, graph: Graph, width: int) -> list[list[Any]]:
-    """The records of a list file, each a list of ``width``; at least one."""
-    _check_block_level(path, graph)
-    rows = _load(path)
-    form = "[source, target]" if width == 2 else "[source, target, gate]"
-    if not isinstance(rows, list):
-        raise CircuitError(f"{path} must be a JSON list of {form}, not {_short(rows)}: check that it is the right file")
-    if not rows:
-        raise CircuitError(f"{path} has no edges: raise the share of edges that is kept, and write it again")
-    odd = next((i for i, row in enumerate(rows) if not isinstance(row, list) or len(row) != width), None)
-    if odd is not None:
-        raise CircuitError(f"{path}: record {odd + 1} is {_short(rows[odd])}, not {form}: check that it is the"
-                           " right file")
-    return rows
-
-
-def _records(path: PathLike) -> _Where:
-    return lambda row: f"{path}: record {row + 1}"
-
-
-def _nodes(values: Sequence[object], known: Mapping[str, int], others: Mapping[str, int], graph: Graph, where: _Where,
-           role: str) -> Ints:
-    """Ids of nodes by name; ``others`` are the names at the other end of an edge, and ``role`` is start or end."""
-    found = np.array([known.get(value, -1) if isinstance(value, str) else -1 for value in values], dtype=np.int32)
-    if len(found) == 0 or found.min() >= 0:
-        return found
-    row = int(np.argmax(found < 0))
-    value = values[row]
-    what = f"{where(row)}: {_short(value)}"
-    if not isinstance(value, str):
-        raise CircuitError(f"{what} is not the name of a node, which is a string: correct or remove it")
-    forms = {_form(name): name for name in reversed(list(known))}  # one example of each
-    if _form(value) in forms:
-        raise CircuitError(f"{what} is not in a model of {graph.n_layers} layers, {graph.n_heads} heads and"
-                           f" {graph.n_kv_heads} key/value groups: {_MADE_FOR}")
-    why = f"cannot {role} an edge" if _form(value) in map(_form, others) else "is not the name of a node"
-    raise CircuitError(f"{what} {why}: name one like {', '.join(sorted(forms.values()))}, or remove the edge")
-
-
-def _form(name: str) -> str:
-    return re.sub("[0-9]+", "0", name)
-
-
-def _labels(values: Sequence[object], known: Mapping[str, int], where: _Where, what: str) -> npt.NDArray[np.uint8]:
-    found = np.array([known.get(value, -1) if isinstance(value, str) else -1 for value in values], dtype=np.int16)
-    if len(found) and found.min() < 0:
-        row = int(np.argmax(found < 0))
-        raise CircuitError(f"{where(row)}: {what} {_short(values[row])} is none of {', '.join(known)}: correct it")
-    return found.astype(np.uint8)
-
-
-def _number(value: object) -> float | None:
-    """A JSON number, NaN for null; None for anything else."""
-    if value is None:
-        return math.nan
-    if type(value) not in (int, float):
-        return None
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except OverflowError:
-        return None
-
-
-def _flags_and_scores(path: PathLike, edges: Mapping[str, Any]) -> tuple[Bools, Floats]:
-    flags, scores = np.zeros(len(edges), dtype=bool), np.zeros(len(edges))
-    for i, (name, info) in enumerate(edges.items()):
-        flag = info.get("in_graph") if isinstance(info, dict) else None
-        score = _number(info.get("score", "missing")) if isinstance(info, dict) else None
-        if type(flag) is not bool or score is None:
-            raise CircuitError(f"{path}: edge {name!r} must have a number 'score' and a true or false 'in_graph', not"
-                               f" {_short(info)}: take a file that Graph.to_json wrote")
-        flags[i], scores[i] = flag, score
-    return flags, scores
-
-
-def _check_block_level(path: PathLike, graph: Graph) -> None:
-    if graph.neurons:
-        raise CircuitError(f"{path} has no hidden neurons as nodes: read it into a graph with neurons=False")
-
-
-def _check_once(rows: Sequence[list[Any]], where: _Where) -> None:
-    records = [tuple(row) for row in rows]  # names and gates, by now known to be strings
-    if len(set(records)) == len(records):
-        return
-    first: dict[tuple[str, ...], int] = {}
-    for i, record in enumerate(records):
-        if record in first:
-            raise CircuitError(f"{where(i)}: {record[0]} -> {record[1]} repeats number {first[record] + 1}: remove one")
-        first[record] = i
-
-
-def _check_forward(graph: Graph, src: Ints, dst: Ints, where: _Where) -> None:
-    backwards = src >= dst
-    if backwards.any():
-        row = int(np.argmax(backwards))
-        raise CircuitError(f"{where(row)}: {graph.name(src[row])} -> {graph.name(dst[row])} runs backwards: an edge"
-                           " goes from a writer to a later reader, so swap the two or remove it")
-    beside = graph.parallel & (graph.kind[src] == NodeKind.HEAD) & (graph.layer[src] == graph.layer[dst])
-    if beside.any():
-        row = int(np.argmax(beside))
-        raise CircuitError(f"{where(row)}: {graph.name(src[row])} -> {graph.name(dst[row])} does not exist in a model"
-                           f" whose attention and MLP read the same stream: {_MADE_FOR}")
-
-
 def _equal(src: Ints, dst: Ints) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """An order in which equal edges are neighbours, and where each edge begins in it."""
     order = np.lexsort((src, dst))
@@ -463,11 +337,6 @@ def _foreign(path: PathLike, name: str | None, graph: Graph, src: Ints, dst: Int
     return Circuit(Path(path).stem if name is None else name, graph, *columns)
 
 
-def _short(value: object) -> str:
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 # CLUE's own part of an EAP-IG file: the whole circuit, one [source, target, gate, provenance, ns, dn] per edge.
 
 
@@ -484,39 +353,39 @@ def _own_rows(circuit: Circuit) -> list[list[Any]]:
 
 
 def _own_circuit(path: PathLike, graph: Graph, own: Any, name: str | None) -> Circuit:
-    own = _object(path, own, "clue", ("format", "name", "graph", "edges"))
+    own = json_object(path, own, "clue", ("format", "name", "graph", "edges"))
     if own["format"] != FORMAT:
-        raise CircuitError(f"{path}: clue: format {_short(own['format'])} is not {FORMAT}: read it with the CLUE that"
+        raise CircuitError(f"{path}: clue: format {shortened(own['format'])} is not {FORMAT}: read it with the CLUE that"
                            " wrote it, or remove the key 'clue'")
-    dimensions = _object(path, own["graph"], "clue: graph")
+    dimensions = json_object(path, own["graph"], "clue: graph")
     for key, value in graph.to_json().items():
         if dimensions.get(key) != value:
-            raise CircuitError(f"{path}: clue: {key} is {_short(dimensions.get(key))}, the graph has {_short(value)}:"
+            raise CircuitError(f"{path}: clue: {key} is {shortened(dimensions.get(key))}, the graph has {shortened(value)}:"
                                " read it into the graph it was written from")
     rows = own["edges"]
     if not isinstance(own["name"], str) or not isinstance(rows, list):
-        raise CircuitError(f"{path}: clue: 'name' must be a string and 'edges' a list: {_AGAIN}")
+        raise CircuitError(f"{path}: clue: 'name' must be a string and 'edges' a list: {AGAIN}")
 
     def where(row: int) -> str:
         return f"{path}: clue: edge {row + 1}"
 
     def refuse(row: int, what: str) -> NoReturn:
-        raise CircuitError(f"{where(row)} {what}: {_AGAIN}")
+        raise CircuitError(f"{where(row)} {what}: {AGAIN}")
 
     for i, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != 6:
-            refuse(i, f"is {_short(row)}, not [source, target, gate, provenance, ns, dn]")
+            refuse(i, f"is {shortened(row)}, not [source, target, gate, provenance, ns, dn]")
     u, v, g, p, ns, dn = ([row[i] for row in rows] for i in range(6))
     known = {node: i for i, node in enumerate(graph.names)}
-    src, dst = _nodes(u, known, {}, graph, where, "start"), _nodes(v, known, {}, graph, where, "end")
-    _check_forward(graph, src, dst, where)
-    _check_once([row[:2] for row in rows], where)
-    scores = [[_number(value) for value in column] for column in (ns, dn)]
+    src, dst = node_ids(u, known, {}, graph, where, "start"), node_ids(v, known, {}, graph, where, "end")
+    check_forward(graph, src, dst, where)
+    check_once([row[:2] for row in rows], where)
+    scores = [[number(value) for value in column] for column in (ns, dn)]
     for column, values in zip(scores, (ns, dn), strict=True):
         odd = next((i for i, score in enumerate(column) if score is None), None)
         if odd is not None:
-            refuse(odd, f"has a score {_short(values[odd])} that is no number")
-    gate, provenance = _labels(g, _GATES, where, "gate"), _labels(p, _PROVENANCES, where, "provenance")
+            refuse(odd, f"has a score {shortened(values[odd])} that is no number")
+    gate, provenance = labels(g, _GATES, where, "gate"), labels(p, _PROVENANCES, where, "provenance")
     columns = [np.array(column, dtype=np.float64) for column in scores]
     return Circuit(own["name"] if name is None else name, graph, src, dst, gate, provenance, *columns)
 
@@ -530,4 +399,4 @@ def _check_agreement(path: PathLike, circuit: Circuit, flagged: set[str]) -> Non
     if own != flagged:
         edge = min(own ^ flagged)
         has, lacks = ("the key 'clue'", "in_graph") if edge in own else ("in_graph", "the key 'clue'")
-        raise CircuitError(f"{path}: edge {edge!r} is in the circuit by {has} and not by {lacks}: {_AGAIN}")
+        raise CircuitError(f"{path}: edge {edge!r} is in the circuit by {has} and not by {lacks}: {AGAIN}")
