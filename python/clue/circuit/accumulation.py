@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 TILE_BYTES = 32 << 20
 #: Columns that make a matrix product efficient: a product takes the readers of so many layers as it needs.
 COLUMNS = 64
-#: Layers whose readers are contracted together when runs are streamed: writers are expanded anew for each group.
-GROUP = 4
+#: Layers whose readers are contracted together when runs are streamed, the top ones; later groups are larger, by what the
+#: layers above have given back. Writers are expanded anew for each group.
+GROUP = 2
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,6 @@ class _Layer:
 
     attention: _Readers
     mlp: _Readers
-
-
-@dataclass(frozen=True)
-class _Writers:
-    """Corrupted minus clean, real tokens only: what one layer's writers would add if they were patched."""
-
-    heads: Tensor
-    head_scale: Tensor | None
-    mlp: Tensor
 
 
 class Sums:
@@ -119,10 +111,12 @@ class Sums:
         """Add one batch.
 
         Args:
-            points: runs along the path from the clean to the corrupted prompt; their layers are consumed.
+            points: runs along the path from the clean to the corrupted prompt; their layers are consumed. The first one's
+                writers are the differences to the last one.
             ends: the points whose mean gradient makes Ns, and those that make Dn.
             mask: bool [batch, seq], the tokens to count; the others must not matter.
-            group: number of layers whose readers are kept until they are contracted together; 0 leaves the edges out.
+            group: number of layers, at the top, whose readers are kept until they are contracted together; 0 leaves the
+                edges out.
         """
         body, rows = self.body, mask.ravel()
         chosen = None if bool(rows.all()) else torch.nonzero(rows).ravel()
@@ -138,17 +132,21 @@ class Sums:
             return
         embed = take(points[-1].embed - points[0].embed)
         written = []
-        for layer in body.layers:
-            here, away = points[0].written.pop(0), points[-1].written.pop(0)
-            scale = None
-            if layer.attention_output_norm is not None:
-                assert here.head_scale is not None and away.head_scale is not None
-                scale = take(away.head_scale - here.head_scale)
-            written.append(_Writers(take(away.heads - here.heads), scale, take(away.mlp - here.mlp)))
+        for _ in body.layers:
+            change = points[0].written.pop(0)
+            written.append(capture.Written(take(change.heads), None if change.head_scale is None else take(change.head_scale),
+                                           take(change.mlp)))
+        del change
         size = body.n_heads + 2 * body.n_kv_heads + 1
         top = [_Readers(body.n_layers * size, 1, body.final_norm, (), [take(run.final_residual) for run in points],
                         [(take(run.grad_final),) for run in points])]
+        # Elements per token that a layer holds while it is kept, beside the residual it was run from, and that it had held
+        # before and has given back once it is contracted.
+        heads, groups = body.n_heads * body.d_head, body.n_kv_heads * body.d_head
+        holds = len(points) * (2 * body.d_model + heads + 2 * groups)
+        gives_back = len(points) * body.d_model + heads + body.d_model
         kept: list[_Layer] = []
+        wanted = group
         for number in reversed(range(body.n_layers)):
             layer = body.layers[number]
             runs = [next(point.layers) for point in points]
@@ -160,12 +158,13 @@ class Sums:
                            [(take(run.grad_mlp),) for run in runs])
             kept.insert(0, _Layer(attention, mlp))
             del runs
-            if len(kept) == group or number == 0:
+            if len(kept) == wanted or number == 0:
                 tile = max(1, self.tile_bytes // ((1 + len(written) * (body.n_heads + 1)) * body.d_model * self.dtype.itemsize))
                 for start in range(0, len(embed), tile):
                     self._add_tile(slice(start, start + tile), number, kept, top, embed, written, ends)
                 kept, top = [], []
                 del written[number:]  # nothing below reads them
+                wanted = group + (body.n_layers - number) * gives_back // holds
 
     def _add_units(self, number: int, runs: list[capture.LayerRun], ends: tuple[Sequence[int], Sequence[int]],
                    rows: Tensor) -> None:
@@ -183,7 +182,7 @@ class Sums:
             native.neuron_attribution(*hidden, near_clean, near_corrupted, *self.units[number], mask=rows)
 
     def _add_tile(self, at: slice, first: int, layers: list[_Layer], top: list[_Readers], embed: Tensor,
-                  written: list[_Writers], ends: tuple[Sequence[int], Sequence[int]]) -> None:
+                  written: list[capture.Written], ends: tuple[Sequence[int], Sequence[int]]) -> None:
         """Contract the readers of ``layers``, the lowest of which is number ``first``, on some of the tokens."""
         body, heads = self.body, self.body.n_heads
         tokens = len(embed[at])

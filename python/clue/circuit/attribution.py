@@ -247,11 +247,10 @@ class _Work:
 
         stream = self.stream or (settings.stream == "auto" and _too_large(body, mask.numel()))
         away = capture.run(body, prompts.corrupted, mask, positions, named, stream=stream)
-        points = [capture.run(body, prompts.clean, mask, positions, target, stream=stream)]
+        points = [capture.run(body, prompts.clean, mask, positions, target, stream=stream, against=away.written)]
         for step in range(1, settings.path_steps - 1):
             between = torch.lerp(points[0].embed, away.embed, step / (settings.path_steps - 1))
-            points.append(capture.run(body, prompts.clean, mask, positions, target, embed=between, stream=stream))
-            points[-1].written.clear()  # only its gradients are used
+            points.append(capture.run(body, prompts.clean, mask, positions, target, embed=between, stream=stream, against=[]))
         points.append(away)
         every, middle = range(len(points)), len(points) // 2
         ends = (every, every) if settings.path == "full" else (every[:middle], every[middle:])

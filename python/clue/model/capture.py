@@ -115,7 +115,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target, *,
-        embed: Tensor | None = None, stream: bool = False) -> Run:
+        embed: Tensor | None = None, stream: bool = False, against: list[Written] | None = None) -> Run:
     """Run the model and differentiate the target; call inside :func:`frozen`, and consume ``layers`` inside it too.
 
     Args:
@@ -125,12 +125,15 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
             positions.
         embed: [batch, seq, d_model], what the first layer gets instead of the prompt's own embedding.
         stream: hold one layer's activations at a time.
+        against: what the writers of another run add. This run's ``written`` is what they add more there than here, and
+            the list is emptied, so that never both are held whole. Of an empty list nothing comes: the writers are left
+            out.
     """
-    return (_streamed if stream else _whole)(body, input_ids, attention_mask, positions, target, embed)
+    return (_streamed if stream else _whole)(body, input_ids, attention_mask, positions, target, embed, against)
 
 
 def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
-           embed: Tensor | None) -> Run:
+           embed: Tensor | None, against: list[Written] | None) -> Run:
     with torch.enable_grad(), _watch(body, range(body.n_layers), start=embed) as seen:
         logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
                             logits_to_keep=positions).logits
@@ -146,19 +149,27 @@ def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
         parts.append(grads[first:first + len(part)])
         first += len(part)
     layers = [{name: _detached(value) for name, value in found.items()} for found in layers]
-    written = [_written(layer, found) for layer, found in zip(body.layers, layers, strict=True)]
+    written: list[Written] = []
+    for layer, found in zip(body.layers, layers, strict=True):
+        _note_written(written, layer, found, against)
     runs = [(layer, found, part) for layer, found, part in zip(body.layers, layers, parts, strict=True)]
     return Run(layers[0]["residual"], written, final["residual"].detach(), grads[-1],
                (_layer_run(body, *runs.pop()) for _ in range(body.n_layers)))
 
 
 def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
-              embed: Tensor | None) -> Run:
-    with torch.no_grad(), _watch(body, range(body.n_layers), start=embed, light=True) as seen:
+              embed: Tensor | None, against: list[Written] | None) -> Run:
+    written: list[Written] = []
+
+    def passed(layer: Layer, found: dict[str, Any]) -> None:
+        if "heads" in found and "mlp" in found:
+            _note_written(written, layer, found, against)
+            found["heads"] = found["mlp"] = found["head_scale"] = None
+
+    with torch.no_grad(), _watch(body, range(body.n_layers), start=embed, passed=passed) as seen:
         body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions[:1])
     layers, final = seen[:-1], seen[-1]
     _check(body, layers)
-    written = [_written(layer, found) for layer, found in zip(body.layers, layers, strict=True)]
     calls = [(found["residual"], found["args"], found["kwargs"]) for found in layers]
     residual = final["residual"]
     grad_final, above = _head(body, residual, positions, target, isinstance(layers[-1]["output"], tuple))
@@ -228,12 +239,13 @@ def _bypassed(body: Anatomy, output: Tensor, in_tuple: bool) -> Iterator[None]:
 
 @contextmanager
 def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None,
-           light: bool = False) -> Iterator[list[dict[str, Any]]]:
+           passed: Callable[[Layer, dict[str, Any]], None] | None = None) -> Iterator[list[dict[str, Any]]]:
     """Note what passes through the layers ``numbers`` and the final norm: one dictionary per layer, then the final norm's.
 
     Args:
         start: what the first layer gets instead of what the model computed.
-        light: note only what enters a layer and what its writers add.
+        passed: note only what enters a layer and what its writers add, and call this with a layer and its dictionary once
+            the layer is done.
     """
     handles = []
 
@@ -249,6 +261,8 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             found["output"] = output
+            if passed is not None:
+                passed(layer, found)
 
         def heads(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["heads"] = _first(args, kwargs)
@@ -268,7 +282,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
         if layer.attention_output_norm is not None:
             on_input(layer.attention_output_norm.module, scale("head_scale", layer.attention_output_norm))
         on_output(layer.mlp_writer, mlp)
-        if light:
+        if passed is not None:
             on_output(layer.block, leave)
             return
         found["projected"] = {}  # q, k and v; one entry where they are fused
@@ -354,9 +368,18 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def _written(layer: Layer, found: dict[str, Any]) -> Written:
-    heads, scale = found["heads"], found.get("head_scale")
-    return Written(heads if scale is None else (heads * scale).to(heads.dtype), scale, found["mlp"])
+def _note_written(written: list[Written], layer: Layer, found: dict[str, Any], against: list[Written] | None) -> None:
+    """Append what a layer's writers add, as :func:`run` says of ``against``."""
+    if against is not None and not against:
+        return
+    heads, scale, mlp = found["heads"], found.get("head_scale"), found["mlp"]
+    here = Written(heads if scale is None else (heads * scale).to(heads.dtype), scale, mlp)
+    if against is None:
+        written.append(here)
+        return
+    there = against.pop(0)
+    written.append(Written(there.heads - here.heads, None if scale is None else there.head_scale - scale,
+                           there.mlp - here.mlp))
 
 
 def _layer_run(body: Anatomy, layer: Layer, found: dict[str, Any], grads: Sequence[Tensor]) -> LayerRun:
