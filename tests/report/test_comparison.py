@@ -74,3 +74,6 @@ def test_names_at_a_trade_off_do_not_run_into_each_other() -> None:
     assert "Pareto front" not in plot  # one row is best in both
     curves.append(Curve("other", ((0.6, 0.95),), False))
     assert "Pareto front" in str(tradeoff(curves, label="l", x_label="forgotten", y_label="kept"))
+    curves = [Curve("clue", ((1.0, 0.9),), True), Curve("other", ((1.0, 0.9),), False)]  # at the same place: clue on top
+    plot = str(tradeoff(curves, label="l", x_label="forgotten", y_label="kept"))
+    assert plot.index('marker after"') > plot.index('marker holdout"')

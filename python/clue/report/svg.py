@@ -162,19 +162,20 @@ def tradeoff(curves: Sequence[Curve], *, label: str, x_label: str, y_label: str)
         path = " ".join(f"{axes.at_x(x):.1f},{axes.at_y(y):.1f}" for x, y in front)
         parts.append(f'<polyline class="chance" fill="none" points="{path}"><title>Pareto front</title></polyline>')
     below = float(_TOP)
+    drawn: tuple[list[str], list[str]] = ([], [])  # what is stressed lies on top
     for curve in sorted(curves, key=lambda curve: (-curve.points[-1][1], curve.label)):
-        style = "after" if curve.stressed else "holdout"
+        style, marks = "after" if curve.stressed else "holdout", drawn[curve.stressed]
         points = [(axes.at_x(x), axes.at_y(y)) for x, y in curve.points]
-        parts.append(f'<polyline class="line {style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}">'
+        marks.append(f'<polyline class="line {style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}">'
                      f'<title>{escape(curve.label)}</title></polyline>')
         for (x, y), (a, b) in zip(points, curve.points, strict=True):
-            parts.append(f'<circle class="marker {style}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(curve.label)}:'
+            marks.append(f'<circle class="marker {style}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(curve.label)}:'
                          f' {y_label} {percent(b)} at {percent(a)} {x_label}</title></circle>')
         x, y = points[-1]
         below = max(below, y + 4)  # names do not run into each other
         parts.append(f'<text class="tick" x="{axes.at_x(1) + 12:.1f}" y="{below:.1f}">{escape(curve.label)}</text>')
         below += 13
-    return _svg(parts, label)
+    return _svg(parts + drawn[False] + drawn[True], label)
 
 
 def stacked_columns(columns: Sequence[str], stacks: Mapping[str, Sequence[int]], *, label: str, x_label: str,
