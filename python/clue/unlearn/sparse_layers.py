@@ -4,6 +4,7 @@ and a backward for planned channels alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def _leaf(slices: PlannedSlices, shape: tuple[int, ...]) -> Tensor:
     return number.expand(shape).detach().requires_grad_()
 
 
-class Layer:
+class Layer(ABC):
     """A module with planned weights, whose forward is replaced while gradients are sparse."""
 
     def __init__(self, owner: SparseGradients, path: str, module: nn.Module) -> None:
@@ -76,17 +77,17 @@ class Layer:
         self.original: Callable[..., Tensor] = module.forward
         self._own = False
 
+    @abstractmethod
     def takes(self, name: str) -> bool:
         """Whether this weight of the module is one that the layer knows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, slices: PlannedSlices, kind: str) -> Part:
         """Watch the planned slices of one of its weights, ``kind`` being that parameter's name in the module."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module does now."""
-        raise NotImplementedError
 
     def attach(self) -> None:
         self._own = "forward" in self.module.__dict__  # somebody else's override, to be put back
