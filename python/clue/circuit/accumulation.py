@@ -13,6 +13,7 @@ writers must add up to. Everything here is float32 or finer within a tile and fl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ GROUP = 2
 
 @dataclass(frozen=True)
 class _Readers:
-    """The readers behind one norm, at every point of the path; real tokens only.
+    """The readers behind one norm, at every point of the path.
 
     Attributes:
         column: the first reader's place among ``graph.readers``.
@@ -119,12 +120,15 @@ class Sums:
                 edges out.
         """
         body, rows = self.body, mask.ravel()
-        chosen = None if bool(rows.all()) else torch.nonzero(rows).ravel()
-        self.tokens += int(rows.sum())
+        chosen = torch.nonzero(rows).ravel()
+        count = len(chosen)
+        self.tokens += count
+        # Runs that are streamed keep the tokens that count alone, for the memory; of whole ones a tile picks its own.
+        early = count < len(rows) and group < body.n_layers
 
         def take(tensor: Tensor) -> Tensor:
             tensor = tensor.reshape(-1, tensor.shape[-1])
-            return (tensor if chosen is None else tensor[chosen.to(tensor.device)]).to(self.device)
+            return (tensor[chosen.to(tensor.device)] if early else tensor).to(self.device)
 
         if not group:
             for number in reversed(range(body.n_layers)):
@@ -145,6 +149,7 @@ class Sums:
         heads, groups = body.n_heads * body.d_head, body.n_kv_heads * body.d_head
         holds = len(points) * (2 * body.d_model + heads + 2 * groups)
         gives_back = len(points) * body.d_model + heads + body.d_model
+        room = _Room(self.device, self.dtype)
         kept: list[_Layer] = []
         wanted = group
         for number in reversed(range(body.n_layers)):
@@ -160,8 +165,10 @@ class Sums:
             del runs
             if len(kept) == wanted or number == 0:
                 tile = max(1, self.tile_bytes // ((1 + len(written) * (body.n_heads + 1)) * body.d_model * self.dtype.itemsize))
-                for start in range(0, len(embed), tile):
-                    self._add_tile(slice(start, start + tile), number, kept, top, embed, written, ends)
+                for start in range(0, count, tile):
+                    part = slice(start, min(start + tile, count))
+                    at = part if len(embed) == count else chosen[part]
+                    self._add_tile(at, part.stop - start, number, kept, top, embed, written, ends, room)
                 kept, top = [], []
                 del written[number:]  # nothing below reads them
                 wanted = group + (body.n_layers - number) * gives_back // holds
@@ -181,15 +188,14 @@ class Sums:
             hidden = [t.reshape(-1, self.body.d_mlp) for t in (here.hidden, away.hidden)]
             native.neuron_attribution(*hidden, near_clean, near_corrupted, *self.units[number], mask=rows)
 
-    def _add_tile(self, at: slice, first: int, layers: list[_Layer], top: list[_Readers], embed: Tensor,
-                  written: list[capture.Written], ends: tuple[Sequence[int], Sequence[int]]) -> None:
+    def _add_tile(self, at: slice | Tensor, tokens: int, first: int, layers: list[_Layer], top: list[_Readers], embed: Tensor,
+                  written: list[capture.Written], ends: tuple[Sequence[int], Sequence[int]], room: _Room) -> None:
         """Contract the readers of ``layers``, the lowest of which is number ``first``, on some of the tokens."""
         body, heads = self.body, self.body.n_heads
-        tokens = len(embed[at])
         last = first + len(layers)
         together = -(-COLUMNS // (2 * (layers[0].attention.count + 1)))  # layers in one product
         # Below the writers, one row for the books of each norm.
-        z = torch.empty(1 + last * (heads + 1) + 2 * together + 1, tokens, body.d_model, dtype=self.dtype, device=self.device)
+        z = room.take("z", 1 + last * (heads + 1) + 2 * together + 1, tokens, body.d_model)
         z[0] = embed[at]
         filled = 1
         waiting: list[tuple[int, _Readers]] = []
@@ -207,16 +213,16 @@ class Sums:
             if number == last - 1:
                 waiting += [(filled, readers) for readers in top]
             if len(waiting) >= 2 * together or number == last - 1:
-                self._contract(z, filled, waiting, at, ends)
+                self._contract(z, filled, waiting, at, ends, room)
                 waiting.clear()
 
-    def _contract(self, z: Tensor, filled: int, waiting: list[tuple[int, _Readers]], at: slice,
-                  ends: tuple[Sequence[int], Sequence[int]]) -> None:
+    def _contract(self, z: Tensor, filled: int, waiting: list[tuple[int, _Readers]], at: slice | Tensor,
+                  ends: tuple[Sequence[int], Sequence[int]], room: _Room) -> None:
         """Add the scores of some readers of the ``filled`` writers in ``z``; each reads the first ones, as the number before
         it says. The product takes all together and what a reader does not read is dropped."""
         tokens, d = z.shape[1:]
         count = sum(readers.count for _, readers in waiting)
-        pulled = torch.empty(count, 2, tokens, d, dtype=z.dtype, device=z.device)
+        pulled = room.take("pulled", count, 2, tokens, d)
         first = 0
         for book, (_, readers) in enumerate(waiting, filled):
             z[book] = readers.residual[-1][at].to(z.dtype) - readers.residual[0][at].to(z.dtype)
@@ -232,7 +238,7 @@ class Sums:
                 self.books[end][here] += found[book, first:first + readers.count, end]
             first += readers.count
 
-    def _pull(self, readers: _Readers, at: slice, ends: tuple[Sequence[int], Sequence[int]], out: Tensor) -> None:
+    def _pull(self, readers: _Readers, at: slice | Tensor, ends: tuple[Sequence[int], Sequence[int]], out: Tensor) -> None:
         """Gradients at the residual stream: the mean over each end's points, in float [readers, 2, tokens, d_model]."""
         dtype, (_, _, tokens, d) = out.dtype, out.shape
         for number, pair in enumerate(zip(*ends, strict=True)):
@@ -256,6 +262,22 @@ class Sums:
                 out += to
         if len(ends[0]) > 1:
             out /= len(ends[0])
+
+
+class _Room:
+    """Memory that tiles share: pages that are new to the process cost as much as what is computed in them."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._parts: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor of what is left there under this name, whatever that is."""
+        size = math.prod(shape)
+        if name not in self._parts or self._parts[name].numel() < size:
+            self._parts.pop(name, None)
+            self._parts[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._parts[name][:size].view(shape)
 
 
 def norm_backward(norm: Norm, residual: Tensor, grad: Tensor, *, exact: bool) -> None:

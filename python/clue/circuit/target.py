@@ -77,8 +77,9 @@ class Prompts:
                 answer itself the margin is zero: corruption changed nothing there.
         """
         if kind == "margin":
-            other = logits.gather(-1, contrast[..., None])[..., 0]
-            terms = logits.gather(-1, self.answer[:, at, None])[..., 0] - other
+            # In one gather, as each one's gradient is a tensor of zeros as large as the logits.
+            both = logits.gather(-1, torch.stack((self.answer[:, at], contrast), -1))
+            terms = both[..., 0] - both[..., 1]
         else:
             terms = logits.log_softmax(-1).gather(-1, self.answer[:, at, None])[..., 0]
         return (terms * self.weight[:, at]).sum(1)

@@ -144,17 +144,14 @@ def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
         # zero, not none.
         grads = torch.autograd.grad(target(_widened(logits), slice(None)), [t for part in at for t in part] + [final["normal"]],
                                     allow_unused=True, materialize_grads=True)
-    parts, first = [], 0
-    for part in at:
-        parts.append(grads[first:first + len(part)])
-        first += len(part)
-    layers = [{name: _detached(value) for name, value in found.items()} for found in layers]
     written: list[Written] = []
-    for layer, found in zip(body.layers, layers, strict=True):
+    runs, first = [], 0
+    for layer, found, part in zip(body.layers, layers, at, strict=True):
+        found = {name: _detached(value) for name, value in found.items()}
         _note_written(written, layer, found, against)
-    runs = [(layer, found, part) for layer, found, part in zip(body.layers, layers, parts, strict=True)]
-    return Run(layers[0]["residual"], written, final["residual"].detach(), grads[-1],
-               (_layer_run(body, *runs.pop()) for _ in range(body.n_layers)))
+        runs.append(_layer_run(body, layer, found, grads[first:first + len(part)]))
+        first += len(part)
+    return Run(runs[0].residual, written, final["residual"].detach(), grads[-1], (runs.pop() for _ in range(body.n_layers)))
 
 
 def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
