@@ -1,12 +1,13 @@
-"""TOFU on SmolLM2-135M-Instruct: taught, then unlearned with CLUE, against plain gradient difference on all linear weights.
+"""TOFU on SmolLM2-135M-Instruct: taught, then unlearned at CLUE's weights and at others', the same number of them.
 
 Per seed: the model is taught the forget authors, retain authors and unseen authors (whole authors, 20 questions each, so
-that "unseen" questions really are independent of what unlearning is shown). CLUE then localizes on forget and retain
-records and unlearns; the peer is GradDiff on every linear weight, without plan and without retain metric, stopped by the
-same rule at the same forget probability. A gold model is taught without the forget authors. Taught models are cached.
+that "unseen" questions really are independent of what unlearning is shown). Every localization then unlearns with the same
+objective and the same learning rates, as in ``clue compare``, and is read where it has forgotten as much. A gold model is
+taught without the forget authors; forget quality compares the truth ratios of the two, and model utility is that of unseen
+authors, real authors and world facts. Taught models are cached.
 
-    python benchmarks/tofu_smollm2.py --data FOLDER            # forget01 (40 questions), CPU, under 40 minutes per seed
-    python benchmarks/tofu_smollm2.py --data FOLDER --device cuda --split forget10 --authors 40 --seeds 0,1,2
+    python benchmarks/tofu_smollm2.py --data FOLDER            # forget01 (40 questions), one seed, about an hour on a CPU
+    python benchmarks/tofu_smollm2.py --data FOLDER --device cuda --split forget10 --authors 6 --seeds 0,1,2
 
 ``--data`` (or ``$CLUE_TOFU``) is the folder with TOFU's JSON files (``full.json``, ``forget01.json``,
 ``forget01_perturbed.json``, ...).
@@ -15,7 +16,6 @@ same rule at the same forget probability. A gold model is taught without the for
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -23,47 +23,56 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from claims import Claims, add_json, everything
+from claims import Claims, add_json
 from smollm2 import cache_folder, smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import clue
+from clue.compare import Row, Task, Tuning, compare, validated
+from clue.config import Settings
+from clue.data import benchmarks as clue_benchmarks
 from clue.data.encoding import batches, encode, pad_id
-from clue.evaluate import Evaluation, EvaluationSets, evaluate
+from clue.evaluate import EvaluationSets
+from clue.evaluate.comparison import Group, grouped
 from clue.model.answers import answer_logits
+from clue.report.comparison import comparison_json, comparison_table
+from clue.run_directory import Run
 from clue.unlearn import answer_log_probs
-from clue.unlearn.loop import unlearn
 
 PER_AUTHOR = 20
-RECIPE = 1  # of teaching; part of the cache key
+RECIPE = 2  # of teaching; part of the cache key
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def load_sets(data: Path, split: str, authors: int, seed: int) -> dict[str, clue.RecordSet]:
-    """forget and its paraphrase; retain, unseen and holdout from disjoint authors drawn by seed."""
-    full, forget = clue.read(data / "full.json", "full"), clue.read(data / f"{split}.json", "forget")
-    gone = {(r.prompt, r.answer) for r in forget}
-    rest = [r for r in full if (r.prompt, r.answer) not in gone]
-    if len(rest) + len(forget) != len(full) or len(rest) % PER_AUTHOR:
-        raise SystemExit(f"{data}: {split}.json is not a part of full.json in whole authors of {PER_AUTHOR} questions")
-    blocks = [rest[i:i + PER_AUTHOR] for i in range(0, len(rest), PER_AUTHOR)]
+def load_sets(data: Path, split: str, authors: int, general: int, seed: int) -> dict[str, clue.RecordSet]:
+    """Every set, in full: ``forget`` and its paraphrase; ``retain``, ``unseen`` and ``holdout`` from disjoint authors drawn
+    by seed, of those that TOFU gives wrong answers for; ``general`` questions each of real authors and world facts."""
+    benchmark = clue_benchmarks.load(f"tofu:{split}", data)
+    assert benchmark.forget is not None and benchmark.forget_paraphrase is not None
+    blocks: dict[int, list[clue.Record]] = {}
+    for place, record in enumerate(benchmark.retain["retain"]):
+        blocks.setdefault(place // PER_AUTHOR, []).append(record)
     order = np.random.default_rng(seed).permutation(len(blocks))
-    sets = {"forget": forget}
+    if len(order) < 3 * authors:
+        raise SystemExit(f"{data}: wrong answers are there for {len(order)} whole authors, --authors {authors} needs"
+                         f" {3 * authors}")
+    sets = {"forget": benchmark.forget, "paraphrase": benchmark.forget_paraphrase}
     for i, name in enumerate(("retain", "unseen", "holdout")):
-        chosen = order[i * authors:(i + 1) * authors]
-        sets[name] = clue.RecordSet(name, tuple(r for b in sorted(chosen) for r in blocks[b]))
-    rows = [json.loads(line) for line in (data / f"{split}_perturbed.json").read_text().splitlines() if line.strip()]
-    sets["paraphrase"] = clue.read([{"question": r["paraphrased_question"], "answer": r["answer"]} for r in rows
-                                    if r["paraphrased_question"] != r["question"]], "forget_paraphrase")
+        chosen = sorted(order[i * authors:(i + 1) * authors])
+        sets[name] = clue.RecordSet(name, tuple(r for b in chosen for r in blocks[b]))
+    for name, records in benchmark.skills.items():
+        chosen = set(np.random.default_rng(seed).permutation(len(records))[:general].tolist())
+        sets[name] = clue.RecordSet(name, tuple(r for place, r in enumerate(records) if place in chosen))
     return sets
 
 
@@ -121,86 +130,57 @@ def teach(source: Path, records: Sequence[clue.RecordSet], device: str, seed: in
     return target
 
 
-def experiment(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One seed: before, gold, CLUE and the peer."""
-    sets = load_sets(arguments.data, arguments.split, arguments.authors, seed)
+def task_of(arguments: argparse.Namespace, seed: int) -> Task:
+    """Taught model, gold model and records of one seed."""
+    sets = load_sets(arguments.data, arguments.split, arguments.authors, arguments.general, seed)
     say(f"seed {seed}: " + ", ".join(f"{name} {len(s)}" for name, s in sets.items()))
     known = [sets[name] for name in ("forget", "retain", "unseen")]
-    source = smollm2()
-    taught = teach(source, known, arguments.device, seed, arguments.epochs, "taught")
-    tokenizer = AutoTokenizer.from_pretrained(taught)
+    device, dtype = arguments.device, torch.bfloat16 if fast_in_half(arguments.device) else torch.float32
+    taught, gold = (teach(smollm2(), records, device, seed, arguments.epochs, f"seed {seed}, {name}")
+                    for name, records in (("taught", known), ("gold", known[1:])))
 
     def load(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
-    measured = EvaluationSets(forget=sets["forget"], retain=sets["unseen"], forget_paraphrase=sets["paraphrase"],
-                              retain_extra={"retain_seen": sets["retain"]}, holdout=sets["holdout"])
-    settings = clue.EvaluateSettings(batch_size=16, rouge_limit=arguments.rouge, max_new_tokens=96)
-    seconds: dict[str, float] = {}
-    results: dict[str, Evaluation] = {}
+    def plain(records: clue.RecordSet) -> clue.RecordSet:
+        """Without wrong answers, which cost most of an evaluation's time: where only the true ones are looked at."""
+        return clue.RecordSet(records.name, tuple(replace(r, wrong=(), paraphrased=None) for r in records))
 
-    def measure(name: str, model: Any) -> None:
-        start = time.process_time()
-        results[name] = evaluate(model, tokenizer, measured, settings, seed=seed)
-        detail = results[name].to_json()["detail"]
-        say(f"seed {seed}: {name} ({time.process_time() - start:.0f} CPU-s to evaluate): " + "; ".join(
-            f"{s} probability {d['probability']:.3f}, token accuracy {d['token_accuracy']:.3f}, ROUGE-L "
-            f"{d['rouge_l'] if d['rouge_l'] is None else round(d['rouge_l'], 3)}" for s, d in detail.items()))
-
-    model = load(taught)
-    measure("before", model)
-    start = time.process_time()
-    localize = clue.LocalizeSettings(edges=arguments.edges, neurons=arguments.neurons, batch_size=8)
-    plan = clue.localize(model, tokenizer, sets["forget"], sets["retain"], localize, seed=seed, progress=say)
-    seconds["localize"] = time.process_time() - start
-    train = clue.UnlearnSettings(objective=arguments.objective, lr=arguments.lr, steps=arguments.steps, batch_size=8, warmup=5,
-                                 floor=arguments.floor, check_every=2)
-
-    def on_step(step: dict[str, Any]) -> None:
-        if step["step"] % 5 == 0:
-            say(f"step {step['step']}: forget probability {step['forget_probability']:.3f}, forgotten "
-                f"{step['forgotten']:.2f}, retain loss {step['retain_loss']:.3f}")
-
-    start = time.process_time()
-    log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, train, seed=seed, on_step=on_step)
-    seconds["unlearn"] = time.process_time() - start
-    measure("clue", model)
-
-    model = load(taught)
-    whole = everything(model)
-    start = time.process_time()
-    peer_log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, whole,
-                       replace(train, objective="graddiff", metric=False, lr=2e-5), seed=seed, on_step=on_step)
-    seconds["peer"] = time.process_time() - start
-    measure("graddiff", model)
-    if arguments.gold:
-        gold = teach(source, known[1:], arguments.device, seed, arguments.epochs, "gold")
-        measure("gold", load(gold))
-    return {"seed": seed, "weights": plan.weights_changed / whole.weights_changed, "plan": plan.counts(),
-            "steps": log.steps, "peer_steps": peer_log.steps, "cpu_seconds": seconds,
-            **{name: {"mia_auc": e.to_json()["mia_auc"], **e.to_json()["detail"]} for name, e in results.items()}}
+    seen, validation = validated({"retain": plain(sets["retain"])}, seed)
+    skills = {name: sets[name] for name in ("real_authors", "world_facts")}
+    measured = EvaluationSets(forget=sets["forget"], retain=sets["unseen"], forget_paraphrase=plain(sets["paraphrase"]),
+                              retain_extra={"retain_seen": seen["retain"], **validation}, skills=skills,
+                              holdout=plain(sets["holdout"]), utility=("retain", *skills))
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    return Task(f"tofu-{arguments.split}", seed, lambda: (load(taught), tokenizer), lambda: load(gold), sets["forget"], seen,
+                measured, {name: records.sha256 for name, records in sets.items()})
 
 
-def claims(runs: Sequence[dict[str, Any]]) -> Claims:
+def claims(group: Group, level: float) -> Claims:
     """Means over seeds; retention is read on authors that unlearning never saw."""
-    def mean(method: str, group: str, name: str) -> float:
-        return float(np.mean([run[method][group][name] for run in runs]))
-
     found = Claims()
-    forget = mean("clue", "forget", "probability")
-    other = mean("graddiff", "forget", "probability")
-    found.add("forget probability after CLUE", forget, "mean answer-token probability",
-              f"GradDiff on all linear weights: {other:.4f}", "matched, within 0.05", abs(forget - other) <= 0.05)
-    for name, unit in (("probability", "mean answer-token probability"), ("token_accuracy", "share of answer tokens")):
-        ours, theirs = mean("clue", "retain", name), mean("graddiff", "retain", name)
-        found.add(f"{name.replace('_', ' ')} on unseen retain authors after CLUE", ours, unit,
-                  f"GradDiff on all linear weights: {theirs:.4f}; before: {mean('before', 'retain', name):.4f}",
-                  "higher than the peer's", ours > theirs)
-    share = float(np.mean([run["weights"] for run in runs]))
-    found.add("share of linear weights that may move", share, "of 1", "GradDiff: 1", "below 0.5", share < 0.5)
-    cost = float(np.mean([(run["cpu_seconds"]["localize"] + run["cpu_seconds"]["unlearn"]) / run["cpu_seconds"]["peer"]
-                          for run in runs]))
-    found.add("CPU time of localizing and unlearning", cost, "times the peer's", "GradDiff on all linear weights")
+    before, gold = group.reference["before"], group.reference["gold"]
+    ours = next(row for row in group.rows if row.row == "clue")
+    found.add("forget records that count as forgotten after CLUE", ours.forgotten, "of 1", "", f"at least {level:g}",
+              ours.reached == len(ours.seeds))
+    quality, utility = ours.measures["forget_quality"], ours.measures["model_utility"]
+    found.add("forget quality after CLUE", quality.mean, "p of the KS test", f"before: {before['forget_quality']:.2g}",
+              "above 0.05", quality.mean > 0.05)
+    found.add("model utility after CLUE", utility.mean / gold["model_utility"], "times gold's",
+              f"{utility.mean:.3f}; gold: {gold['model_utility']:.3f}, before: {before['model_utility']:.3f}", "at least 0.95",
+              utility.mean >= 0.95 * gold["model_utility"])
+    for row in group.rows:
+        for name, key in (("probability", "retain.probability"), ("model utility", "model_utility")):
+            if row.against is None:
+                continue
+            theirs, ahead = row.measures[key], row.against[key]
+            spread = "" if ahead.low is None else f" ({-ahead.high:.4f} to {-ahead.low:.4f})"
+            found.add(f"{name}{' of unseen authors' if name == 'probability' else ''}, CLUE ahead of {row.row} by",
+                      -ahead.mean, "of 1" + spread, f"{row.row}: {theirs.mean:.4f}, CLUE: {ours.measures[key].mean:.4f}",
+                      "above 0", ahead.mean < 0)
+    found.add("share of the weights that may move", ours.share, "of 1", "", "at most 0.2", ours.share <= 0.2)
+    found.add("CPU time of localizing and unlearning", ours.localize_seconds + ours.train_seconds, "s",
+              ", ".join(f"{r.row}: {r.localize_seconds + r.train_seconds:.0f} s" for r in group.rows if r is not ours))
     return found
 
 
@@ -210,17 +190,20 @@ def main() -> int:
                         help="folder with TOFU's JSON files (default: $CLUE_TOFU)")
     parser.add_argument("--split", default="forget01", choices=("forget01", "forget05", "forget10"))
     parser.add_argument("--authors", type=int, default=2, help="retain authors shown; as many unseen, as many held out")
+    parser.add_argument("--general", type=int, default=30, help="questions each of real authors and world facts")
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--edges", type=float, default=0.02)
-    parser.add_argument("--neurons", type=float, default=0.10)
-    parser.add_argument("--objective", default="npo", help="of CLUE: npo or npo-cf")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=0, help="0 leaves this to torch")
+    parser.add_argument("--epochs", type=int, default=10, help="of teaching")
+    parser.add_argument("--localization", default="clue,random,wagle,sure,all", help="rows, as of clue compare")
+    parser.add_argument("--objective", default="npo-cf", help="comma-separated")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of the linear maps' weights that CLUE's circuits hold")
+    parser.add_argument("--lrs", default="1e-4", help="learning rates of every row, comma-separated")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--floor", type=float, default=0.2, help="answer probability at which a record is forgotten")
+    parser.add_argument("--levels", default="1", help="shares of forgotten records at which models are measured")
     parser.add_argument("--rouge", type=int, default=12, help="generated answers per set; 0 means all")
-    parser.add_argument("--gold", action=argparse.BooleanOptionalAction, default=True, help="also teach a gold model")
+    parser.add_argument("--run", type=Path, help="folder of the comparison, made or gone on with")
     add_json(parser)
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -228,12 +211,30 @@ def main() -> int:
         return 0
     if not (arguments.data / "full.json").is_file():
         parser.error(f"{arguments.data} holds no full.json: give the folder with TOFU's JSON files")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
     wall = time.time()
-    runs = [experiment(arguments, int(seed)) for seed in arguments.seeds.split(",")]
+    settings = replace(
+        Settings(), localize=clue.LocalizeSettings(ratio=arguments.ratio, batch_size=8),
+        unlearn=clue.UnlearnSettings(steps=arguments.steps, batch_size=8, warmup=5, floor=arguments.floor, check_every=3,
+                                     metric_every=30),
+        evaluate=clue.EvaluateSettings(batch_size=16, rouge_limit=arguments.rouge, max_new_tokens=64, bootstrap=0))
+    lrs, levels = (tuple(sorted(float(x) for x in text.split(","))) for text in (arguments.lrs, arguments.levels))
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.run or Path(scratch) / "run"
+        run = Run.open(folder) if (folder / "run.json").exists() else Run.create(folder, settings.to_dict(), kind="compare")
+        cells, references = compare(run, [partial(task_of, arguments, seed) for seed in seeds],
+                                    [Row.of(name) for name in arguments.localization.split(",")],
+                                    arguments.objective.split(","), settings, Tuning(lrs, levels), progress=say)
+    groups = grouped(cells, references, levels[-1], levels)
+    say(comparison_table(groups, levels[-1]))
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    claims(runs).report(arguments.json, runs=runs, device=device, wall_seconds=round(time.time() - wall),
-                        arguments={name: str(value) for name, value in vars(arguments).items() if name not in ("data", "json")})
+    rows = comparison_json(groups, target=levels[-1], levels=levels, lrs=lrs, seeds=seeds)
+    claims(groups[0], levels[-1]).report(
+        arguments.json, results=rows, device=device, wall_seconds=round(time.time() - wall),
+        arguments={name: str(value) for name, value in vars(arguments).items() if name not in ("data", "json", "run")})
     return 0
 
 

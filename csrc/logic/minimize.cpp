@@ -23,6 +23,7 @@
 
 #include "descent.hpp"
 #include "record.hpp"
+#include "totalizers.hpp"
 
 namespace clue::logic {
 namespace {
@@ -32,83 +33,6 @@ constexpr int kEasy = 5000;
 
 // Freeing a solver's clauses takes this share of the time that adding them took.
 constexpr double kFreeing = 0.3;
-
-// A limit struck where half the work is of no use.
-struct Expired {};
-
-// Counts true literals: output(k) is implied by k of them being true. Built as a balanced tree, output by output.
-class Totalizers {
- public:
-  Totalizers(Solver& solver, int& n_variables, Limits& limits, Recorder*& recorder)
-      : solver_(solver), n_variables_(n_variables), limits_(limits), recorder_(recorder) {}
-
-  // Returns the root of a new counter.
-  int add(std::span<const int> inputs) {
-    if (limits_.tick()) throw Expired();
-    const int id = static_cast<int>(nodes_.size());
-    nodes_.push_back({-1, -1, static_cast<int>(inputs.size()), {}});
-    if (inputs.size() == 1) {
-      nodes_[id].outputs.push_back(inputs[0]);
-    } else {
-      const auto half = inputs.size() / 2;
-      const int left = add(inputs.first(half)), right = add(inputs.subspan(half));
-      nodes_[id].left = left;
-      nodes_[id].right = right;
-    }
-    return id;
-  }
-
-  int size(int id) const { return nodes_[id].size; }
-
-  // The literal for "at least `count` inputs are true", 1 <= count <= size.
-  int output(int id, int count) {
-    extend(id, count);
-    return nodes_[id].outputs[count - 1];
-  }
-
- private:
-  struct Node {
-    int left, right, size;
-    std::vector<int> outputs;
-  };
-
-  void extend(int id, int count) {
-    count = std::min(count, nodes_[id].size);
-    if (static_cast<int>(nodes_[id].outputs.size()) >= count) return;
-    const int left = nodes_[id].left, right = nodes_[id].right;
-    extend(left, count);
-    extend(right, count);
-    const auto &a = nodes_[left].outputs, &b = nodes_[right].outputs;
-    auto& outputs = nodes_[id].outputs;
-    for (int total = static_cast<int>(outputs.size()) + 1; total <= count; ++total) {
-      const int made = ++n_variables_;
-      if (recorder_) recorder_->output(made, id, total);
-      const int least = std::max(0, total - nodes_[right].size), most = std::min(total, nodes_[left].size);
-      for (int i = least; i <= most; ++i) {
-        clause_.clear();
-        if (i > 0) clause_.push_back(-a[i - 1]);
-        if (total > i) clause_.push_back(-b[total - i - 1]);
-        clause_.push_back(made);
-        if (limits_.tick()) throw Expired();
-        if (recorder_) recorder_->next_counts(made, i);
-        solver_.clause(clause_);
-      }
-      if (total > 1) {
-        const int ordered[] = {-made, outputs.back()};
-        if (recorder_) recorder_->next_orders(made);
-        solver_.clause(ordered);
-      }
-      outputs.push_back(made);
-    }
-  }
-
-  Solver& solver_;
-  int& n_variables_;
-  Limits& limits_;
-  Recorder*& recorder_;
-  std::vector<Node> nodes_;
-  std::vector<int> clause_;
-};
 
 class Minimizer {
  public:

@@ -28,7 +28,7 @@ from .plan import Plan
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
-    from .evaluate import EvaluationSets
+    from .evaluate import Evaluation, EvaluationSets
     from .evaluate.comparison import Cell, Point
 
 #: Share of the weights a baseline may move where there is no plan of CLUE's to match.
@@ -106,8 +106,9 @@ class Tuning:
             raise ClueError("the levels of forgetting must lie in (0, 1], and there must be at least one")
 
 
-def _held_back(retain: Mapping[str, RecordSet], seed: int) -> tuple[dict[str, RecordSet], dict[str, RecordSet]]:
-    """:func:`hold_back`, the validation sets under names that tell them from test sets."""
+def validated(retain: Mapping[str, RecordSet], seed: int) -> tuple[dict[str, RecordSet], dict[str, RecordSet]]:
+    """What may be seen of the retain sets, and validation sets under names that tell them from test sets
+    (:func:`clue.data.held_back.hold_back`)."""
     from .evaluate.comparison import VALIDATION
 
     seen, held = hold_back(retain, seed)
@@ -131,7 +132,7 @@ def world_task(setting: str, seed: int, progress: pipeline.Progress) -> Task:
             kept.extend(cached_models(world, seed=seed, on_step=on_step))
         return kept
 
-    seen, held = _held_back({"retain": world.retain, **world.skills_train}, seed)
+    seen, held = validated({"retain": world.retain, **world.skills_train}, seed)
     sets = EvaluationSets(forget=world.forget, retain=world.retain_unseen, forget_paraphrase=world.forget_paraphrase,
                           retain_extra={"retain_seen": seen["retain"], "retain_paraphrase": world.retain_paraphrase, **held},
                           skills=world.skills, holdout=world.holdout)
@@ -146,7 +147,7 @@ def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: 
 
     sets, _ = evaluation_sets(inputs, tests)
     used = read_sets(inputs["forget"], inputs["retain"])
-    seen, held = _held_back({name: records for name, records in used.items() if name != "forget"}, seed)
+    seen, held = validated({name: records for name, records in used.items() if name != "forget"}, seed)
     extra = {**sets.retain_extra, **held}
     first = next(iter(seen))
     if tests.retain and "retain_seen" not in extra:
@@ -188,7 +189,7 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
         if recorded.get(task.name, task.sha256) != dict(task.sha256):
             raise RunError(f"{run.folder} holds cells made from other records of {task.name}: choose another folder with -o")
         run.update(data={**recorded, task.name: dict(task.sha256)})
-        references[task.name] = _reference(run, task, settings, tuning, progress)
+        references[task.name], gold = _reference(run, task, settings, tuning, progress)
         match = "clue" if ratio is None and any(row.localization == "clue" for row in rows) else None
         for row in rows:
             for objective in objectives:
@@ -196,7 +197,7 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
                 if run.has(stage):
                     cell = Cell.from_json(json.loads((run.path(stage) / "cell.json").read_text()))
                 else:
-                    cell = _cell(run, task, row, objective, settings, tuning, ratio, match, progress)
+                    cell = _cell(run, task, row, objective, settings, tuning, ratio, match, gold, progress)
                     with run.stage(stage) as folder:
                         write_json(folder / "cell.json", cell.to_json())
                 cells.append(cell)
@@ -204,22 +205,26 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
     return cells, references
 
 
-def _reference(run: Run, task: Task, settings: Settings, tuning: Tuning, progress: pipeline.Progress) -> dict[str, Any]:
-    """Measures of the model before, and of gold."""
+def _reference(run: Run, task: Task, settings: Settings, tuning: Tuning,
+               progress: pipeline.Progress) -> tuple[dict[str, Any], Evaluation | None]:
+    """Measures of the model before, and of gold; and gold's evaluation, to compare others with."""
+    from .evaluate import Evaluation
     from .evaluate.comparison import measures_of
 
     stage = f"reference-{task.name}"
-    if run.has(stage):
-        found: dict[str, Any] = json.loads((run.path(stage) / "reference.json").read_text())
-        return found
-    model, tokenizer = task.load()
-    models = {"before": model} | ({} if task.gold is None else {"gold": task.gold()})
-    found = {name: measures_of(_measured(model, tokenizer, task, settings))
-             | (_stood(model, tokenizer, task, settings) if tuning.robustness else {}) for name, model in models.items()}
-    with run.stage(stage) as folder:
-        write_json(folder / "reference.json", found)
-    progress(f"measure    {task.name}: {', '.join(found)}")
-    return found
+    if not run.has(stage):
+        model, tokenizer = task.load()
+        models = {"before": model} | ({} if task.gold is None else {"gold": task.gold()})
+        measured = {name: _measured(model, tokenizer, task, settings) for name, model in models.items()}
+        found = {name: measures_of(measured[name], measured.get("gold"))
+                 | (_stood(model, tokenizer, task, settings) if tuning.robustness else {}) for name, model in models.items()}
+        with run.stage(stage) as folder:
+            if "gold" in measured:
+                measured["gold"].save(folder / "gold.json")
+            write_json(folder / "reference.json", found)
+        progress(f"measure    {task.name}: {', '.join(found)}")
+    gold = run.path(stage) / "gold.json"
+    return json.loads((run.path(stage) / "reference.json").read_text()), Evaluation.load(gold) if gold.exists() else None
 
 
 def _plan(run: Run, task: Task, localization: str, settings: Settings, ratio: float | None,
@@ -251,7 +256,7 @@ def _plan(run: Run, task: Task, localization: str, settings: Settings, ratio: fl
 
 
 def _cell(run: Run, task: Task, row: Row, objective: str, settings: Settings, tuning: Tuning, ratio: float | None,
-          match: str | None, progress: pipeline.Progress) -> Cell:
+          match: str | None, gold: Evaluation | None, progress: pipeline.Progress) -> Cell:
     """Localize, and train at every learning rate."""
     from .evaluate.comparison import Cell
 
@@ -264,7 +269,7 @@ def _cell(run: Run, task: Task, row: Row, objective: str, settings: Settings, tu
         model, tokenizer = task.load()
         parameters = sum(p.numel() for p in model.parameters())
         unlearn = replace(settings.unlearn, objective=objective, lr=lr, metric=row.metric)
-        training = _Training(model, tokenizer, task, replace(settings, unlearn=unlearn), tuning)
+        training = _Training(model, tokenizer, task, replace(settings, unlearn=unlearn), tuning, gold)
         try:
             training.run(plan)
         except ModelError as error:
@@ -289,10 +294,12 @@ class _Enough(Exception):
 class _Training:
     """One training at one learning rate, looked at every few steps."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, settings: Settings, tuning: Tuning) -> None:
+    def __init__(self, model: Any, tokenizer: Any, task: Task, settings: Settings, tuning: Tuning,
+                 gold: Evaluation | None) -> None:
         from .data.encoding import encode, length_limit, pad_id
 
         self._model, self._tokenizer, self._task, self._settings = model, tokenizer, task, settings
+        self._gold = gold
         self._left = sorted(tuning.levels)
         self._robustness = tuning.robustness
         # As the floor rule reads them: that an answer ends is not what is to be forgotten.
@@ -340,8 +347,8 @@ class _Training:
         from .evaluate.comparison import Point, measures_of, validation_of
 
         found = _measured(self._model, self._tokenizer, self._task, self._settings)
-        self.points.append(Point(self._settings.unlearn.lr, self._steps, forgotten, validation_of(found), measures_of(found),
-                                 self.meter.seconds))
+        self.points.append(Point(self._settings.unlearn.lr, self._steps, forgotten, validation_of(found),
+                                 measures_of(found, self._gold), self.meter.seconds))
 
 
 def _measured(model: Any, tokenizer: Any, task: Task, settings: Settings) -> Any:

@@ -39,12 +39,13 @@ class LocalizeSettings:
 
     method: str = _option("clue", "what chooses the weights: clue, or a baseline to compare with, which uses ratio and"
                           " batch_size alone", choices=("clue", *BASELINES))
-    ratio: float = _option(0.2, "share of the weights of all layers' linear maps that a baseline edits, those it ranks"
-                           " highest, in (0, 1]")
-    edges: float = _option(0.05, "share of all edges kept by each direction (Ns and Dn alike), in (0, 1]")
+    ratio: float = _option(0.2, "share of the weights of all layers' linear maps: a baseline edits those it ranks highest;"
+                           " circuits whose size is not given grow until the forget circuit's nodes hold so many, in (0, 1]")
+    edges: float = _option(0.0, "share of all edges kept by each direction (Ns and Dn alike), in (0, 1]; 0 goes by ratio")
     granularity: str = _option("neuron", "what a node of an MLP is: the whole block, or each hidden neuron",
                                choices=("neuron", "block"))
-    neurons: float = _option(0.10, "share of all MLP neurons kept by each direction, in (0, 1]")
+    neurons: float = _option(0.0, "share of all MLP neurons kept by each direction, in (0, 1]; 0 goes by ratio, and is"
+                             " twice the share of edges where that does too")
     faithfulness: float = _option(0.0, "keep as few edges as reach this share of the model's target when the circuit runs"
                                   " alone, in (0, 1], instead of a share of all edges; 0 turns this off")
     confirm: int = _option(0, "check the AND and OR gates of this many receivers, strongest first, by exact patching; 0"
@@ -192,11 +193,11 @@ def check(settings: Any) -> None:
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
-        if f.name in {"edges", "neurons", "min_k", "relearn_share", "ratio"} and not 0.0 < value <= 1.0:
+        if f.name in {"min_k", "relearn_share", "ratio"} and not 0.0 < value <= 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
         if f.name == "validation" and value >= 1.0:
             raise ClueError(f"validation = {value} must be less than 1: records to train on must be left")
-        if f.name in {"faithfulness", "stability"} and value > 1.0:
+        if f.name in {"edges", "neurons", "faithfulness", "stability"} and value > 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")
         if f.name == "path_steps" and (value < 2 or value % 2):
             raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")

@@ -99,6 +99,7 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
     """
     from .circuit.attribution import attribute
     from .model.anatomy import anatomy, check_weights
+    from .size import sized
 
     say = progress or (lambda line: None)
     check(settings)
@@ -117,6 +118,11 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
         name: attribute(body, p, settings, name=name) for name, p in pairs.items()})
     say(f"scores     conservation gap at most {max(max(s.gap_ns, s.gap_dn) for s in scores.values()):.1e}")
 
+    given, settings = settings, sized(body, scores["forget"], settings)
+    if settings != given:
+        say(f"size       {settings.ratio:.0%} of the weights" + ("" if given.edges or given.faithfulness else
+            f": {settings.edges:.2%} of the edges") + ("" if given.neurons or given.granularity == "block" else
+            f", {settings.neurons:.2%} of the neurons"))
     circuits: dict[str, Circuit] = keep("circuits", lambda: {
         name: cut(body, pairs[name], s, settings) for name, s in scores.items()})
     say("circuits   " + ", ".join(f"{name} {circuit.summary()}" for name, circuit in circuits.items()))

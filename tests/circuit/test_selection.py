@@ -130,7 +130,15 @@ def test_scores_without_a_path_are_an_error_with_a_remedy():
     scores = Scores("people", graph, ns, ns, *(np.zeros((2, 2)) for _ in range(4)), tokens=1, pairs=1, informative=1,
                     gap_ns=0, gap_dn=0)
     with pytest.raises(CircuitError, match="people: no edges with a score lie on a path.*give more pairs"):
-        build_circuit(scores, LocalizeSettings(edges=0.01))
+        build_circuit(scores, LocalizeSettings(edges=0.01, neurons=0.01))
+
+
+@pytest.mark.parametrize(("settings", "name"), [
+    (LocalizeSettings(neurons=0.1), "edges"), (LocalizeSettings(edges=0.1), "neurons"),
+    (LocalizeSettings(faithfulness=0.5), "neurons")])
+def test_a_size_left_open_is_an_error_with_a_remedy(settings, name):
+    with pytest.raises(CircuitError, match=f"{name} = 0 leaves the size open.*clue.size.sized"):
+        build_circuit(make_scores(0), settings, faithful=lambda circuit: 1.0)
 
 
 @given(st.integers(0, 50), st.integers(1, 80))

@@ -28,23 +28,28 @@ _Bytes = npt.NDArray[np.uint8]
 _Columns = tuple[Ints, Ints, _Bytes, _Bytes, Floats, Floats]
 
 
-def build_circuit(scores: Scores, settings: LocalizeSettings = LocalizeSettings(), *,
+def build_circuit(scores: Scores, settings: LocalizeSettings, *,
                   faithful: Callable[[Circuit], float] | None = None) -> Circuit:
     """Cut a circuit out of the scores.
 
     Args:
         scores: Ns and Dn of one record set.
-        settings: ``edges``, ``neurons``, ``granularity`` and ``faithfulness`` are used.
+        settings: ``edges``, ``neurons``, ``granularity`` and ``faithfulness`` are used; shares of 0 are for
+            :func:`clue.size.sized` to choose first.
         faithful: the faithfulness of a circuit (:func:`clue.circuit.faithfulness.judge` makes one); needed if
             ``settings.faithfulness`` is not 0, which replaces ``edges``. Called once per step of a bisection over the
             number of edges, about log2 of all edges: where faithfulness falls as edges are added, the number found is
             one that reaches the target and whose predecessor does not, and a smaller one may do so too.
 
     Raises:
-        CircuitError: no edge with a score lies on a path from embed to logits, or no number of edges reaches the
+        CircuitError: a share is 0, no edge with a score lies on a path from embed to logits, or no number of edges reaches the
             faithfulness target.
     """
     graph = replace(scores.graph, neurons=settings.granularity == "neuron")
+    for name, share in (("edges", settings.edges or settings.faithfulness), ("neurons", settings.neurons or not graph.neurons)):
+        if not share:
+            raise CircuitError(f"circuit {scores.name}: {name} = 0 leaves the size open: give a share, or choose one with"
+                               " clue.size.sized, as clue.localize does")
     available = int(graph.residual_edges.sum())
 
     def cut(count: int) -> Circuit:

@@ -32,6 +32,7 @@ HEADLINES = {
     "forget.accuracy": "forget", "forget_paraphrase.accuracy": "paraphrase", "forget.probability": "probability",
     "retain.accuracy": "retain", "retain.probability": "retain prob",
     "retain_seen.accuracy": "retain seen", "skills": "skills", "mia.loss.auc": "MIA AUC",
+    "model_utility": "utility", "forget_quality": "FQ",
     "relearned.probability": "relearned", "int4.probability": "4 bits",
 }
 #: The measure in which CLUE is compared with the others.
@@ -108,9 +109,10 @@ class Cell:
         return cls(**{**values, "points": points})
 
 
-def measures_of(evaluation: Evaluation) -> dict[str, float]:
+def measures_of(evaluation: Evaluation, gold: Evaluation | None = None) -> dict[str, float]:
     """Every number of an evaluation: ``forget.accuracy``, ``mia.loss.auc`` ..., and ``skills``, their mean accuracy.
 
+    Where it was measured there is ``model_utility``, and where it can be compared with ``gold``, ``forget_quality``.
     Validation sets are left out.
     """
     found: dict[str, float] = {}
@@ -121,7 +123,9 @@ def measures_of(evaluation: Evaluation) -> dict[str, float]:
         found |= {f"mia.{name}.{key}": value for key, value in attack.to_json().items() if isinstance(value, float)}
     if evaluation.skills:
         found["skills"] = float(np.mean(list(evaluation.skills.values())))
-    return found
+    whole = {"model_utility": evaluation.model_utility,
+             "forget_quality": None if gold is None else evaluation.forget_quality(gold)}
+    return found | {name: float(value) for name, value in whole.items() if value is not None}
 
 
 def validation_of(evaluation: Evaluation) -> tuple[float, float]:
