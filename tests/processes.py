@@ -18,13 +18,22 @@ rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 """
 
+# Threads of torch's that are still there when a busy machine's process takes itself apart would end it as if it had failed.
+EPILOGUE = """
+dist.barrier()
+dist.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
+
 
 def run(program: str, *arguments: str, count: int = 2, preamble: str = PREAMBLE) -> list[str]:
     """``program`` finds its number in ``rank`` and its group made; returns what each process printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    text = preamble + textwrap.dedent(program) + ("\ndist.destroy_process_group()\n" if preamble else "")
+    text = preamble + textwrap.dedent(program) + (EPILOGUE if preamble else "")
     here = str(Path(__file__).parent.parent)
     workers = [subprocess.Popen(
         [sys.executable, "-c", text, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here,
@@ -35,7 +44,7 @@ def run(program: str, *arguments: str, count: int = 2, preamble: str = PREAMBLE)
     try:
         for worker in workers:
             out, error = worker.communicate(timeout=300)
-            assert worker.returncode == 0, error[-4000:]
+            assert worker.returncode == 0, f"{error[-4000:]}\nafter it printed {out[-1000:]!r}"
             printed.append(out)
     finally:
         for worker in workers:

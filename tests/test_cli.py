@@ -163,7 +163,7 @@ def test_a_stage_takes_its_own_batch_size_without_prefix() -> None:
     ("[localize]\nratio = 0.0\n", "ratio = 0.0 must lie in (0, 1]"),
     ("[localize]\nfaithfulness = 1.5\n", "faithfulness = 1.5 must lie in (0, 1], or be 0"),
     ("[unlearn]\nlr = -1.0\n", "lr = -1.0 must be finite and not negative"),
-    ("[unlearn]\nobjective = 'forget'\n", "objective = 'forget' is not one of npo"),
+    ("[unlearn]\nobjective = 'forget'\n", "objective = 'forget' is not one of auto, npo"),
     ("seed = 1.5\n", "seed must be of type int, got 1.5"),
     ("data = 3\n", "data must be a table"),
     ("[localize\n", "not a TOML file"),

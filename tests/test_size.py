@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from clue.model.anatomy import Anatomy, anatomy
 from clue.plan import Plan
 from clue.size import NEURONS, node_weights, sized
 from clue.types import Role
+
 from .families import VARIANTS, tiny
 
 

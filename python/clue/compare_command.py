@@ -64,8 +64,8 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     compare.add_argument("--levels", default="0.5,0.8,1", metavar="LIST",
                          help="shares of forgotten records at which models are measured (default: %(default)s)")
     compare.add_argument("--at", type=float, metavar="X", help="the level compared in the table (default: the highest)")
-    compare.add_argument("--ratio", type=float, metavar="X", help="share of the linear maps' weights that baselines edit"
-                         " (default: as many weights as clue's plan has; 0.2 without clue)")
+    compare.add_argument("--ratio", type=float, metavar="X", help="share of the linear maps' weights that baselines edit, and"
+                         " that clue's circuits grow to (default: 0.2, and baselines edit as many weights as clue's plan has)")
     compare.add_argument("--robustness", action="store_true",
                          help="also try, where a training ends, to bring back what was forgotten: by relearning, and by"
                          " rounding the weights to 8 and 4 bits")
@@ -117,6 +117,8 @@ def job_of(arguments: argparse.Namespace, settings_of: Callable[[Settings], Sett
     if arguments.ratio is not None and not 0 < arguments.ratio <= 1:
         raise ClueError(f"--ratio {arguments.ratio:g} must lie in (0, 1]")
     ratio = arguments.ratio
+    if ratio is not None:
+        settings = replace(settings, localize=replace(settings.localize, ratio=ratio))
     matched = ratio is None and any(row.localization == "clue" for row in rows)
     inputs = {"benchmark": arguments.benchmark and arguments.benchmark.partition("-")[0], **files, "tests": dict(tests),
               "lrs": list(tuning.lrs), "levels": list(tuning.levels), "ratio": "clue" if matched else ratio,

@@ -87,11 +87,12 @@ class LocalizeSettings:
 class UnlearnSettings:
     """How the planned weights are trained."""
 
-    objective: str = _option("npo", "what forgetting minimises: npo, npo-cf (npo, and towards what the model says of other"
-                             " subjects), ga (gradient ascent, without retention), graddiff (ga with it), npo-kl, ga-kl"
+    objective: str = _option("auto", "what forgetting minimises: npo, npo-cf (npo, and towards what the model says of other"
+                             " subjects), auto (npo-cf where there are prompts to put others in place of, else npo),"
+                             " ga (gradient ascent, without retention), graddiff (ga with it), npo-kl, ga-kl"
                              " (retention by KL divergence to the model before unlearning), simnpo, wga, undial, rmu (hidden"
                              " states steered away), or, which teach refusals, dpo and refusal",
-                             choices=("npo", "npo-cf", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal",
+                             choices=("auto", "npo", "npo-cf", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal",
                                       "undial", "wga", "rmu"))
     stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper), joint, or"
                           " alternating (a forget step on all planned weights, then a retain step on conflict weights)",

@@ -163,8 +163,8 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
         progress(f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.lr.max():.2g},"
                  f" retain weight {log.retain_weight[0]:g}")
     shutil.rmtree(checkpoint, ignore_errors=True)
-    progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps"
-             + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))
+    progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps of"
+             f" {log.objective}" + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))
     if log.skipped:
         progress(f"model      {log.skipped} steps were not finite and moved nothing")
     progress(f"model      {log.moved} of {log.planned} planned weights moved")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clue.config import UnlearnSettings, check
+from clue.data.records import Record, RecordSet
 from clue.errors import ClueError
 from clue.unlearn.objectives import (
     OBJECTIVES,
@@ -18,6 +19,7 @@ from clue.unlearn.objectives import (
     answer_log_probs,
     answer_rows,
     objective_of,
+    suited,
     token_log_probs,
 )
 
@@ -231,9 +233,18 @@ def test_what_an_objective_lacks_is_named(batch: tuple[torch.Tensor, torch.Tenso
         objective_of(3)
 
 
+def test_auto_puts_other_prompts_in_place_of_those_there_are() -> None:
+    asked, told = (RecordSet("r", (Record(prompt, "Paris"),)) for prompt in ("Where?", ""))
+    both = RecordSet("r", (*asked, *told))
+    assert suited("auto", asked, {"a": told, "b": both}) == "npo-cf"
+    for forget, retain in ((told, {"a": asked}), (both, {"a": asked}), (asked, {"a": told}), (asked, {})):
+        assert suited("auto", forget, retain) == "npo"
+    assert suited("ga", asked, {"a": asked}) == "ga"
+
+
 def test_every_objective_can_be_chosen() -> None:
     (field,) = (f for f in fields(UnlearnSettings) if f.name == "objective")
-    assert field.metadata["choices"] == tuple(OBJECTIVES)
+    assert field.metadata["choices"] == ("auto", *OBJECTIVES)
     for wrong in (UnlearnSettings(beta=0.0), UnlearnSettings(simnpo_beta=0.0)):
         with pytest.raises(ClueError, match="beta = 0.0 must be greater than 0"):
             check(wrong)

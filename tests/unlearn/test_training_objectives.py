@@ -171,10 +171,13 @@ def test_own_objectives_plug_in(make_model: Any, mixed_plan: Any, tokenizer: Any
     found = []
     for objective in (None, "npo", npo, OBJECTIVES["npo"]):
         model = make_model()
-        unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model), PLAIN, objective=objective)
+        log = unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model),
+                      replace(PLAIN, objective="npo"), objective=objective)
+        assert log.objective == ("npo" if objective in (None, "npo") else "")
         found.append(bits(model))
     assert all((other[name] == first).all() for name, first in found[0].items() for other in found[1:])
     model = make_model()
+    assert unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model), PLAIN).objective == "npo-cf"
     with pytest.raises(ClueError, match="objective = 'npos' is neither"):
         unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model), PLAIN, objective="npos")
 

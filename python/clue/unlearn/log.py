@@ -41,6 +41,7 @@ class UnlearnLog:
         planned: scalar weights that the plan names; ``moved`` of them are not what they were before.
         tuning: what chose learning rate and retain weight (:meth:`clue.unlearn.tuning.Tuning.to_json`); None where they
             were given.
+        objective: name of the objective, ``auto`` made out; empty where it has none.
     """
 
     stage: npt.NDArray[np.uint8]
@@ -59,6 +60,7 @@ class UnlearnLog:
     planned: int = 0
     moved: int = 0
     tuning: Mapping[str, Any] | None = None
+    objective: str = ""
 
     @property
     def steps(self) -> int:
@@ -70,7 +72,7 @@ class UnlearnLog:
         document: dict[str, Any] = {"steps": self.steps, "stage": self.stage.tolist()}
         document |= {name: getattr(self, name) for name in _RESULTS}
         document["final_validation"] = None if math.isnan(self.final_validation) else self.final_validation
-        document["tuning"] = self.tuning
+        document |= {"tuning": self.tuning, "objective": self.objective}
         for name in SERIES:
             document[name] = [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
         write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
@@ -88,7 +90,8 @@ class UnlearnLog:
                       for name in SERIES}
             results: dict[str, Any] = {name: math.nan if document[name] is None else kind(document[name])
                        for name, kind in _RESULTS.items()}
-            return cls(np.array(document["stage"], dtype=np.uint8), **series, **results, tuning=document.get("tuning"))
+            return cls(np.array(document["stage"], dtype=np.uint8), **series, **results, tuning=document.get("tuning"),
+                       objective=document.get("objective", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ClueError(f"{path} is not a readable unlearning log ({error}): unlearn again") from None
 

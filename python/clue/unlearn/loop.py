@@ -34,7 +34,7 @@ from ..types import Role
 from .checkpoint import Checkpoint, identity
 from .log import SERIES, UnlearnLog
 from .metric import RetainMetric
-from .objectives import Forget, Objective, answer_log_probs, objective_of
+from .objectives import Forget, Objective, answer_log_probs, objective_of, suited
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
@@ -92,7 +92,10 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     check(settings)
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
-    objective = objective_of(settings.objective if objective is None else objective)
+    settings = replace(settings, objective=suited(settings.objective, forget, retain))
+    objective = settings.objective if objective is None else objective
+    name = objective if isinstance(objective, str) else ""
+    objective = objective_of(objective)
     planned = planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
     if checkpoint is not None and any(map(is_sharded, planned.values())):
         raise ClueError("checkpoint: the model is sharded, and no process holds all of what would be in it: train without, or"
@@ -134,7 +137,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
     with restored(model), _checkpointed(model):
         model.eval()
         log = training.run(stages)
-        return log if tuning is None else replace(log, tuning=tuning.to_json())
+        return replace(log, objective=name, tuning=None if tuning is None else tuning.to_json())
 
 
 @dataclass

@@ -9,9 +9,9 @@ RMU works on the hidden states of one layer at all tokens of a record, prompt in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch import Tensor
 from ..config import UnlearnSettings
 from ..data.encoding import IGNORED
 from ..errors import ClueError
+
+if TYPE_CHECKING:
+    from ..data.records import RecordSet
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,6 +303,15 @@ OBJECTIVES: dict[str, Objective] = {
     "wga": Objective(weighted_gradient_ascent),
     "rmu": Objective(misdirection, retain_hidden, hidden=True),
 }
+
+
+def suited(name: str, forget: RecordSet, retain: Mapping[str, RecordSet]) -> str:
+    """The name of an objective, with ``auto`` made out: ``npo-cf`` where every forget record has a prompt and retain records
+    have prompts that may stand in for it, ``npo`` elsewhere."""
+    if name != "auto":
+        return name
+    donors = any(record.prompt for records in retain.values() for record in records)
+    return "npo-cf" if donors and all(record.prompt for record in forget) else "npo"
 
 
 def objective_of(given: Any) -> Objective:

@@ -29,7 +29,7 @@ from ..errors import ClueError, ModelError, RunError
 from ..processes import agreed, place
 from ..types import Role
 from .checkpoint import identity
-from .objectives import Forget, Objective, objective_of
+from .objectives import Forget, Objective, objective_of, suited
 from .reference import ReferenceWeights
 from .role_gradient import forgotten_of
 
@@ -118,6 +118,7 @@ def tune(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[st
     from .loop import restored, unlearn
 
     settings, data = settings or UnlearnSettings(), data or DataSettings()
+    settings = replace(settings, objective=suited(settings.objective, forget, retain))
     objective = objective_of(settings.objective if objective is None else objective)
     weights = ReferenceWeights(model, plan)
     start = weights.now()
