@@ -122,7 +122,7 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert "made with other unlearn settings: remove" in failure(capsys, "unlearn", run, "--lr", "0.02")
     assert "made with other evaluate settings" in failure(capsys, "evaluate", run, "--min-k", "0.5")
     assert "other tests (gold)" in failure(capsys, "evaluate", run, "--gold", world / "model")
-    assert "made with edges = 0.05" in failure(capsys, "evaluate", run, "--edges", "0.5")
+    assert "made with edges = 0.0" in failure(capsys, "evaluate", run, "--edges", "0.5")
     assert snapshot(run) == before
 
 
@@ -350,7 +350,7 @@ def test_another_job_does_not_get_into_a_run(
         world: Path, localized: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(localized)
     again = ["localize", *inputs(world, retain=f"people={world / 'retain.jsonl'}"), "-o", str(localized), *QUICK]
-    assert "localize.edges = 0.05 instead of 0.5" in failure(capsys, *again, "--edges", "0.5")
+    assert "localize.edges = 0.0 instead of 0.5" in failure(capsys, *again, "--edges", "0.5")
     other = [a.replace("people=", "others=") for a in again]
     assert "inputs.retain" in failure(capsys, *other)
     assert "holds a run that is not a demo" in failure(capsys, "demo", "-o", localized)
