@@ -121,7 +121,7 @@ def test_going_on_needs_the_same_settings_and_inputs(tmp_path: Path) -> None:
     Run.start(tmp_path / "run", SETTINGS, {"model": "m"})
     before = snapshot(tmp_path)
     other = Settings.from_dict({"localize": {"edges": 0.5}, "seed": 3}).to_dict()
-    with pytest.raises(RunError, match=r"localize.edges = 0.05 instead of 0.5"):
+    with pytest.raises(RunError, match=r"localize.edges = 0.0 instead of 0.5"):
         Run.start(tmp_path / "run", other, {"model": "m"})
     with pytest.raises(RunError, match=r"inputs.model = m instead of n"):
         Run.start(tmp_path / "run", SETTINGS, {"model": "n"})
