@@ -164,8 +164,9 @@ def claims(group: Group, level: float) -> Claims:
     found.add("forget records that count as forgotten after CLUE", ours.forgotten, "of 1", "", f"at least {level:g}",
               ours.reached == len(ours.seeds))
     quality, utility = ours.measures["forget_quality"], ours.measures["model_utility"]
-    found.add("forget quality after CLUE", quality.mean, "p of the KS test", f"before: {before['forget_quality']:.2g}",
-              "above 0.05", quality.mean > 0.05)
+    least = quality.mean if quality.low is None else quality.low
+    found.add("forget quality after CLUE", quality.mean, f"p of the KS test (at least {least:.3f})",
+              f"before: {before['forget_quality']:.2g}", "above 0.05 at every seed", least > 0.05)
     found.add("model utility after CLUE", utility.mean / gold["model_utility"], "times gold's",
               f"{utility.mean:.3f}; gold: {gold['model_utility']:.3f}, before: {before['model_utility']:.3f}", "at least 0.95",
               utility.mean >= 0.95 * gold["model_utility"])
