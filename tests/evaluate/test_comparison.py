@@ -142,3 +142,16 @@ def test_validation_records_are_no_measure() -> None:
     assert measures["skills"] == pytest.approx(0.6)
     assert (measures["forget.accuracy"], measures["retain.probability"]) == (0.1, 0.45)
     assert "mia.loss.auc" in measures
+
+
+def test_forget_quality_is_a_measure_where_gold_can_be_compared_with() -> None:
+    def evaluation(*ratios: float) -> Evaluation:
+        sets = {name: SetResult(name, name, len(ratios), "0" * 64, 0.0, 0.5, 0.5, 1.0, 0.5) for name in ("forget", "retain")}
+        return Evaluation(sets, records={"forget": {"log_truth_ratio": ratios}} if ratios else {}, settings={"evaluate": {}})
+
+    found, gold = evaluation(0.0, 1.0, 2.0, 3.0), evaluation(4.0, 5.0, 6.0, 7.0)
+    assert measures_of(found, gold)["forget_quality"] == found.forget_quality(gold) == pytest.approx(2 / 70)
+    assert measures_of(gold, gold)["forget_quality"] == 1.0
+    for other in (None, evaluation()):
+        assert "forget_quality" not in measures_of(found, other)
+    assert "model_utility" not in measures_of(found, gold)
