@@ -6,7 +6,7 @@ objective and the same learning rates, as in ``clue compare``, and is read where
 taught without the forget authors; forget quality compares the truth ratios of the two, and model utility is that of unseen
 authors, real authors and world facts. Taught models are cached.
 
-    python benchmarks/tofu_smollm2.py --data FOLDER            # forget01 (40 questions), one seed, about an hour on a CPU
+    python benchmarks/tofu_smollm2.py --data FOLDER            # forget01 (40 questions), one seed, two hours of one core
     python benchmarks/tofu_smollm2.py --data FOLDER --device cuda --split forget10 --authors 6 --seeds 0,1,2
 
 ``--data`` (or ``$CLUE_TOFU``) is the folder with TOFU's JSON files (``full.json``, ``forget01.json``,
@@ -199,10 +199,10 @@ def main() -> int:
     parser.add_argument("--localization", default="clue,random,wagle,sure,all", help="rows, as of clue compare")
     parser.add_argument("--objective", default="npo-cf", help="comma-separated")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the linear maps' weights that CLUE's circuits hold")
-    parser.add_argument("--lrs", default="1e-4", help="learning rates of every row, comma-separated")
+    parser.add_argument("--lrs", default="5e-5,2e-4", help="learning rates of every row, comma-separated")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--floor", type=float, default=0.2, help="answer probability at which a record is forgotten")
-    parser.add_argument("--levels", default="1", help="shares of forgotten records at which models are measured")
+    parser.add_argument("--levels", default="0.8", help="shares of forgotten records at which models are measured")
     parser.add_argument("--rouge", type=int, default=12, help="generated answers per set; 0 means all")
     parser.add_argument("--run", type=Path, help="folder of the comparison, made or gone on with")
     add_json(parser)
