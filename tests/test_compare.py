@@ -144,6 +144,20 @@ def test_robustness_is_that_of_the_model_where_training_ended(world: Path, tmp_p
     assert reference["int8.probability"] == pytest.approx(reference["forget.probability"], abs=0.05)
 
 
+def test_forget_quality_is_against_gold_also_in_cells_made_later(world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
+    (tmp_path / "forget.jsonl").write_text("".join(json.dumps({**row, "wrong_answers": ["blue", "red"]}) + "\n" for row in rows))
+    out = tmp_path / "run"
+    for names in ("all", "all,random"):  # the second time gold is not measured again
+        assert main([*command(world, out, "--localization", names, "--gold", str(world / "model"), "--ratio", "0.3"),
+                     f"--forget={tmp_path / 'forget.jsonl'}", "--steps", "3", "--lrs", "1e-3"]) == 0
+    reference = json.loads((out / "reference-files-0" / "reference.json").read_text())
+    assert reference["before"]["forget_quality"] == reference["gold"]["forget_quality"] == 1.0  # gold is the model itself
+    found = cells(out)
+    assert found.keys() == {"all-npo", "random-npo"}
+    assert all(0 <= point["measures"]["forget_quality"] <= 1 for cell in found.values() for point in cell["points"])
+
+
 def test_a_cell_that_diverges_stays_in_the_table(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--localization", "random", "--lrs", "1e30", "--clip", "0"]
     assert main(command(world, tmp_path / "run", *more)) == 0
