@@ -146,7 +146,8 @@ def test_robustness_is_that_of_the_model_where_training_ended(world: Path, tmp_p
 
 def test_forget_quality_is_against_gold_also_in_cells_made_later(world: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
-    (tmp_path / "forget.jsonl").write_text("".join(json.dumps({**row, "wrong_answers": ["blue", "red"]}) + "\n" for row in rows))
+    wrong = {"wrong_answers": ["blue", "red"]}
+    (tmp_path / "forget.jsonl").write_text("".join(json.dumps({**row, **wrong}) + "\n" for row in rows))
     out = tmp_path / "run"
     for names in ("all", "all,random"):  # the second time gold is not measured again
         assert main([*command(world, out, "--localization", names, "--gold", str(world / "model"), "--ratio", "0.3"),
