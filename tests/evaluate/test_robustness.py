@@ -14,7 +14,7 @@ from clue.config import DataSettings, RobustnessSettings
 from clue.data.encoding import encode
 from clue.data.records import RecordSet, read
 from clue.errors import ClueError, RunError
-from clue.evaluate import EvaluationSets
+from clue.evaluate import EvaluationSets, robustness
 from clue.evaluate.memorization import exact_match, probability, score
 from clue.evaluate.robustness import Robustness, ask_otherwise, drift, quantize, relearn, round_trip, stress
 from tests.families import tiny
@@ -68,6 +68,37 @@ def test_relearning_is_plain_fine_tuning_on_a_drawn_share_and_measures_the_rest(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ClueError, match="relearn_share = 1.0 shows all 6 forget records"):
         relearn(model, tokenizer, sets, replace(QUICK, relearn_share=1.0), data=DataSettings(), seed=0)
+
+
+def test_facts_are_shown_and_told_with_all_their_phrasings_or_not_at_all(model, tokenizer, sets, monkeypatch):
+    """A fact in other words among the records that are measured would be taught, not given back."""
+    facts = [("mira", "york"), ("ada", "rome"), ("mira", "rome"), ("ada", "york")]
+    records = [{"question": f"{form} {who} live", "answer": f"in {city.upper() if form == 'town' else city}", "subject": who}
+               for form in ("where does", "town") for who, city in facts]
+    many = replace(sets, forget=read(records, "forget"))
+    seen = []
+
+    def watched(model, tokenizer, measured, data):
+        seen.append(measured)
+        return encoded(model, tokenizer, measured, data)
+
+    encoded = robustness._encode
+    monkeypatch.setattr(robustness, "_encode", watched)
+    for seed in range(6):
+        relearn(model, tokenizer, many, replace(QUICK, relearn_steps=1, curve_points=1, relearn_share=0.4),
+                data=DataSettings(), seed=seed)
+        shown, rest = (list(seen[-1][f"forget, {name}"]) for name in ("shown", "not shown"))
+        assert len(shown) == 4 and sorted(map(str, [*shown, *rest])) == sorted(map(str, many.forget))  # 3, in whole facts
+        assert not {(r.subject, r.answer.casefold()) for r in shown} & {(r.subject, r.answer.casefold()) for r in rest}
+    ask_otherwise(model, tokenizer, many, replace(QUICK, hints=2), data=DataSettings())
+    hinted = seen[-1]["after other records as hints"]
+    assert len(hinted) == 8
+    for record in hinted:
+        told = record.prompt.casefold().split("\n")[:-1]
+        assert len(told) == 2 and not any(record.subject in t and t.endswith(record.answer.casefold()) for t in told)
+    alike = replace(sets, forget=read([{"question": f"{form} mira live", "answer": "in york"} for form in ("where", "town")]))
+    with pytest.raises(ClueError, match="all its records have one answer"):
+        relearn(model, tokenizer, alike, QUICK, data=DataSettings(), seed=0)
 
 
 def test_drift_learns_what_must_stay_and_is_the_same_every_time(model, tokenizer, sets):

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from .evaluation import EvaluationSets
 
 FORMAT = 1
+
+#: Subject, where a record names one, and answer.
+Fact = tuple[str | None, str]
 
 
 @dataclass(frozen=True)
@@ -152,16 +156,34 @@ def stand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Eval
 
 def relearn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, settings: RobustnessSettings,
             *, data: DataSettings, seed: int) -> Curve:
-    """Fine-tune a copy on a share of the forget set; recall of the rest (``not shown``), of the share, and of retain."""
-    n = len(sets.forget)
-    n_shown = max(1, round(settings.relearn_share * n))
-    if n_shown >= n:
-        raise ClueError(f"relearn_share = {settings.relearn_share} shows all {n} forget records and leaves none to measure:"
-                        " lower it, or give more records")
-    drawn = set(np.random.default_rng(seed).permutation(n)[:n_shown].tolist())
-    shown, rest = ([r for i, r in enumerate(sets.forget) if (i in drawn) == wanted] for wanted in (True, False))
+    """Fine-tune a copy on a share of the forget set; recall of the rest (``not shown``), of the share, and of retain.
+
+    Facts are drawn, not records: one in other words is shown with it. Otherwise what is given back would be what was taught.
+    """
+    facts = _facts(sets.forget)
+    units = list(dict.fromkeys(facts))
+    if len(units) < 2:
+        raise ClueError("relearning shows a part of the forget set and measures the rest, and all its records have one answer:"
+                        " give records of other facts")
+    sizes = Counter(facts)
+    wanted = max(1, round(settings.relearn_share * len(facts)))
+    drawn: set[Fact] = set()
+    for i in np.random.default_rng(seed).permutation(len(units)).tolist():
+        if sum(sizes[unit] for unit in drawn) >= wanted:
+            break
+        drawn.add(units[i])
+    if len(drawn) == len(units):
+        raise ClueError(f"relearn_share = {settings.relearn_share} shows all {len(facts)} forget records and leaves none to"
+                        " measure: lower it, or give more records")
+    shown, rest = ([r for r, fact in zip(sets.forget, facts, strict=True) if (fact in drawn) == inside]
+                   for inside in (True, False))
     measured = _encode(model, tokenizer, {"forget, not shown": rest, "forget, shown": shown, "retain": sets.retain}, data)
     return _tuned(model, measured["forget, shown"], measured, settings.relearn_steps, settings, pad_id(tokenizer), seed)
+
+
+def _facts(records: Iterable[Record]) -> list[Fact]:
+    """What each record states: its subject and its answer. Two that agree in both say the same thing in other words."""
+    return [(r.subject, " ".join(r.answer.split()).casefold()) for r in records]
 
 
 def drift(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, settings: RobustnessSettings,
@@ -188,7 +210,7 @@ def round_trip(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets:
 def ask_otherwise(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets,
                   settings: RobustnessSettings, *, data: DataSettings) -> dict[str, Recall]:
     """Recall of the forget set per way of asking: as trained, in other words, behind an injected instruction
-    (``settings.prefix``), and after up to ``settings.hints`` other forget records with their answers."""
+    (``settings.prefix``), and after up to ``settings.hints`` other forget records, of other facts, with their answers."""
     records = list(sets.forget)
     limit = length_limit(model, data.max_length)
 
@@ -202,9 +224,10 @@ def ask_otherwise(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
     asked |= {name: more.records for name, more in sets.forget_extra.items()}
     injected = [replace(r, prompt=f"{settings.prefix} {r.prompt}") for r in records if r.prompt]
     asked["behind an instruction"] = [r for r in injected if fits(r)]
-    hinted = []
+    hinted, facts = [], _facts(records)
     for i, record in enumerate(records):
-        told = [f"{r.prompt} {r.answer}\n" for j in range(1, len(records)) if (r := records[(i + j) % len(records)]).prompt]
+        others = (records[(i + j) % len(records)] for j in range(1, len(records)) if facts[(i + j) % len(records)] != facts[i])
+        told = [f"{r.prompt} {r.answer}\n" for r in others if r.prompt]
         tries = (replace(record, prompt="".join(told[:n]) + record.prompt) for n in range(settings.hints, 0, -1))
         hinted += [*islice(filter(fits, tries), 1)] if record.prompt and told else []  # as many as the context holds
     asked["after other records as hints"] = hinted
