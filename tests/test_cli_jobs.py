@@ -359,6 +359,24 @@ def test_another_job_does_not_get_into_a_run(
     assert snapshot(localized) == before
 
 
+def test_records_that_changed_since_are_not_trained_or_measured_on(
+        world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forget, run = tmp_path / "forget.jsonl", tmp_path / "run"
+    shutil.copy(world / "forget.jsonl", forget)
+    assert main(["localize", *inputs(world, forget=forget), "-o", str(run), *QUICK]) == 0
+    capsys.readouterr()
+    lines = forget.read_text().splitlines(keepends=True)
+    forget.write_text("".join(lines[1:]))
+    message = f"{run} was made from other records: the set forget has changed since"
+    assert message in failure(capsys, "unlearn", run, "--steps", "1", "--lr", "1e-4")
+    assert not (run / "model").exists()
+    forget.write_text("".join(lines))
+    assert main(["unlearn", str(run), "--steps", "1", "--lr", "1e-4", "--objective", "npo"]) == 0
+    capsys.readouterr()
+    forget.write_text("".join(lines[1:]))
+    assert message in failure(capsys, "evaluate", run)
+
+
 def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(

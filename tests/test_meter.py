@@ -31,6 +31,18 @@ def test_pauses_do_not_count() -> None:
     assert meter.seconds == before
 
 
+def test_memory_of_pauses_does_not_count() -> None:
+    with Meter() as meter:
+        with meter.paused():
+            np.ones(32 << 20)  # 256 MB
+        np.ones(8 << 20)
+    with Meter() as whole:
+        np.ones(32 << 20)
+    if meter.peak is None or whole.peak is None:
+        pytest.skip("this system only tells the peak since the process began")
+    assert whole.peak - (224 << 20) < meter.peak < whole.peak - (128 << 20)
+
+
 def test_each_block_has_its_own_peak() -> None:
     with Meter() as large:
         np.ones(32 << 20)  # 256 MB

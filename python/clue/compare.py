@@ -145,8 +145,8 @@ def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: 
     from .data.records import read_sets
     from .jobs import evaluation_sets, load_model
 
-    sets, _ = evaluation_sets(inputs, tests)
     used = read_sets(inputs["forget"], inputs["retain"])
+    sets, _ = evaluation_sets(used, tests)
     seen, held = validated({name: records for name, records in used.items() if name != "forget"}, seed)
     extra = {**sets.retain_extra, **held}
     first = next(iter(seen))

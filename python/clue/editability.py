@@ -96,6 +96,7 @@ def editability(body: Anatomy, tokenizer: object, forget: RecordSet, retain: Map
 
     from .data.encoding import batches, encode, length_limit, pad_id
     from .model.answers import answer_logits
+    from .model.modes import evaluating
     from .unlearn.loop import METRIC_RECORDS
     from .unlearn.metric import RetainMetric
     from .unlearn.objectives import answer_log_probs
@@ -117,7 +118,7 @@ def editability(body: Anatomy, tokenizer: object, forget: RecordSet, retain: Map
     pool = Pool([encoded(records, data.append_eos) for records in retain.values()], seed)
     sample = pool.take(min(METRIC_RECORDS, len(pool)))
     metric = RetainMetric.measure(model, plan, batches(sample, batch_size, pad=pad, device=device), damping=damping)
-    with SparseGradients(model, plan) as sparse, torch.enable_grad():
+    with evaluating(model), SparseGradients(model, plan) as sparse, torch.enable_grad():
         for batch in batches(encoded(forget, False), batch_size, pad=pad, device=device):
             sparse.split(forget=len(batch.input_ids), retain=0, seq=batch.input_ids.shape[1])
             log_p, _ = answer_log_probs(*answer_logits(model, batch))

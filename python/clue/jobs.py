@@ -24,6 +24,7 @@ from .provenance import fingerprint
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
+    from .data.records import RecordSet
     from .evaluate import Evaluation, EvaluationSets
     from .evaluate.robustness import Robustness
 
@@ -61,19 +62,28 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
              progress: Progress) -> Plan:
     """Find circuits and make the plan; stages that are there already are read back."""
     network, tokenizer = load_model(model, settings)
-    sets = read_sets(forget, retain)
-    hashes = {name: records.sha256 for name, records in sets.items()}
-    recorded = run.manifest.get("data", hashes)
-    changed = [name for name in hashes if recorded.get(name) != hashes[name]]
-    if changed:
-        raise RunError(f"{run.folder} was made from other records: the set {changed[0]} has changed since; choose"
-                       " another folder with -o")
+    sets = _records(run, forget, retain)
     if "data" not in run.manifest:
-        run.update(data=hashes)
+        run.update(data={name: records.sha256 for name, records in sets.items()})
     return pipeline.localize(network, tokenizer, sets["forget"],
                              {name: s for name, s in sets.items() if name != "forget"}, settings.localize,
                              data=settings.data, seed=settings.seed, progress=progress,
                              keep=lambda stage, make: _kept(run, stage, make))
+
+
+def _records(run: Run, forget: str, retain: Mapping[str, str]) -> dict[str, RecordSet]:
+    """The record sets of a run, ``forget`` first.
+
+    Raises:
+        RunError: they are not the ones that it was localized with.
+    """
+    sets = read_sets(forget, retain)
+    recorded = run.manifest.get("data")
+    for name, records in sets.items():
+        if recorded is not None and recorded.get(name) != records.sha256:
+            raise RunError(f"{run.folder} was made from other records: the set {name} has changed since; choose another folder"
+                           " with -o, or put the records back")
+    return sets
 
 
 def explain(run: Run, nodes: Sequence[str]) -> list[str]:
@@ -130,7 +140,7 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
         progress(f"model      {run.path('model')} is there already")
         return
     inputs = run.manifest["inputs"]
-    sets = read_sets(inputs["forget"], inputs["retain"])
+    sets = _records(run, inputs["forget"], inputs["retain"])
     network, tokenizer = load_model(inputs["model"], settings)
 
     def on_step(step: dict[str, Any]) -> None:
@@ -192,7 +202,7 @@ def _verified(before: str, after: Path, plan: Plan) -> str:
 
 def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> dict[str, Evaluation]:
     """Measure the model before and after unlearning (and a gold model, when one is given)."""
-    from .data.records import overlap, read
+    from .data.records import overlap
     from .evaluate import Evaluation
     from .evaluate import evaluate as measure
 
@@ -202,11 +212,12 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
         stored = {name: run.path("evaluation") / f"{name}.json" for name in names}
         return {name: Evaluation.load(path) for name, path in stored.items() if path.exists()}
     inputs = run.manifest["inputs"]
-    sets, overlaps = evaluation_sets(inputs, tests, settings.seed)
+    used = _records(run, inputs["forget"], inputs["retain"])
+    sets, overlaps = evaluation_sets(used, tests, settings.seed)
     for name, count in overlaps.items():
         progress(f"note       {name}: {count} evaluated records were also used to localize and retain; give --test for"
                  " an independent number")
-    other = len(sets.forget) - overlap(sets.forget, read(inputs["forget"], "forget"))
+    other = len(sets.forget) - overlap(sets.forget, used["forget"])
     if other:
         progress(f"note       forget: {other} of {len(sets.forget)} evaluated records are not in the forget set of this run")
     folders = {"before": inputs["model"], "after": str(run.path("model"))}
@@ -246,7 +257,7 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
             raise RunError(f"{run.path('robustness')} was made with other robustness settings: remove it to make it again")
         return found
     inputs = run.manifest["inputs"]
-    sets, _ = evaluation_sets(inputs, tests, settings.seed)
+    sets, _ = evaluation_sets(_records(run, inputs["forget"], inputs["retain"]), tests, settings.seed)
     folders = {"before": inputs["model"], "after": str(run.path("model"))}
     if tests.gold and not Path(tests.gold).is_file():
         folders["gold"] = tests.gold
@@ -262,8 +273,9 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
     return found
 
 
-def evaluation_sets(inputs: Mapping[str, Any], tests: Tests, seed: int = 0) -> tuple[EvaluationSets, dict[str, int]]:
-    """The sets to measure on, and how many records of each were also used to localize and retain.
+def evaluation_sets(used: Mapping[str, RecordSet], tests: Tests, seed: int = 0) -> tuple[EvaluationSets, dict[str, int]]:
+    """The sets to measure on, and how many records of each are also among those ``used`` to localize and retain, the forget set
+    among them.
 
     The first retain test is the headline; without one the first retain set itself is read, and counted as overlap. What a
     benchmark measures by its own protocol may overlap with what was retained, which is counted; sets given as tests, and
@@ -276,7 +288,6 @@ def evaluation_sets(inputs: Mapping[str, Any], tests: Tests, seed: int = 0) -> t
     from .data.records import overlap, read
     from .evaluate import EvaluationSets
 
-    used = read_sets(inputs["forget"], inputs["retain"])
     benchmark = benchmarks.load(tests.benchmark, tests.data, seed=seed) if tests.benchmark else benchmarks.Benchmark("")
     retain = {name: read(source, name) for name, source in tests.retain.items()}
     skills = {name: read(source, name) for name, source in tests.skills.items()}

@@ -28,6 +28,7 @@ class Meter:
     def __init__(self) -> None:
         self.peak: int | None = None
         self._spent, self._since = 0.0, 0.0
+        self._most: list[int | None] = []  # of each stretch between pauses
         self._running = False
 
     @property
@@ -36,21 +37,26 @@ class Meter:
         return self._spent + (time.process_time() - self._since if self._running else 0.0)
 
     def __enter__(self) -> Meter:
+        self._most = []
         _forget_peak()
         self._since, self._running = time.process_time(), True
         return self
 
     def __exit__(self, *error: object) -> None:
         self._spent, self._running = self.seconds, False
-        self.peak = _peak()
+        self._most.append(_peak())
+        known = [peak for peak in self._most if peak is not None]
+        self.peak = max(known) if len(known) == len(self._most) else None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A block whose time does not count."""
+        """A block whose time and memory do not count."""
         self._spent, self._running = self.seconds, False
+        self._most.append(_peak())
         try:
             yield
         finally:
+            _forget_peak()
             self._since, self._running = time.process_time(), True
 
 

@@ -72,11 +72,12 @@ def test_only_answer_logits_are_asked_for_and_the_mode_is_kept(model, tokenizer,
     shapes = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     model.train()
+    model.model.norm.eval()  # for good, as whoever trains it said
     score(model, examples[:1], pad=0, batch_size=1)
     hook.remove()
     answer = len(examples[0].input_ids) - examples[0].answer_start
     assert [shape[1] for shape in shapes] == [answer + 1]  # + 1: the last position, whose successor does not exist
-    assert model.training
+    assert model.training and model.lm_head.training and not model.model.norm.training
 
 
 def test_measures_equal_a_loop_over_records(model, tokenizer, forget, retain):
@@ -138,6 +139,11 @@ def test_reductions_agree_with_their_definitions(records):
     assert perplexity(scores) == pytest.approx(np.exp(-sum(tokens) / len(tokens)))
     part = scores.records(len(records) - 1, len(records))
     np.testing.assert_array_equal(nll(part), nll(scores)[-1:])
+
+
+def test_perplexity_stays_a_number_that_can_be_stored():
+    scores = TokenScores(np.array([-2000.0, -3000.0]), np.zeros(2, bool), np.array([0, 2]))
+    assert perplexity(scores) == pytest.approx(np.exp(700.0))
 
 
 def test_weights_that_are_not_numbers_are_named(model, tokenizer, forget):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from clue.errors import ModelError
 from clue.evaluate.evaluation import Evaluation, privleak
 from clue.evaluate.memorization import TokenScores
 from clue.evaluate.privacy import attack, auc, auc_interval, corners, loss_score, min_k_score, roc, tpr_at
@@ -71,6 +72,14 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
         low, high = auc_interval(generator.normal(1, 1, 40), generator.normal(0, 1, 40), 200, seed=i)
         covered += low <= 0.7602 <= high  # the AUC of two unit normals one apart: Phi(1 / sqrt 2)
     assert 88 <= covered <= 99
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_no_numbers_are_no_attack(bad):
+    """Sorted last, a NaN would pass for a perfect attack."""
+    for sides in (([0.1, bad], [0.2]), ([0.1], [bad, 0.3])):
+        with pytest.raises(ModelError, match="scores that are not numbers: the model's weights are damaged"):
+            attack(*sides, resamples=0, seed=0)
 
 
 @given(st.lists(st.lists(st.floats(-20, 0), min_size=1, max_size=12), min_size=1, max_size=5), st.floats(0.05, 1.0))

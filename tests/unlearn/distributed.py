@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clue.plan import Plan
-from clue.unlearn import MaskedAdamW, SparseGradients, sharing
+from clue.unlearn import MaskedAdamW, SparseGradients, curvature, metric, sharing
 from tests.families import tiny
 from tests.unlearn.conftest import FORGET as WORDS
 from tests.unlearn.conftest import RETAIN, build_tokenizer, records
@@ -49,12 +49,16 @@ def reference(family: str) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[
         optimizer.step(grad_scale=0.5)
         optimizer.zero_grad()
     of_slices, of_loop = model_and_plan(family)[0], model_and_plan(family)[0]
-    together, sharing.place = sharing.place, lambda: (0, 1)
+    modules = (sharing, metric, curvature)
+    together = sharing.place
     try:
+        for module in modules:
+            module.place = lambda: (0, 1)  # type: ignore[attr-defined]
         train_sparsely(of_slices, plan, rows)
         log = unlearned(of_loop, plan, "npo")
     finally:
-        sharing.place = together
+        for module in modules:
+            module.place = together  # type: ignore[attr-defined]
     return whole(model), whole(of_slices), (whole(of_loop), log)
 
 
@@ -97,14 +101,14 @@ def digest(weights: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def unlearned(model: nn.Module, plan: Plan, objective: str, **keywords: Any) -> Any:
+def unlearned(model: nn.Module, plan: Plan, objective: str, settings: dict[str, Any] | None = None, **keywords: Any) -> Any:
     """CLUE's own loop, on three forget records and a batch that two processes cannot share evenly."""
     from clue.config import DataSettings, UnlearnSettings
     from clue.unlearn import unlearn
 
+    settings = {"steps": STEPS, "batch_size": 3, "lr": 1e-2, "warmup": 0, "floor": 0.0} | (settings or {})
     return unlearn(model, build_tokenizer(), records("forget", WORDS), {"retain": records("retain", RETAIN)}, plan,
-                   UnlearnSettings(objective=objective, steps=STEPS, batch_size=3, lr=1e-2, warmup=0,
-                                   floor=0.0),
+                   UnlearnSettings(objective=objective, **settings),
                    data=DataSettings(append_eos=False), **keywords)
 
 

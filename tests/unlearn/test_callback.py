@@ -58,6 +58,25 @@ def test_real_trainer(masked: bool, roles: tuple[Role, ...], tmp_path: Path, mak
     moved(before, bits(model), plan, roles)
 
 
+def test_a_model_is_let_go_of_after_an_error(tmp_path: Path, make_model: Any, mixed_plan: Any, bits: Any) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    from clue.unlearn import SparseGradients
+
+    model = make_model()
+    before = bits(model)
+    callback = PlanCallback(mixed_plan(model))
+    Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+            train_dataset=dataset(), callbacks=[callback])  # never trains
+    assert not any(p.requires_grad for p in model.model.parameters())
+    callback.release(model)
+    assert all(p.requires_grad for p in model.parameters()) and not list(model.children())[2:]
+    assert bits(model).keys() == before.keys()
+    with SparseGradients(model, mixed_plan(model)):
+        pass
+
+
 def test_a_plan_for_another_model_is_refused(make_model: Any, mixed_plan: Any) -> None:
     plan = mixed_plan(make_model())
     with pytest.raises(PlanError, match="made for another model"):

@@ -21,6 +21,7 @@ from clue.data.records import RecordSet
 from clue.errors import ClueError, RunError
 from clue.types import Role
 from clue.unlearn import unlearn
+from clue.unlearn.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = UnlearnSettings(objective="npo", lr=1e-2, steps=6, batch_size=2, warmup=0, floor=0.0)
@@ -132,6 +133,10 @@ def test_another_training_is_refused(tmp_path: Path, make_model: Any, mixed_plan
     }.items():
         with pytest.raises(RunError, match=f"training.safetensors is of a training with {text}: go on with"):
             again(*arguments)
+    for name in ("retain", "retain_logits"):
+        changed = replace(OBJECTIVES["npo"], **{name: OBJECTIVES["npo-kl"].retain if name == "retain" else True})
+        with pytest.raises(RunError, match=rf"of a training with {name} = .* instead of"):
+            again(make_model(), plan, objective=changed)
     with pytest.raises(RunError, match="seed = 0 instead of 5"):
         again(make_model(), plan, seed=5)
     with pytest.raises(RunError, match="another model"):

@@ -72,6 +72,43 @@ PROGRAM = """
                 torch.testing.assert_close(torch.tensor(getattr(mine, name)), torch.tensor(getattr(log, name)),
                                            rtol=1e-3, atol=1e-4)
         print(mine.forget_loss, mine.final_probability, digest(whole(model)))
+        moved = sum(int((whole(model)[name] != weight).sum()) for name, weight in before.items())
+        assert mine.moved == moved > 0, (mine.moved, moved)
+"""
+
+#: One of the processes computes with two threads, and so rounds otherwise.
+ALIKE = """
+    from torch.distributed.fsdp import fully_shard
+    from tests.unlearn.distributed import *
+    from clue.data.encoding import batches, encode
+    from clue.unlearn import RetainMetric
+
+    torch.set_num_threads(1 + rank)
+    model, plan = model_and_plan("llama/biased")
+    examples = encode(records("retain", RETAIN), build_tokenizer(), append_eos=False)
+    made = lambda: batches(examples, 3, pad=0, device="cpu")  # two batches of 3 and 1 records, of which each runs one
+    for width in (2048, 8):
+        found = RetainMetric.measure(model, plan, made(), damping=0.1, exact_width=width, rank=4)
+        metric.place, curvature.place, together = lambda: (0, 1), lambda: (0, 1), metric.place
+        alone = RetainMetric.measure(model, plan, made(), damping=0.1, exact_width=width, rank=4)
+        metric.place = curvature.place = together
+        for name, pair in found._sides.items():
+            for mine, theirs in zip(pair, alone._sides[name], strict=True):
+                assert (mine is None) == (theirs is None)
+                if mine is None:
+                    continue
+                step = torch.randn(mine.tensors()[0].shape[0], 3, generator=torch.Generator().manual_seed(0))
+                torch.testing.assert_close(mine.apply(step, left=True), theirs.apply(step, left=True), atol=2e-3, rtol=1e-2)
+                print(digest({str(i): tensor for i, tensor in enumerate(mine.tensors())}))
+    torch.set_num_threads(1)
+
+    # Nothing chosen: the learning rate is tried out, also where the model is sharded.
+    for sharded in (False, True):
+        model, _ = model_and_plan("llama/biased")
+        if sharded:
+            fully_shard(model)
+        log = unlearned(model, plan, "npo-cf", {"lr": 0.0, "trials": 2, "floor": 0.03, "check_every": 2})
+        print(log.lr.tolist(), log.steps, digest(whole(model)))
 """
 
 
@@ -127,3 +164,8 @@ def test_two_processes_train_what_one_does(family: str) -> None:
     printed = run(PROGRAM, family)
     assert printed[0] == printed[1]
     assert printed[0].count("\n") == 6 + 2 + 2 + 2 + 3
+
+
+def test_processes_share_the_metric_and_choose_alike() -> None:
+    printed = run(ALIKE)
+    assert printed[0] == printed[1] and printed[0].count("\n") > 10

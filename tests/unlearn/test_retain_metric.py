@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clue.circuit.attribution import graph_of
 from clue.data.encoding import Batch
-from clue.errors import PlanError
+from clue.errors import ModelError, PlanError
 from clue.model.anatomy import anatomy
 from clue.pipeline import make_plan as plan_of
 from clue.types import Role
@@ -195,3 +195,40 @@ def test_only_linear_layers_can_be_measured(make_plan: Any) -> None:
     plan = make_plan(model, {"embed.weight": (0, {Role.CONFLICT: [1]})})
     with pytest.raises(PlanError, match=r"embed\.weight does not belong to a linear layer"):
         RetainMetric.measure(model, plan, two_batches(), damping=DAMPING)
+
+
+def test_the_head_sees_the_last_positions_alone(make_model: Any, make_plan: Any) -> None:
+    """The models give logits where answers are predicted, and nowhere else."""
+    model = make_model()
+    plan = make_plan(model, {"lm_head.weight": (0, {Role.CONFLICT: [3, 7]})})
+    ids = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 0, 0]])
+    labels = torch.tensor([[-100, -100, -100, 7, 8], [-100, -100, 11, -100, -100]])
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    found = RetainMetric.measure(model, plan, [Batch(ids, mask, labels)], damping=DAMPING)
+    seen: list[torch.Tensor] = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+    logits = model(ids, attention_mask=mask).logits
+    handle.remove()
+    seen[1].retain_grad()
+    log_p = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    (-log_p[labels[:, 1:] != -100].sum()).backward()
+    kept = torch.zeros_like(mask, dtype=torch.bool)
+    kept[:, 1:] = mask[:, 1:].bool()  # from the first position that predicts an answer's token
+    x, dz = (tensor[kept].detach().double() for tensor in (seen[0], seen[1].grad))
+    gradient = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    sides = []
+    for rows in (dz[:, [3, 7]], x):
+        factor = rows.T @ rows
+        sides.append(torch.linalg.inv(factor / factor.diagonal().mean() / DAMPING + torch.eye(len(factor))))
+    expected = sides[0] @ gradient.double() @ sides[1]
+    torch.testing.assert_close(found.precondition("lm_head.weight", gradient).double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_metric_that_is_no_number_is_refused(make_model: Any, mixed_plan: Any) -> None:
+    """As a factor of NaN it would count as none, and forgetting would go on without a metric."""
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 3] = torch.nan
+    (batch, _) = two_batches()
+    with pytest.raises(ModelError, match="the retain metric is not finite: the model gives NaN"):
+        RetainMetric.measure(model, mixed_plan(model), [batch], damping=DAMPING)

@@ -68,6 +68,22 @@ def sparse_gradients(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Te
         return sparse.take()
 
 
+def test_whose_asks_for_whole_gradients_gets_them(make_model: Any, mixed_plan: Any) -> None:
+    """A membership attack that runs in the middle of a training, say."""
+    model, plain = make_model(), make_model()
+    both(plain).backward()
+    with SparseGradients(model, mixed_plan(model)) as sparse:
+        model.requires_grad_(True)
+        both(model).backward()  # nobody said which samples are which
+        for (name, p), (_, expected) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+            assert torch.equal(p.grad, expected.grad), name
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
+        sparse.split(forget=FORGET, retain=len(IDS) - FORGET, seq=IDS.shape[1])
+        both(model).backward()
+        assert sparse.take() and all(p.grad is None for p in model.parameters())
+
+
 def assert_equal(got: Any, expected: dict[str, tuple[Tensor, Tensor | None]], tolerance: float) -> None:
     """Largest difference relative to the largest gradient of the parameter."""
     assert list(got) == list(expected)

@@ -60,6 +60,20 @@ def test_a_plain_text_has_no_twin(tokenizer: Any) -> None:
         corrupted_twins(text, examples(DONORS, tokenizer), tokenizer, chat="off", seed=0)
 
 
+def test_refusals_and_twins_go_together(make_model: Any, mixed_plan: Any, tokenizer: Any) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def forget(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> torch.Tensor:
+        assert refusals is not None and answers.reference_logits is not None
+        seen.append((len(answers.scored), len(refusals.scored)))
+        return OBJECTIVES["npo-cf"].forget(answers, None, settings) - refusals.log_p.mean()
+
+    unlearn(make_model(), tokenizer, RecordSet("forget", tuple(FORGET)), {"r": RecordSet("r", tuple(DONORS))},
+            mixed_plan(make_model()), UnlearnSettings(lr=1e-2, steps=2, batch_size=2, warmup=0, floor=0.0),
+            objective=Objective(forget, reference=True, refusals=True, forget_logits=True, twins=True), seed=3)
+    assert seen == [(2, 2), (2, 2)]
+
+
 def test_every_step_asks_the_model_before_about_the_twins(make_model: Any, mixed_plan: Any, tokenizer: Any) -> None:
     model, before = make_model(), make_model()
     seen: list[torch.Tensor] = []

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..model.modes import evaluating
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,17 +44,12 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
     stop = {int(i) for i in [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])] if i is not None}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for first in range(0, len(order), batch_size):
-                chosen = order[first:first + batch_size]
-                spoken = _decode(model, [prompts[i] for i in chosen], [limits[i] for i in chosen], stop, pad)
-                for i, tokens in zip(chosen, spoken, strict=True):
-                    answers[i] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for first in range(0, len(order), batch_size):
+            chosen = order[first:first + batch_size]
+            spoken = _decode(model, [prompts[i] for i in chosen], [limits[i] for i in chosen], stop, pad)
+            for i, tokens in zip(chosen, spoken, strict=True):
+                answers[i] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     return answers
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ClueError
+from ..model.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,17 +35,14 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: S
     except ImportError as error:
         raise ClueError(f"tasks of lm-evaluation-harness need the package lm-eval ({error}): install clue-unlearn[lm-eval], or"
                         " leave out harness") from None
-    training = model.training
-    model.eval()
     try:
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks),
-            limit=limit or None, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed)
+        with evaluating(model):
+            found = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks),
+                limit=limit or None, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed)
     except (KeyError, ValueError, OSError) as error:
         raise ClueError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({error}): check the names of the tasks, and"
                         " that the hub can be reached") from None
-    finally:
-        model.train(training)
     accuracy = {name: values.get("acc,none") for name, values in found["results"].items()}
     return {name: float(value) for name, value in accuracy.items()
             if isinstance(value, (int, float)) and math.isfinite(value)}

@@ -224,7 +224,8 @@ def _attacks(model: PreTrainedModel, sides: Sequence[_Part], found: Mapping[str,
         elif name == "min_k++":
             values[name] = [privacy.min_k_plus_score(s, settings.min_k) for s in scores]
         else:
-            values[name] = [privacy.gradient_score(model, part.records, pad=pad) for part in sides]
+            values[name] = [privacy.gradient_score(model, [_bare(e) for e in part.records] if bare else part.records, pad=pad)
+                            for part in sides]
     if base is not None:
         split = len(sides[0].records)
         theirs = [base.records(0, split), base.records(split, len(base))]
@@ -232,6 +233,11 @@ def _attacks(model: PreTrainedModel, sides: Sequence[_Part], found: Mapping[str,
                                for s, other in zip(scores, theirs, strict=True)]
     return {name: privacy.attack(members, others, resamples=settings.bootstrap, seed=seed)
             for name, (members, others) in values.items()}
+
+
+def _bare(example: Example) -> Example:
+    """Without the token that ends it."""
+    return replace(example, input_ids=example.input_ids[:-1])
 
 
 def _question(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:

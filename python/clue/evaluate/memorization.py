@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ..data.encoding import batches
 from ..errors import ModelError, RecordError
 from ..model.answers import answer_logits
+from ..model.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,19 +96,14 @@ def score(model: PreTrainedModel, examples: Sequence[Example], *, pad: int, batc
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
     found: list[tuple[npt.NDArray[Any], ...]] = [(np.empty(0), np.empty(0, bool))] * len(order)
     done = 0
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches([examples[i] for i in order], batch_size, pad=pad, device=model.device):
-                tokens, counts = _score_batch(model, batch, moments)
-                ends = np.cumsum(counts)
-                for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
-                    own = slice(end - count, end)
-                    found[order[done + row]] = tuple(values[own] for values in tokens)
-                done += len(counts)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for batch in batches([examples[i] for i in order], batch_size, pad=pad, device=model.device):
+            tokens, counts = _score_batch(model, batch, moments)
+            ends = np.cumsum(counts)
+            for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
+                own = slice(end - count, end)
+                found[order[done + row]] = tuple(values[own] for values in tokens)
+            done += len(counts)
 
     for example, (log_prob, *_) in zip(examples, found, strict=True):
         if not len(log_prob):
@@ -182,8 +178,8 @@ def probability(scores: TokenScores) -> npt.NDArray[np.float64]:
 
 def perplexity(scores: TokenScores) -> float:
     """exp of the cross-entropy per answer token, over all tokens of all records together; of plain texts, the usual
-    perplexity of a corpus (each text by itself, its first token not counted)."""
-    return float(np.exp(-scores.log_prob.mean()))
+    perplexity of a corpus (each text by itself, its first token not counted). At most exp(700), as a number can be."""
+    return float(np.exp(min(-scores.log_prob.mean(), 700.0)))
 
 
 def extraction_strength(scores: TokenScores, *, least: str = "zero") -> npt.NDArray[np.float64]:

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.encoding import collate
+from ..errors import ModelError
 from ..model.answers import answer_logits
+from ..model.modes import evaluating
 from .memorization import TokenScores, nll
 
 if TYPE_CHECKING:
@@ -102,21 +104,20 @@ def gradient_score(model: PreTrainedModel, examples: Sequence[Example], *, pad: 
     from torch.nn.functional import cross_entropy
 
     parameters = list(model.parameters())
-    wanted, training = [p.requires_grad for p in parameters], model.training
+    wanted = [p.requires_grad for p in parameters]
     score = np.empty(len(examples))
-    model.eval()
     model.requires_grad_(True)
     try:
-        for i, example in enumerate(examples):
-            logits, labels = answer_logits(model, collate([example], pad, model.device))
-            loss = cross_entropy(logits[0, :-1].float(), labels[0, 1:].to(logits.device))
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            norms = [torch.linalg.vector_norm(g.float()) for g in found if g is not None]
-            score[i] = -float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+        with evaluating(model), torch.enable_grad():
+            for i, example in enumerate(examples):
+                logits, labels = answer_logits(model, collate([example], pad, model.device))
+                loss = cross_entropy(logits[0, :-1].float(), labels[0, 1:].to(logits.device))
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                norms = [torch.linalg.vector_norm(g.float()) for g in found if g is not None]
+                score[i] = -float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
     finally:
         for parameter, flag in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(flag)
-        model.train(training)
     return score
 
 
@@ -188,6 +189,9 @@ def auc_interval(members: npt.ArrayLike, non_members: npt.ArrayLike, resamples: 
 def attack(members: npt.ArrayLike, non_members: npt.ArrayLike, *, resamples: int, seed: int) -> Attack:
     """Everything about one attack, from the scores of members and of non-members (higher = more like a member)."""
     m, n = np.asarray(members, dtype=float), np.asarray(non_members, dtype=float)
+    if not (np.isfinite(m).all() and np.isfinite(n).all()):
+        raise ModelError("a membership attack got scores that are not numbers: the model's weights are damaged, or training"
+                         " diverged (lower the learning rate)")
     fpr, tpr = roc(m, n)
     low, high = auc_interval(m, n, resamples, seed) if resamples else (None, None)
     one, five = tpr_at(fpr, tpr, 0.01), tpr_at(fpr, tpr, 0.05)

@@ -21,6 +21,7 @@ import torch
 from ..errors import ModelError
 from .anatomy import Anatomy, Layer, Norm
 from .experts import Routed
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,15 +102,12 @@ class Run:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout, no gradient checkpointing), and no weight gradients; both restored on exit."""
-    training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
 

@@ -121,7 +121,12 @@ class PlanCallback(TrainerCallback):
                 view_of(parameter, name).index_copy_(axis, others, kept)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """Let go of the model: hooks, copies and ``requires_grad`` flags."""
+        """:meth:`release`."""
+        self.release(model)
+
+    def release(self, model: nn.Module | None) -> None:
+        """Let go of the model: hooks, copies and ``requires_grad`` flags. The trainer does so at the end of training; after an
+        error in it, or of a trainer that never trained, call this."""
         if model is not None:
             self._release(model)
         for handle in self._handles:

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,7 @@ class Checkpoint:
                 old = recorded.get(name, {})
                 inner = next(key for key in {**value, **old} if value.get(key) != old.get(key))
                 what = f"{inner} = {old.get(inner)!r} instead of {value.get(inner)!r}"
-            elif name in ("objective", "seed"):
+            elif name == "seed":
                 what = f"{name} = {recorded.get(name)!r} instead of {value!r}"
             else:
                 what = f"another {name}"
@@ -153,8 +153,16 @@ def identity(model: nn.Module, plan: Plan, settings: UnlearnSettings, objective:
             records.update(f"{len(example.input_ids)} {example.answer_start}\n".encode())
             records.update(example.input_ids.tobytes())
     return {"model": fingerprint(model), "plan": slices.hexdigest(), "settings": asdict(settings),
-            "objective": getattr(objective.forget, "__qualname__", type(objective.forget).__name__), "seed": seed,
+            "objective": {f.name: _named(getattr(objective, f.name)) for f in fields(objective)}, "seed": seed,
             "records": records.hexdigest()}
+
+
+def _named(value: Any) -> Any:
+    """A plain value as it is, a function by where it was defined: which of two functions of one name it is, nothing tells."""
+    if value is None or isinstance(value, bool):
+        return value
+    known = value if hasattr(value, "__qualname__") else type(value)
+    return f"{known.__module__}.{known.__qualname__}"
 
 
 def _flat(tensors: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

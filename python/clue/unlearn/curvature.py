@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ClueError
+from ..errors import ClueError, ModelError
+from ..processes import place
 
 #: Factors of more channels than this are sketched.
 EXACT_WIDTH = 2048
@@ -31,8 +32,8 @@ class Inverse(Protocol):
     def apply(self, step: Tensor, *, left: bool) -> Tensor:
         """It times a matrix, or with ``left`` false the matrix times it; in its own dtype, on the matrix' device."""
 
-    def bytes(self) -> int:
-        """Memory that it holds."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class DenseInverse:
         step = step.to(matrix.dtype)
         return matrix @ step if left else step @ matrix
 
-    def bytes(self) -> int:
-        return self.matrix.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.matrix,)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class LowRankInverse:
             return step - vectors @ (shrink[:, None] * (vectors.T @ step))
         return step - (step @ vectors * shrink) @ vectors.T
 
-    def bytes(self) -> int:
-        return self.vectors.nbytes + self.shrink.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.vectors, self.shrink
 
 
 class Factor:
@@ -108,14 +109,28 @@ class Factor:
             self._trace += vectors.square().sum(dtype=torch.float64)
         self._total = product if self._total is None else self._total.add_(product)
 
+    def add_up(self) -> None:
+        """Make it the sum over the processes of torch.distributed, all of which must ask, in the same order."""
+        if place()[1] > 1 and self._total is not None:
+            torch.distributed.all_reduce(self._total)
+            if self._trace is not None:
+                torch.distributed.all_reduce(self._trace)
+
     def inverse(self, damping: float) -> Inverse | None:
         """(F / damping + I)^-1 with F divided by its mean diagonal; None, which means I, when F is zero.
 
-        Ends the sum, whose memory is given back; asked again it gives the same inverse.
+        Ends the sum, whose memory is given back; asked again it gives the same inverse. All processes get the first one's.
+
+        Raises:
+            ModelError: the sum is not finite.
         """
         if self._inverse is None:
             total, self._total = self._total, None
             random, self._random = self._random, None
+            if total is not None and not bool(torch.isfinite(total).all()):
+                raise ModelError("the retain metric is not finite: the model gives NaN or infinite activations or gradients on"
+                                 " the retain records; look at its outputs, load it in float32 or bfloat16, or unlearn with"
+                                 " metric = false")
             if total is None:
                 found: Inverse | None = None
             elif random is None:
@@ -123,6 +138,9 @@ class Factor:
             else:
                 assert self._trace is not None
                 found = _low_rank(total, random, float(self._trace) / self.width * damping, self._rank)
+            if found is not None and place()[1] > 1:
+                for tensor in found.tensors():
+                    torch.distributed.broadcast(tensor, 0)
             self._inverse = (found,)
         return self._inverse[0]
 
@@ -141,7 +159,7 @@ def _dense(total: Tensor, damping: float) -> Inverse | None:
         return None
     matrix = total.double() / (scale * damping)  # in float64: eigenvalues reach from 1 to size / damping
     matrix.diagonal().add_(1.0)
-    return DenseInverse(torch.cholesky_inverse(torch.linalg.cholesky(matrix)).to(total.dtype))
+    return DenseInverse(torch.cholesky_inverse(torch.linalg.cholesky(matrix)).to(total.dtype).contiguous())
 
 
 def _low_rank(total: Tensor, random: Tensor, damping: float, rank: int) -> Inverse | None:

@@ -30,6 +30,7 @@ from ..data.encoding import Example, batches, encode, length_limit, pad_id
 from ..errors import ClueError, ModelError, RecordError
 from ..model.answers import answer_logits
 from ..plan import Plan
+from ..processes import agreed
 from ..types import Role
 from .checkpoint import Checkpoint, identity
 from .log import SERIES, UnlearnLog
@@ -222,12 +223,13 @@ class _Training:
         settings, place = self.settings, self.place
         turn = stage.turns[place.number % len(stage.turns)]
         chosen: list[int] = []
+        twins: list[Example] = []
         if turn.forget:
             chosen = [self.taught[i] for i in self.forget_order.take(min(settings.batch_size, len(self.taught)))]
+            twins = [self.twins[i][(place.done + i) % TWINS] for i in chosen] if self.twins else []
             if self.refusals:
                 chosen += [len(self.forget) + i for i in chosen]
         retained = self.retain_pool.take(settings.batch_size) if turn.retain else []
-        twins = [self.twins[i][(place.done + i) % TWINS] for i in chosen] if self.twins else []
         lr = learning_rate(place.number, stage.steps, settings)
         used = weight.value
         losses, slices = gradient([self.answers[i] for i in chosen], None if reference is None else reference[chosen],
@@ -298,7 +300,8 @@ class _Training:
         return batches(examples, self.settings.batch_size, pad=self.pad, device=self.device)
 
     def _whole(self, chosen: Sequence[int]) -> tuple[float, float]:
-        return forgotten_of(self.model, self._batches([self.forget[i] for i in chosen]), self.settings.floor)
+        probability, forgotten = forgotten_of(self.model, self._batches([self.forget[i] for i in chosen]), self.settings.floor)
+        return agreed(probability), agreed(forgotten)  # processes that decide otherwise would wait for each other for ever
 
     def _tensors(self, optimizers: Sequence[MaskedAdamW]) -> dict[str, Any]:
         """Everything that a checkpoint keeps besides :class:`_Place`."""

@@ -16,7 +16,7 @@ keeps W transposed (Conv1D), so are g, the step and its factors. Wide factors ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from ..model.anatomy import is_transposed
 from ..model.answers import answer_logits
 from ..model.capture import frozen
 from ..model.experts import Routed, is_experts, linear_traffic
+from ..processes import place
 from ..types import Role
 from ..weights import is_flat, member_of, parameter_of, weight_of
 from .curvature import EXACT_WIDTH, RANK, Factor, Inverse
@@ -58,6 +59,8 @@ class RetainMetric:
                 rank: int = RANK) -> RetainMetric:
         """One forward and backward pass over retain batches; weight gradients are never computed.
 
+        Processes of torch.distributed share the batches, which all must give, and end with the same metric to the last bit.
+
         Args:
             model: a causal LM; its mode and ``requires_grad`` flags are left as they were.
             plan: which weights move.
@@ -74,7 +77,7 @@ class RetainMetric:
         layers, stacks = _layers(model, plan, roles, partial(Factor, exact_width=exact_width, rank=rank))
         if not layers and not stacks:
             return cls({}, {}, {})
-        tokens: list[Tensor] = []  # the mask of the batch that is running, [batch * seq]
+        tokens: list[Tensor] = []  # the mask of the batch that is running, [batch, seq]
         previous: list[tuple[Tensor, Factor]] = []  # the latest full input, and the factor it went into
 
         def attach(layer: _Layer) -> Any:
@@ -85,15 +88,15 @@ class RetainMetric:
                     else:
                         if layer.input.index is None:
                             previous[:] = [(args[0], layer.input)]
-                        layer.input.add(args[0].detach().flatten(0, -2)[tokens[0]])
+                        layer.input.add(_counted(args[0].detach(), tokens[0]))
                 output.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient: _add_all(layer.outputs, gradient.flatten(0, -2)[tokens[0]]))
+                    lambda gradient: _add_all(layer.outputs, _counted(gradient, tokens[0])))
 
             return layer.module.register_forward_hook(forward)
 
         def attach_experts(module: nn.Module, planned: dict[int, list[_Part]]) -> Any:
             def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                routed, mask = Routed.of(args, kwargs), tokens[0]
+                routed, mask = Routed.of(args, kwargs), tokens[0].ravel()
 
                 def backward(gradient: Tensor) -> None:
                     for number, parts in planned.items():
@@ -114,14 +117,19 @@ class RetainMetric:
             handles = [*map(attach, layers), *(attach_experts(*stack) for stack in stacks.items())]
             handles.append(model.get_input_embeddings().register_forward_hook(differentiable))  # type: ignore[operator]
             try:
-                for batch in batches:
-                    tokens[:] = [batch.attention_mask.bool().ravel()]
+                for batch, counts in _shared_out(batches):
+                    tokens[:] = [batch.attention_mask.bool() & counts]
                     previous.clear()
                     log_p, _ = answer_log_probs(*answer_logits(model, batch))
                     (-log_p.sum()).backward()  # type: ignore[no-untyped-call]
             finally:
                 for handle in handles:
                     handle.remove()
+        of_experts = [part for planned in stacks.values() for parts in planned.values() for part in parts]
+        factors = [f for layer in layers for f in (layer.input, *layer.outputs.values())]
+        factors += [f for part in of_experts for f in (part.inputs, part.outputs)]
+        for factor in {id(f): f for f in factors if f is not None}.values():  # q, k and v have one, and so do gate and up
+            factor.add_up()
         sides: dict[str, tuple[Inverse | None, Inverse | None]] = {}
         sizes: dict[str, tuple[int, int]] = {}
 
@@ -139,7 +147,7 @@ class RetainMetric:
                     invert(name, outputs, constant)
                 elif layer.input is not None:
                     invert(name, *((layer.input, outputs) if layer.transposed else (outputs, layer.input)))
-        for part in (part for planned in stacks.values() for parts in planned.values() for part in parts):
+        for part in of_experts:
             invert(part.name, part.outputs, part.inputs)
         device = next(model.parameters()).device
         places = {name: torch.from_numpy(planned_index(plan, name, roles)[1]).to(device) for name in sides if is_flat(name)}
@@ -147,8 +155,8 @@ class RetainMetric:
 
     def bytes(self) -> int:
         """Memory of the inverses; q, k and v share one, and so do gate and up."""
-        return sum({id(inverse): inverse.bytes() for pair in self._sides.values() for inverse in pair
-                    if inverse is not None}.values())
+        inverses = {id(inverse): inverse for pair in self._sides.values() for inverse in pair if inverse is not None}
+        return sum(tensor.nbytes for inverse in inverses.values() for tensor in inverse.tensors())
 
     @torch.no_grad()
     def precondition(self, parameter: str, gradient: Tensor) -> Tensor:
@@ -227,6 +235,26 @@ def _layers(model: nn.Module, plan: Plan, roles: Sequence[Role],
         if kind == "weight":
             layer.input = factor(None if of_outputs else index)
     return list(layers.values()), stacks
+
+
+def _shared_out(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """This process's share of the batches. All get as many, as sharded models want: where there are too few, one that does not
+    count."""
+    rank, world = place()
+    if world == 1:
+        yield from ((batch, True) for batch in batches)
+        return
+    whole = list(batches)
+    for number in range(rank, -(-len(whole) // world) * world, world):
+        yield whole[number % len(whole)], number < len(whole)
+
+
+def _counted(vectors: Tensor, mask: Tensor) -> Tensor:
+    """The rows, [tokens, channels], at tokens that count. The head sees no more than the last positions, which answers are
+    predicted at."""
+    if vectors.ndim == 3 and vectors.shape[1] < mask.shape[1]:
+        mask = mask[:, -vectors.shape[1]:]
+    return vectors.flatten(0, -2)[mask.ravel()]
 
 
 def _add_all(factors: dict[str, Factor], gradient: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ClueError, PlanError
 from ..types import Role
 from ..weights import parameter_of
-from .shards import Shard, add_up, shard_of
+from .shards import Shard, add_up, reshard, shard_of
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -34,6 +34,7 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
             embeddings), where a planned slice would also change its other use.
     """
+    reshard(model)
     plan.check(model)
     found: dict[str, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
@@ -63,7 +64,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     (:class:`clue.unlearn.sparse.SparseGradients` computes no others). At small learning rates bf16 and fp16 weights
     rounded to nearest lose most updates, so their slices get a float32 master copy. Without it, at two thirds of the state,
     bf16 weights move by stochastic rounding (arXiv 1502.02551): up or down at random, right on average. The random numbers
-    depend on the seed, the parameter, the step and the weight's place alone, so runs repeat and resume bit by bit.
+    depend on the seed, the parameter, the step and the weight's place alone (of a sharded parameter: its place in the shard,
+    and the shard's), so runs repeat and resume bit by bit.
 
     Under DistributedDataParallel give the model inside. Of parameters sharded by ``fully_shard`` every process moves its
     part, and holds state for the planned slices in it only: make the optimizer after sharding, and save the state of each
@@ -195,7 +197,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                         lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"],
                         weight_decay=group["weight_decay"], step=int(state["step"]), grad_scale=grad_scale,
                         master=state.get("master"),
-                        rounding_key=_rounding_key(group["seed"], shard.name, state["step"]) if random else None)
+                        rounding_key=_rounding_key(group["seed"], shard.named, state["step"]) if random else None)
         return loss
 
     def _check_model(self) -> None:

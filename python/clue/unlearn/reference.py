@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..types import Role
 from .optimizer import planned_index, planned_parameters
-from .shards import shard_of
+from .shards import add_up, is_sharded, reshard, shard_of
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -37,7 +37,9 @@ class ReferenceWeights:
         roles = (Role.FORGET, Role.CONFLICT)
         #: what a planned name means, as far as this process holds it, the axis of its slices, which they are
         self._slices: dict[str, tuple[Tensor, int, Tensor]] = {}
-        for name, parameter in planned_parameters(model, plan, roles).items():
+        self._parameters = planned_parameters(model, plan, roles)
+        self._sharded = model if any(map(is_sharded, self._parameters.values())) else None
+        for name, parameter in self._parameters.items():
             axis, index = planned_index(plan, name, roles)
             shard = shard_of(parameter, name, axis, torch.from_numpy(index).to(parameter.device))
             if len(shard.index):
@@ -61,19 +63,25 @@ class ReferenceWeights:
         return {name: weight.index_select(axis, index) for name, (weight, axis, index) in self._slices.items()}
 
     def kept(self) -> dict[str, Tensor]:
-        """:meth:`now`, in the host's memory: a GPU's is scarce, and few objectives ever ask for it."""
-        return {name: slices.cpu() for name, slices in self.now().items()}
+        """:meth:`now`, in the host's memory, as a GPU's is scarce; pinned, so that it is back as fast as the bus allows."""
+        return {name: slices.cpu().pin_memory() if slices.is_cuda else slices.cpu() for name, slices in self.now().items()}
 
     @torch.no_grad()
     def put(self, slices: Mapping[str, Tensor]) -> None:
         """Make the planned slices what :meth:`now` said."""
         for name, (weight, axis, index) in self._slices.items():
-            weight.index_copy_(axis, index, slices[name].to(weight.device))
+            weight.index_copy_(axis, index, slices[name].to(weight.device, non_blocking=True))
+        if self._sharded is not None:
+            reshard(self._sharded)
 
     def moved(self) -> int:
-        """How many planned weights differ, in any bit, from what they were."""
-        count = 0
-        for name, slices in self.now().items():
-            width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[slices.element_size()]
-            count += int((slices.cpu().view(width) != self._before[name].view(width)).sum())
-        return count
+        """How many planned weights differ, in any bit, from what they were; all processes that share sharded parameters must
+        ask, and get the number over all of them."""
+        found, now = [], self.now()
+        for name, parameter in self._parameters.items():
+            count = torch.zeros((), dtype=torch.float64)
+            if name in now:
+                width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+                count += (now[name].cpu().view(width) != self._before[name].view(width)).sum()
+            found.append((count, parameter))
+        return round(add_up(found, next(iter(self._parameters.values())).device))

@@ -37,6 +37,12 @@ class Shard:
     rest: tuple[int, int] | None
     _member: int | None
 
+    @property
+    def named(self) -> str:
+        """The name, and where in the weight this part of it begins unless it begins at the start."""
+        first = self.slices[0], 0 if self.rest is None else self.rest[0]
+        return f"{self.name} {first[0]} {first[1]}" if any(first) else self.name
+
     def here(self, tensor: Tensor) -> Tensor:
         """The local part of the weight: of the parameter, or of its gradient."""
         local = local_part(tensor)
@@ -73,6 +79,14 @@ def shard_of(parameter: nn.Parameter, name: str, axis: int, index: Tensor) -> Sh
     start, stop = torch.searchsorted(index, ends).tolist()
     rest = bounds[1 - axis] if len(bounds) == 2 else None
     return Shard(name, axis, index[start:stop] - first, (start, stop), rest, member)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what forward passes gathered and kept, as the outermost module's is where no backward pass follows: then every
+    parameter is its shard again, and the next pass gathers what the shards hold by then."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # what fully_shard makes of a module
+            module.reshard()  # type: ignore[operator]
 
 
 def local_part(tensor: Tensor) -> Tensor:

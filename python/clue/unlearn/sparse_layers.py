@@ -5,7 +5,7 @@ and a backward for planned channels alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ class Part:
     """The planned slices of a matrix or bias: the channels they select, and the leaves that gather gradients."""
 
     def __init__(self, slices: PlannedSlices, of_outputs: bool) -> None:
-        self.of_outputs = of_outputs
+        self.of_outputs, self.parameter = of_outputs, slices.parameter
         self.index = slices.index
         self.conflict_index = slices.index.index_select(0, slices.conflict)
         other = [n for axis, n in enumerate(slices.shape) if axis != slices.axis]
@@ -119,6 +119,12 @@ class Layer(ABC):
         return tokens // total * forget
 
 
+def _as_ever(parts: Iterable[Part]) -> bool:
+    """Whether a pass is to run as without sparse gradients: nothing is differentiated, or somebody asks for the gradients of
+    the whole weights, which were frozen on entering."""
+    return not torch.is_grad_enabled() or any(part.parameter.requires_grad for part in parts)
+
+
 def layer_of(owner: SparseGradients, path: str, module: nn.Module) -> Layer | None:
     """The layer of a module of a known kind."""
     if is_experts(module):
@@ -150,7 +156,7 @@ class _LinearLayer(Layer):
         return part
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if not torch.is_grad_enabled():
+        if _as_ever(self.parts):
             return self.original(x)
         leaves = [leaf for part in self.parts for leaf in part.leaves]
         result: Tensor = _Linear.apply(x, self.module.weight, self, self.cut(x), *leaves)
@@ -222,7 +228,7 @@ class _ExpertsLayer(Layer):
     # How many tokens an expert gets is known when it runs: nothing that a compiled graph could hold.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
+        if _as_ever(self.parts.values()):
             return self.original(*args, **kwargs)
         routed = Routed.of(args, kwargs, detached=False)
         leaves = [leaf for part in self.parts.values() for leaf in part.leaves]

@@ -141,8 +141,11 @@ def tune(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[st
 
     before = kept()
     trials: list[Trial] = []
-    known = _Notes(notes, identity(model, plan, settings, objective, seed, examples) | {
+    known = _Notes(notes, {} if notes is None else identity(model, plan, settings, objective, seed, examples) | {
         name: records.sha256 for name, records in {**seen, "forget": forget}.items()})
+
+    if agreed(len(known.trials)) != len(known.trials):
+        raise RunError(f"{notes} is not the same for all processes: put the run into a folder that all of them see")
 
     def attempt(lr: float, retain_weight: float) -> Trial:
         number = len(trials) + 1
