@@ -9,7 +9,9 @@
 namespace clue {
 
 inline void check_cuda(cudaError_t status, const char* operation) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch of anybody would report this one's error again
+  throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorString(status));
 }
 
 // Makes a device current and restores the one before.

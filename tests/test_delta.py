@@ -211,6 +211,42 @@ def test_a_write_that_fails_is_taken_back() -> None:
     assert torch.equal(model.down, before)
 
 
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_at_any_place_is_taken_back(place: int, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small()
+    changed = change(model, PLAN, 0)
+    delta = Delta.between(model, changed, PLAN)
+    before, write, calls = state(model), torch.Tensor.index_copy_, [0]
+
+    def interrupted(self: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == place and not after:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+        if calls[0] == place:
+            raise KeyboardInterrupt
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "index_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        delta.apply(model)
+    assert state(model) == before
+    monkeypatch.undo()
+    delta.apply(model)
+    assert state(model) == state(changed)
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which of them a model is loaded from is the loader's business: whatever was said of one might be untrue of it."""
+    save_file({"up": torch.zeros(2, 2), "down": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file({"up": torch.ones(2, 2)}, tmp_path / "old.safetensors")
+    with pytest.raises(DeltaError, match=r"up is in \S+model.safetensors and in \S+old.safetensors"):
+        SavedModel(tmp_path)
+    assert main(["delta", "apply", str(tmp_path), str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "is a folder: give the file of a delta, behind the model" in capsys.readouterr().err
+
+
 def test_a_model_that_did_not_change_may_be_patched_any_number_of_times() -> None:
     model = Small()
     delta = Delta.between(model, model, PLAN)

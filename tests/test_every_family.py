@@ -54,8 +54,14 @@ def test_layers_on_several_devices_are_one_model():
                   "model.rotary_emb": "cpu", "lm_head": "cpu"}
         spread = accelerate.dispatch_model(tiny("llama", torch.float32), device_map=places, force_hooks=True)
         assert any(hasattr(module, "_hf_hook") for module in spread.modules())
+        spread.hf_device_map = {**places, "lm_head": 1}  # as where a second device is at hand
+        kept = []
+        spread.register_forward_pre_hook(lambda module, args, kwargs: kept.append(kwargs.get("logits_to_keep")), with_kwargs=True)
         found = clue.localize(spread, tokenizer, FORGET, RETAIN, settings)
         assert (found.role == plain.role).all()
+        unlearn(spread, tokenizer, clue.read(FORGET, "forget"), {"retain": clue.read(RETAIN, "retain")}, found, UNLEARN)
+        # A tensor would be moved to the first device, where the last one's states cannot be picked by it.
+        assert kept and not any(isinstance(positions, torch.Tensor) for positions in kept)
     model.model.layers[1].to("meta")
     with pytest.raises(ModelError, match=r"model.layers.1.\S+ is not in memory .* device_map"):
         clue.localize(model, tokenizer, FORGET, RETAIN)

@@ -183,6 +183,8 @@ class Delta:
         """
         from safetensors import SafetensorError, safe_open
 
+        if os.path.isdir(path):
+            raise DeltaError(f"{path} is a folder: give the file of a delta, behind the model")
         damaged = f"{path} is damaged, or no delta"
         try:
             with safe_open(path, framework="numpy") as file:
@@ -207,7 +209,7 @@ class Delta:
                 xor = _inflated(arrays[f"bits.{i}"], _slice_shape(shape, c["axis"], len(index)), WIDTH[c["dtype"]])
                 changes.append(Change(c["parameter"], c["axis"], shape, c["dtype"], index, xor, c["before"], c["after"]))
             return cls(tuple(changes), document["before"], document["after"])
-        except (KeyError, IndexError, TypeError, ValueError, zlib.error) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, MemoryError, zlib.error) as error:
             raise DeltaError(f"{damaged} ({error}): make it again with `clue delta make`") from None
 
     def apply(self, model: torch.nn.Module) -> None:
@@ -258,21 +260,19 @@ class Delta:
             return None if view is None else as_numpy(
                 view.index_select(change.axis, torch.from_numpy(change.index).to(view.device)).contiguous())
 
-        def write(change: Change) -> None:
-            view = views[change.parameter]
-            index = torch.from_numpy(change.index).to(view.device)
-            xor = torch.from_numpy(change.xor.view(f"<i{change.xor.itemsize}" if change.xor.itemsize > 1 else "u1"))
-            view.index_copy_(change.axis, index, view.index_select(change.axis, index) ^ xor.to(view.device))
-
         self._check(read, start)
-        done: list[Change] = []
+        begun: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
         try:
             for change in self.changes:
-                write(change)
-                done.append(change)
-        except BaseException:  # a device out of memory, Ctrl-C: back to where it was
-            for change in done:
-                write(change)
+                view = views[change.parameter]
+                index = torch.from_numpy(change.index).to(view.device)
+                xor = torch.from_numpy(change.xor.view(f"<i{change.xor.itemsize}" if change.xor.itemsize > 1 else "u1"))
+                before = view.index_select(change.axis, index)
+                begun.append((view, change.axis, index, before.cpu()))
+                view.index_copy_(change.axis, index, before ^ xor.to(view.device))
+        except BaseException:  # a device out of memory, Ctrl-C at any place: back to where it was
+            for view, axis, index, kept in begun:
+                view.index_copy_(axis, index, kept.to(view.device))
             raise
 
     def _patch_folder(self, folder: str | os.PathLike[str], out: str | os.PathLike[str], start: End) -> None:

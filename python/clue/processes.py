@@ -32,6 +32,18 @@ def agreed(value: float) -> float:
     return float(shared)
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether something holds in every process; all must ask."""
+    import torch
+
+    if place()[1] == 1:
+        return holds
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    least = torch.tensor(int(holds), device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return bool(least)
+
+
 @contextmanager
 def joined(device: str) -> Iterator[bool]:
     """Join the processes that ``torchrun`` started, for as long as the block runs; without it, nothing happens.

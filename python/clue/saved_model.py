@@ -86,7 +86,11 @@ class SavedModel:
             for name, position, member in from_file(stored, entry["shape"]):
                 part = bits if member is None else bits[member]
                 offset = start + first + (0 if member is None else member * part.nbytes)
-                self._home.setdefault(name, {})[position] = _Piece(file, offset, part)
+                twin = self._home.setdefault(name, {}).get(position)
+                if twin is not None:
+                    raise DeltaError(f"{name} is in {twin.file} and in {file}, and which of the two a model is loaded from no"
+                                     " file says: take away the one that is left over")
+                self._home[name][position] = _Piece(file, offset, part)
                 if self._dtype.setdefault(name, entry["dtype"]) != entry["dtype"]:
                     raise DeltaError(f"{file}: the parts of {name} have two dtypes, {self._dtype[name]} and"
                                      f" {entry['dtype']}")

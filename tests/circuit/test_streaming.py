@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,10 +77,15 @@ def test_auto_streams_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(capture, "run", lambda *a, stream, **k: (streamed.append(stream), run(*a, stream=stream, **k))[1])
     attribute(body, PAIRS, LocalizeSettings(batch_size=2))
     assert streamed == [False, False]
-    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(attribution, "_available", lambda: 1)
     streamed.clear()
     attribute(body, PAIRS, LocalizeSettings(batch_size=2))
     assert streamed == [True, True]
+
+
+def test_files_that_the_system_remembers_do_not_count_as_used():
+    said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert attribution._available() == pytest.approx(int(said["MemAvailable"].split()[0]) * 1024, rel=0.1)
 
 
 def test_too_little_memory_falls_back_and_says_so(monkeypatch):
@@ -103,9 +108,12 @@ def test_too_little_memory_falls_back_and_says_so(monkeypatch):
     agree(found, want, 1e-9)
 
 
-def test_no_memory_at_all_is_an_error_that_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize("message", [
+    "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory", "neuron_attribution: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_no_memory_at_all_is_an_error_that_says_what_to_do(monkeypatch, message):
     def none(*arguments, **named):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(capture, "run", none)
     with pytest.warns(UserWarning, match="going on"), pytest.raises(AttributionError, match="single pair.*max_length"):
@@ -159,6 +167,7 @@ def test_processes_share_the_work():
         import torch.distributed as dist
         from clue.circuit.attribution import attribute
         from clue.config import LocalizeSettings
+        from clue.errors import AttributionError
         from clue.model.anatomy import anatomy
         from tests.circuit.test_attribution import make_pairs
         from tests.circuit.test_streaming import agree
@@ -176,6 +185,17 @@ def test_processes_share_the_work():
         assert len(seen) == 2 - rank, seen
         agree(shared, alone, 1e-6)
         assert abs(shared.gap_ns - alone.gap_ns) < 1e-6
+
+        # One that fails does not leave the others waiting.
+        def broken(done, of):
+            raise ValueError("mine")
+
+        try:
+            attribute(body, pairs, settings, name="people", on_batch=broken if rank else None)
+        except (ValueError, AttributionError) as error:
+            assert str(error) == ("mine" if rank else "people: another of the processes failed; its own message says why")
+        else:
+            raise AssertionError("nothing was raised")
         dist.destroy_process_group()
     """)
     workers = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(port)], stderr=subprocess.PIPE, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from clue.config import DataSettings, LocalizeSettings
 from clue.data.encoding import encode
-from clue.data.pairs import Pairs, make_pairs
-from clue.data.records import Record
-from clue.errors import ClueError, RecordError
+from clue.data.pairs import Pairs, corrupt, make_pairs
+from clue.data.records import Record, RecordSet
+from clue.errors import ClueError, ModelError, RecordError
 
 from .conftest import byte_level
 
@@ -138,3 +140,13 @@ def test_pairs_survive_their_file(tmp_path: Path, bpe: PreTrainedTokenizerFast) 
     with pytest.raises(ClueError, match="is not a file of pairs"):
         Pairs.load(path)
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.safetensors"]
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_in_corrupted_prompts_too() -> None:
+    """On a GPU they would end the process."""
+    tokenizer = byte_level(bos=True)
+    body = SimpleNamespace(context=64, embed=SimpleNamespace(num_embeddings=1 + max(
+        int(e.input_ids.max()) for e in encode([Record("abc", "abc")], tokenizer, append_eos=False))))
+    told = RecordSet("told", (Record("abc", "abc", corrupted="a\u00ff"),))
+    with pytest.raises(ModelError, match="the tokenizer yields token .* use the tokenizer that belongs to this model"):
+        corrupt(told, tokenizer, body, LocalizeSettings(), DataSettings(), 0)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from ..data.atomic import write_atomically
 from ..errors import AttributionError
 from ..model import capture
 from ..model.anatomy import Anatomy
-from ..processes import place
+from ..processes import everywhere, place
 from .accumulation import GROUP, TILE_BYTES, Sums
 from .graph import Graph
 from .target import Prompts, batches
@@ -164,12 +165,20 @@ def attribute(
     sums = Sums(body, graph, settings.norm)
     work = _Work(body, graph, pairs, settings, name, neurons_only)
     done = 0
+    failed: Exception | None = None
     with capture.frozen(body.model):
-        for batch in batches(pairs, settings.batch_size)[rank::processes]:
-            work.add(batch, sums)
-            done += len(batch)
-            if on_batch is not None:
-                on_batch(min(done * processes, len(pairs.clean)), len(pairs.clean))
+        try:
+            for batch in batches(pairs, settings.batch_size)[rank::processes]:
+                work.add(batch, sums)
+                done += len(batch)
+                if on_batch is not None:
+                    on_batch(min(done * processes, len(pairs.clean)), len(pairs.clean))
+        except Exception as error:
+            if processes == 1:
+                raise
+            failed = error  # the others wait for this process' sums
+    if processes > 1 and not everywhere(failed is None):
+        raise failed or AttributionError(f"{name}: another of the processes failed; its own message says why")
     if processes > 1:
         sums.all_reduce()
     if sums.informative == 0:
@@ -192,6 +201,10 @@ def attribute(
     return scores
 
 
+#: How memory's end is told outside torch's own allocators: by the CPU's, by CUDA (our kernels), and by cuBLAS.
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 class _Work:
     """Batches, one after the other, with what memory allows: too little of it makes the later ones smaller steps too."""
 
@@ -207,7 +220,7 @@ class _Work:
             try:
                 parts = [self._run(batch[start:start + self.most]) for start in range(0, len(batch), self.most)]
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in NO_MEMORY):
                     raise
                 reason = str(error).splitlines()[0]
             else:
@@ -266,12 +279,25 @@ def _too_large(body: Anatomy, tokens: int) -> bool:
     layer = 16 * body.d_model + 4 * body.n_heads * body.d_head + 8 * body.d_mlp  # elements per token, roughly
     wanted = 2 * tokens * body.n_layers * layer * first.element_size()
     if first.is_cuda:
-        return wanted > torch.cuda.mem_get_info(first.device)[0] / 2
+        device = first.device  # what torch holds and does not use is free too
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return wanted > (torch.cuda.mem_get_info(device)[0] + idle) / 2
+    free = _available()
+    return free is not None and wanted > free / 2
+
+
+def _available() -> int | None:
+    """Bytes of main memory that a process can get, those that cached files take included; None where the platform does not
+    say."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # a platform that does not say
-        return False
-    return wanted > free / 2
+        said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(said["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def _scores(name: str, graph: Graph, sums: Sums) -> Scores:

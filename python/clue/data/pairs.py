@@ -133,12 +133,13 @@ def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: Localiz
             seed: int) -> Pairs:
     """The clean / corrupted pairs of one set. End-of-sequence tokens carry no fact and are left out."""
     examples = encode_set(records, tokenizer, body, data, append_eos=False)
-    highest = max(int(example.input_ids.max()) for example in examples)
+    pairs = make_pairs(examples, tokenizer, corruption=settings.corruption, chat=data.chat, seed=seed, limit=settings.limit)
+    highest = max(int(ids.max()) for ids in (*(e.input_ids for e in examples), *pairs.corrupted))
     vocabulary = int(getattr(body.embed, "num_embeddings", highest + 1))
     if highest >= vocabulary:
         raise ModelError(f"the tokenizer yields token {highest}, the model knows {vocabulary} tokens: use the tokenizer"
                          " that belongs to this model")
-    return make_pairs(examples, tokenizer, corruption=settings.corruption, chat=data.chat, seed=seed, limit=settings.limit)
+    return pairs
 
 
 class _Maker:

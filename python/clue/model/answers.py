@@ -27,10 +27,18 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         # As positions, which are copied together; a number would make a view, and torch multiplies a view by a frozen
         # weight record by record, reading the whole unembedding for each.
-        partial["logits_to_keep"] = torch.arange(seq - n, seq, device=batch.labels.device)
+        partial["logits_to_keep"] = to_keep(model, torch.arange(seq - n, seq, device=batch.labels.device))
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
                            **partial).logits
     return logits[:, -n:], batch.labels[:, -n:]
+
+
+def to_keep(model: nn.Module, positions: Tensor) -> Tensor | list[int]:
+    """Positions as a model takes them for ``logits_to_keep``. Spread over several devices (``device_map``) it moves every tensor
+    to its first one, and its last one would refuse them there: then they are a list."""
+    spread = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    found: list[int] = positions.tolist() if len(spread) > 1 else []
+    return found or positions
 
 
 def kept_positions(batch: Batch) -> int:

@@ -20,6 +20,7 @@ import torch
 
 from ..errors import ModelError
 from .anatomy import Anatomy, Layer, Norm
+from .answers import to_keep
 from .experts import Routed
 from .modes import evaluating
 
@@ -134,7 +135,7 @@ def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
            embed: Tensor | None, against: list[Written] | None) -> Run:
     with torch.enable_grad(), _watch(body, range(body.n_layers), start=embed) as seen:
         logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
-                            logits_to_keep=positions).logits
+                            logits_to_keep=to_keep(body.model, positions)).logits
         layers, final = seen[:-1], seen[-1]
         _check(body, layers)
         at = [_differentiated(found) for found in layers]
@@ -162,7 +163,8 @@ def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, position
             found["heads"] = found["mlp"] = found["head_scale"] = None
 
     with torch.no_grad(), _watch(body, range(body.n_layers), start=embed, passed=passed) as seen:
-        body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions[:1])
+        body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                   logits_to_keep=to_keep(body.model, positions[:1]))
     layers, final = seen[:-1], seen[-1]
     _check(body, layers)
     calls = [(found["residual"], found["args"], found["kwargs"]) for found in layers]
@@ -201,6 +203,7 @@ def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in
     whatever a family does to its logits is done.
     """
     at_output, at_input = torch.zeros_like(residual), torch.zeros_like(residual)
+    positions, first_device = positions.to(residual.device), positions.device
     vocabulary = body.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     together = max(1, LOGIT_BYTES // (4 * vocabulary * len(residual)))
     for first in range(0, len(positions), together):
@@ -208,7 +211,7 @@ def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in
         with torch.enable_grad():
             start = residual[:, positions[part]].detach().requires_grad_()
             with _bypassed(body, start, in_tuple), _watch(body, []) as (final,):
-                ids = torch.zeros(start.shape[:2], dtype=torch.int64, device=start.device)
+                ids = torch.zeros(start.shape[:2], dtype=torch.int64, device=first_device)
                 logits = body.model(input_ids=ids, use_cache=False).logits
             value = target(_widened(logits), part)
             output, gradient = torch.autograd.grad(value, [final["normal"], start], materialize_grads=True, allow_unused=True)

@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import CircuitError, ModelError
+from .answers import to_keep
 from .experts import Routed, exchange
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class _Pass:
             with torch.no_grad():
                 logits = cast("Tensor", self.body.model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
-                    logits_to_keep=positions).logits)
+                    logits_to_keep=to_keep(self.body.model, positions)).logits)
         finally:
             for handle in handles:
                 handle.remove()
