@@ -47,6 +47,11 @@ def test_layers_on_several_devices_are_one_model():
     """accelerate's hooks move what enters each module, and wrap its forward."""
     accelerate = pytest.importorskip("accelerate")
     tokenizer, model = words(), tiny("llama", torch.float32)
+    kept = []
+
+    def note(module, args, kwargs):
+        kept.append(kwargs.get("logits_to_keep"))
+
     for stream in ("never", "always"):
         settings = replace(LOCALIZE, stream=stream)
         plain = clue.localize(tiny("llama", torch.float32), tokenizer, FORGET, RETAIN, settings)
@@ -55,8 +60,7 @@ def test_layers_on_several_devices_are_one_model():
         spread = accelerate.dispatch_model(tiny("llama", torch.float32), device_map=places, force_hooks=True)
         assert any(hasattr(module, "_hf_hook") for module in spread.modules())
         spread.hf_device_map = {**places, "lm_head": 1}  # as where a second device is at hand
-        kept = []
-        spread.register_forward_pre_hook(lambda module, args, kwargs: kept.append(kwargs.get("logits_to_keep")), with_kwargs=True)
+        spread.register_forward_pre_hook(note, with_kwargs=True)
         found = clue.localize(spread, tokenizer, FORGET, RETAIN, settings)
         assert (found.role == plain.role).all()
         unlearn(spread, tokenizer, clue.read(FORGET, "forget"), {"retain": clue.read(RETAIN, "retain")}, found, UNLEARN)

@@ -34,8 +34,8 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def to_keep(model: nn.Module, positions: Tensor) -> Tensor | list[int]:
-    """Positions as a model takes them for ``logits_to_keep``. Spread over several devices (``device_map``) it moves every tensor
-    to its first one, and its last one would refuse them there: then they are a list."""
+    """Positions as a model takes them for ``logits_to_keep``: in a list where it is spread over several devices
+    (``device_map``), as it moves every tensor to the first of these, and the last one refuses positions from there."""
     spread = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     found: list[int] = positions.tolist() if len(spread) > 1 else []
     return found or positions
