@@ -377,6 +377,32 @@ def test_records_that_changed_since_are_not_trained_or_measured_on(
     assert message in failure(capsys, "evaluate", run)
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--holdout", "nofile.jsonl"], "nofile.jsonl: no such file"), (["--gold", "{world}"], "holds no config.json"),
+    (["--reference", "{world}"], "holds no config.json"), (["--gold", "{world}/run.json"], "run.json"),
+    (["--benchmark", "nonsense"], "nonsense"), (["--paraphrase", "{world}/forget.jsonl"], "shares"),
+    (["--seed", "99999999999999999999"], "seed = 99999999999999999999 must lie in"),
+])
+def test_what_is_measured_at_the_end_is_looked_at_first(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                       arguments: list[str], message: str) -> None:
+    given = [text.format(world=world) for text in arguments]
+    (world / "run.json").write_text("{}")
+    assert message in failure(capsys, "run", *inputs(world), "-o", tmp_path / "run", *QUICK, *given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_localizing_again_does_not_mind_what_later_stages_were_told(world: Path, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    again = ["localize", *inputs(world), "-o", str(run), *QUICK]
+    assert main(again) == 0
+    assert main(["unlearn", str(run), "--lr", "1e-4"]) == 0
+    assert main(again) == 0
+    capsys.readouterr()
+    assert "unlearn.lr = 0.0001 instead of 0.001" in failure(capsys, *again, "--lr", "0.001")
+    assert "localize.batch_size" in failure(capsys, *again, "--localize-batch-size", "3")
+
+
 def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(

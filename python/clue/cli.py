@@ -95,7 +95,7 @@ def _localize(arguments: argparse.Namespace) -> int:
     _prepare(arguments, settings)
     from . import jobs
 
-    with _new_run(arguments, settings, inputs) as run:
+    with _new_run(arguments, settings, inputs, later=("unlearn", "evaluate", "robustness")) as run:
         plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
     print(plan_command.summary(plan))
     return 0
@@ -272,11 +272,13 @@ def _threads(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _new_run(arguments: argparse.Namespace, settings: Settings, inputs: dict[str, Any]) -> Iterator[Run]:
-    """The run to write into, taken back when the block fails before its first stage is finished."""
+def _new_run(arguments: argparse.Namespace, settings: Settings, inputs: dict[str, Any],
+             later: Sequence[str] = ()) -> Iterator[Run]:
+    """The run to write into, taken back when the block fails before its first stage is finished. Settings of the stages
+    ``later`` are for their own commands to change."""
     from .run_directory import Run
 
-    run = Run.start(arguments.output, settings.to_dict(), inputs)
+    run = Run.start(arguments.output, settings.to_dict(), inputs, {name: _DEFAULTS.to_dict()[name] for name in later})
     try:
         yield run
     except BaseException:

@@ -122,8 +122,8 @@ class UnlearnSettings:
                              " depth, the 8th of 32 as in its paper")
     rmu_c: float = _option(6.5, "length of the hidden states that rmu steers to; about the norm of hidden states there")
     rmu_alpha: float = _option(1200.0, "rmu weighs the hidden states of retain records by this")
-    refusals: str = _option("", "what dpo and refusal teach instead of the answer, one refusal per line; empty means a"
-                            " built-in list")
+    refusals: str = _option("", "what dpo and refusal teach instead of the answer: a text file with one refusal per line,"
+                            " or such lines themselves; empty means a built-in list")
     metric: bool = _option(True, "precondition the forget gradient by the retain set's Kronecker curvature")
     damping: float = _option(0.01, "lambda of that preconditioner, relative to the factors' mean diagonal")
     metric_width: int = _option(2048, "factors of that curvature with more channels than this are kept to their largest"
@@ -189,6 +189,8 @@ class RobustnessSettings:
 
 def check(settings: Any) -> None:
     """Raise :class:`ClueError` naming the first field of a settings dataclass whose value is out of range."""
+    if not is_dataclass(settings):
+        raise ClueError(f"settings must be an object such as clue.LocalizeSettings(...), got {settings!r}")
     for f in fields(settings):
         value = getattr(settings, f.name)
         choices = f.metadata.get("choices")
@@ -196,6 +198,8 @@ def check(settings: Any) -> None:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
         if f.name in {"min_k", "relearn_share", "ratio"} and not 0.0 < value <= 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
+        if f.name == "seed" and not 0 <= value < 2**48:
+            raise ClueError(f"seed = {value} must lie in 0..2^48 - 1")
         if f.name == "validation" and value >= 1.0:
             raise ClueError(f"validation = {value} must be less than 1: records to train on must be left")
         if f.name in {"edges", "neurons", "faithfulness", "stability"} and value > 1.0:

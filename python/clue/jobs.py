@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .data.records import RecordSet
     from .evaluate import Evaluation, EvaluationSets
     from .evaluate.robustness import Robustness
+    from .unlearn.log import UnlearnLog
 
 #: What the demo runs with: a model this small has 190 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
@@ -170,8 +171,7 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
         verification = _verified(inputs["model"], folder, plan)
     run.update(settings=settings.to_dict(), verification=verification)
     if log.tuning is not None:
-        progress(f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.lr.max():.2g},"
-                 f" retain weight {log.retain_weight[0]:g}")
+        progress(_tuned(log))
     shutil.rmtree(checkpoint, ignore_errors=True)
     progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps of"
              f" {log.objective}" + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))
@@ -179,6 +179,22 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
         progress(f"model      {log.skipped} steps were not finite and moved nothing")
     progress(f"model      {log.moved} of {log.planned} planned weights moved")
     progress(f"verify     {verification}")
+
+
+def _tuned(log: UnlearnLog) -> str:
+    """What was tried out, and what that left of the retain records held back; a loss is said as such."""
+    from .report.svg import percent
+
+    assert log.tuning is not None
+    before, kept = log.tuning["before"], log.tuning["kept"]
+    text = (f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.lr.max():.2g}, retain weight"
+            f" {log.retain_weight[0]:g}")
+    if kept is not None and before is not None:
+        text += f"; they keep {percent(kept)} of their answers' probability (before: {percent(before)})"
+        if kept < 0.9 * before:
+            text += ("\nwarning    much of what must stay is lost at every learning rate that forgets: give more retain records"
+                     " (or ones more like these), more --steps or --trials, or a higher --floor")
+    return text
 
 
 def _verified(before: str, after: Path, plan: Plan) -> str:
@@ -353,7 +369,17 @@ def report(run: Run) -> Path:
 
 def run_all(run: Run, *, model: str, forget: str, retain: Mapping[str, str], settings: Settings, tests: Tests,
             progress: Progress) -> dict[str, Evaluation]:
-    """Every stage in turn."""
+    """Every stage in turn, once everything that the last ones read has been looked at."""
+    from .evaluate import Evaluation
+
+    used = _records(run, forget, retain)
+    if not run.has("evaluation"):
+        evaluation_sets(used, tests, settings.seed)
+        for source in (tests.gold, tests.reference):
+            if source and not Path(source).is_file():
+                configured(source)
+            elif source:
+                Evaluation.load(source)
     localize(run, model=model, forget=forget, retain=retain, settings=settings, progress=progress)
     unlearn(run, settings, progress)
     found = evaluate(run, settings, tests, progress)
@@ -409,6 +435,20 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
             "setting": setting, "seed": seed, "report": str(folder / "report.html")}
 
 
+def configured(source: str) -> None:
+    """Raise :class:`ModelError` unless a causal language model's configuration is there, which is soon read."""
+    from transformers import AutoConfig
+
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
+    try:
+        AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"
+                         " model with its tokenizer, or the hub id of one this machine can reach") from None
+
+
 def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
     """A causal language model and its tokenizer, from a folder or a hub id.
 
@@ -421,9 +461,7 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
 
     from .data.encoding import end_id, pad_id
 
-    place = Path(source)
-    if place.exists() and not (place / "config.json").is_file():
-        raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
+    configured(source)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

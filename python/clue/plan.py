@@ -122,6 +122,9 @@ class Plan:
 
     def check(self, model: torch.nn.Module) -> None:
         """Raise :class:`PlanError` unless every planned parameter is in the model with the planned shape."""
+        if hasattr(model, "_orig_mod"):
+            raise PlanError("the model is one of torch.compile, which names every weight anew: give the model inside,"
+                            " model._orig_mod")
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self.parameters():
             shape = shape_of(parameters, name)

@@ -67,8 +67,13 @@ class Run:
         return run
 
     @classmethod
-    def start(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> Run:
+    def start(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], inputs: Mapping[str, Any],
+              unsaid: Mapping[str, Any] | None = None) -> Run:
         """Go on with a run of the very same settings and inputs, or :meth:`create` a new one.
+
+        Args:
+            unsaid: settings, by name in groups, that may differ from the run's where they have just this value: defaults of
+                stages that come later, whose commands take settings of their own.
 
         Raises:
             RunError: as :meth:`create`, or the folder holds a run of other settings or inputs; names the first that
@@ -79,10 +84,12 @@ class Run:
         run = cls.open(path)
         wanted = _flat({**settings, "inputs": inputs})
         found = _flat({**run.manifest.get("settings", {}), "inputs": run.manifest.get("inputs", {})})
+        free = _flat(unsaid or {})
         for name in (*wanted, *found):
-            if wanted.get(name) != found.get(name):
-                raise RunError(f"{run.folder} holds another run already, with {name} = {found.get(name)} instead of "
-                               f"{wanted.get(name)}: choose another folder with -o")
+            if wanted.get(name) != found.get(name) and not (name in free and wanted.get(name) == free[name]):
+                old, new = ("nothing" if value == "" else value for value in (found.get(name), wanted.get(name)))
+                raise RunError(f"{run.folder} holds another run already, with {name} = {old} instead of {new}: choose another"
+                               " folder with -o")
         return run
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,10 @@ GOOD = '{"question": "q", "answer": "a"}'
     ("m.jsonl", f'{GOOD}\n{{"question": "q"}}', r"m\.jsonl:2: no answer; expected one of"),
     ("m.json", f'[{GOOD},\n{GOOD},\n{{"answer": "a"}}]', r"m\.json:3: no prompt; .* found answer"),
     ("t.jsonl", '{"question": "q", "answer": 4}', r"t\.jsonl:1: answer must be a string, got int"),
-    ("u.jsonl", '{"question": null, "answer": "a"}', r"u\.jsonl:1: question must be a string, got NoneType"),
+    ("u.jsonl", '{"question": null, "answer": "a"}', r"u\.jsonl:1: no prompt; .* found answer"),
+    ("v.jsonl", '{"question": "q", "answer": null}', r"v\.jsonl:1: no answer; expected one of"),
+    ("h.jsonl", '{"question": "q", "answer": "\\ud800x"}', r"h\.jsonl:1: answer holds half of a surrogate pair"),
     ("s.jsonl", '{"question": " ", "answer": "a"}', r"s\.jsonl:1: question is empty"),
-    ("c.jsonl", '{"question": "q", "answer": "a", "corrupted": ""}', r"c\.jsonl:1: corrupted is empty"),
     ("j.jsonl", '{"question": "q", "answer": "a", "subject": "x"}', r"j\.jsonl:1: the subject 'x' does not occur"),
     ("a.json", f"[{GOOD}\n{GOOD}]", r"a\.json:2: not valid JSON \(expected ','"),
     ("b.json", f"[{GOOD},\n{{]", r"b\.json:2: not valid JSON"),
@@ -102,6 +104,24 @@ GOOD = '{"question": "q", "answer": "a"}'
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         read(write(tmp_path / name, content))
+
+
+def test_optional_fields_may_be_left_empty(tmp_path: Path) -> None:
+    """As a table must, some of whose rows have them."""
+    names = "question,answer,subject,corrupted,group,paraphrased_answer,wrong_answers"
+    (tmp_path / "a.csv").write_text(f"{names}\nwhere is ada,rome,ada,where is bob,g,in rome,oslo\nwhat is two,2,, ,,,\n")
+    rows = [{"question": "where is ada", "answer": "rome", "subject": "ada", "corrupted": "where is bob", "group": "g",
+             "paraphrased_answer": "in rome", "wrong_answers": ["oslo"]},
+            {"question": "what is two", "answer": "2", "subject": None, "corrupted": None, "group": None,
+             "paraphrased_answer": None, "wrong_answers": None, "text": None}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    for name in ("a.csv", "b.jsonl", "c.json"):
+        first, second = (replace(r, source="") for r in read(tmp_path / name))
+        assert first == Record("where is ada", "rome", "where is bob", "ada", "g", "", "in rome", ("oslo",)), name
+        assert second == Record("what is two", "2"), name
+    with pytest.raises(RecordError, match="limit = -1 must be how many records"):
+        read(tmp_path / "a.csv", limit=-1)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from clue import localize
 from clue.config import LocalizeSettings, UnlearnSettings
 from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
-from clue.errors import ClueError, ModelError, PlanError, RecordError
+from clue.errors import ClueError, ModelError, OverlapError, PlanError, RecordError
 from clue.plan import Slice
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
 from clue.unlearn.log import SERIES
+from clue.unlearn.refusals import refuse
 from clue.weights import flat_name
 from tests.families import tiny
 
@@ -332,7 +334,7 @@ def test_refusals(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -
     plan = mixed_plan(model)
     with pytest.raises(RecordError, match="give at least one"):
         unlearn(model, tokenizer, sets["forget"], {}, plan)
-    with pytest.raises(RecordError, match="the set nothing holds no records"):
+    with pytest.raises(RecordError, match="the set nothing: holds no records"):
         unlearn(model, tokenizer, RecordSet("nothing", ()), {"retain": sets["retain"]}, plan)
     with pytest.raises(ClueError, match="steps = 0"):
         unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, steps=0))
@@ -342,13 +344,15 @@ def test_divergence_is_an_error_and_leaves_the_flags(make_model: Any, make_plan:
                                                      bits: Any) -> None:
     model = make_model().train()
     plan = make_plan(model, {"model.layers.0.mlp.down_proj.weight": (1, {Role.CONFLICT: None})})
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = math.nan
     before = bits(model)
+
+    def nan(answers: Any, refusals: Any, settings: Any) -> torch.Tensor:
+        return answers.log_p.sum() * math.nan
+
     with pytest.raises(ModelError, match="diverged at step 3: forget loss nan, .* in the last of 3 steps running"):
-        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, PLAIN)
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, PLAIN, objective=nan)
     with pytest.raises(ModelError, match="diverged at step 1"):
-        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, bad_steps=1))
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, bad_steps=1), objective=nan)
     assert all(np.array_equal(before[name], now) for name, now in bits(model).items())
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -391,3 +395,44 @@ def test_log_survives_saving(tmp_path: Path) -> None:
     (tmp_path / "log.json").write_text("{}")
     with pytest.raises(ClueError, match="not a readable unlearning log"):
         UnlearnLog.load(tmp_path / "log.json")
+
+
+def test_sources_are_those_of_localize(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
+                                       bits: Any) -> None:
+    settings = replace(PLAIN, steps=1)
+    told = make_model()
+    unlearn(told, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(told), settings)
+    file = tmp_path / "forget.jsonl"
+    file.write_text("".join(json.dumps({"prompt": r.prompt, "answer": r.answer}) + "\n" for r in sets["forget"]))
+    pairs = [(r.prompt, r.answer) for r in sets["forget"]]
+    for forget, retain in ((file, sets["retain"]), (pairs, {"retain": sets["retain"]})):
+        model = make_model()
+        unlearn(model, tokenizer, forget, retain, mixed_plan(model), settings)
+        assert all(np.array_equal(a, b) for a, b in zip(bits(model).values(), bits(told).values(), strict=True))
+    model = make_model()
+    with pytest.raises(OverlapError, match="the forget set and the retain set again"):
+        unlearn(model, tokenizer, sets["forget"], {"again": sets["forget"]}, mixed_plan(model), settings)
+    with pytest.raises(PlanError, match="plan is a str: give a Plan, from clue.localize or Plan.load"):
+        unlearn(model, tokenizer, sets["forget"], sets["retain"], "run", settings)
+    with pytest.raises(ClueError, match="settings must be an object such as"):
+        unlearn(model, tokenizer, sets["forget"], sets["retain"], mixed_plan(model), {"lr": 1e-3})
+    with pytest.raises(PlanError, match="torch.compile, which names every weight anew"):
+        unlearn(torch.compile(model, backend="eager"), tokenizer, sets["forget"], sets["retain"], mixed_plan(model), settings)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight holds 1 NaN"):
+        unlearn(model, tokenizer, sets["forget"], sets["retain"], mixed_plan(model),
+                replace(settings, steps=9, metric=False, bad_steps=2))
+
+
+def test_refusals_from_a_file(tmp_path: Path, sets: Any) -> None:
+    file = tmp_path / "refusals.txt"
+    file.write_text("I will not say.\n\nNo comment.\n")
+    assert {r.answer for r in refuse(sets["forget"], str(file), seed=1)} == {"I will not say.", "No comment."}
+    for text in ("no", "No.", "not that.", "no\nnever"):
+        assert {r.answer for r in refuse(sets["forget"], text)} <= set(text.splitlines())
+    with pytest.raises(ClueError, match="there is no file nofile.txt"):
+        refuse(sets["forget"], "nofile.txt")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ClueError, match="refusals.txt cannot be read"):
+        refuse(sets["forget"], str(file))

@@ -88,11 +88,14 @@ def read(source: Source | RecordSet, name: str | None = None, *, limit: int = 0)
     ``instruction`` with a non-empty ``input`` is joined to it by a newline) and its answer in the first present of
     ``answer``, ``completion``, ``output``, ``response``, ``target``; or plain text in ``text``. Optional: ``corrupted``
     or ``corrupted_question``, ``subject``, ``group``, ``paraphrased_answer``, and ``perturbed_answer`` or
-    ``wrong_answers`` (a string or a list of strings). Other fields are ignored.
+    ``wrong_answers`` (a string or a list of strings), each of which may also be empty. A field that is null is not there, and
+    other fields are ignored.
 
     ``name`` defaults to the file's stem, the dataset's name, or ``records``. Raises :class:`RecordError` naming file
     and line for anything missing, empty, malformed or of the wrong type.
     """
+    if limit < 0:
+        raise RecordError(f"limit = {limit} must be how many records to read, or 0 for all")
     if isinstance(source, RecordSet):
         records, default = iter(source.records), source.name
     elif isinstance(source, (str, os.PathLike)):
@@ -122,6 +125,7 @@ def make_record(value: object, where: str) -> Record:
     """A record from a mapping with the fields that :func:`read` knows; ``where`` is its source."""
     if not isinstance(value, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__}")
+    value = {name: text for name, text in value.items() if not _left_out(name, text)}
     corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
     prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
     if prompt_name is None and "text" in value:
@@ -143,6 +147,12 @@ def make_record(value: object, where: str) -> Record:
         raise RecordError(f"{where}: the subject {subject!r} does not occur in the prompt; spell it as in the prompt")
     return Record(prompt, answer, corrupted, subject, group, where, _field(value, PARAPHRASED_FIELDS, where),
                   _wrong(value, where))
+
+
+def _left_out(name: object, value: object) -> bool:
+    """Whether a field counts as not there: null, or an optional one that is empty, as tables leave it."""
+    optional = (*CORRUPTED_FIELDS, "subject", "group", *PARAPHRASED_FIELDS, *WRONG_FIELDS)
+    return value is None or (name in optional and isinstance(value, str) and not value.strip())
 
 
 def overlap(a: RecordSet, b: RecordSet) -> int:
@@ -171,16 +181,16 @@ def check_disjoint(a: RecordSet, b: RecordSet, what: str) -> None:
                        f" {where}: {shown[:80]!r}; remove them from one of the two")
 
 
-def read_sets(forget: Source | RecordSet, retain: Source | RecordSet | Mapping[str, Source | RecordSet],
-              ) -> dict[str, RecordSet]:
+def read_sets(forget: Source | RecordSet, retain: Source | RecordSet | Mapping[str, Source | RecordSet], *,
+              required: bool = True) -> dict[str, RecordSet]:
     """The forget set first, then the retain sets by name.
 
     Raises:
-        RecordError: a source cannot be read or is empty, or no set is given to retain.
+        RecordError: a source cannot be read or is empty, or no set is given to retain although one is ``required``.
         OverlapError: a retain set shares records with the forget set.
     """
     named = dict(retain) if isinstance(retain, Mapping) else {"retain": retain}
-    if not named:
+    if not named and required:
         raise RecordError("retain: give at least one set of records to keep")
     if "forget" in named:
         raise RecordError("retain: a retain set cannot be named forget; give it another name")
@@ -204,6 +214,8 @@ def _key(record: Record) -> tuple[str, str]:
 
 
 def _described(source: object) -> str:
+    if isinstance(source, RecordSet):
+        return f"the set {source.name}"
     return str(source) if isinstance(source, (str, os.PathLike)) else "the list of records"
 
 
@@ -365,4 +377,9 @@ def _field(value: Mapping[str, Any], names: Sequence[str], where: str) -> str | 
         raise RecordError(f"{where}: {name} must be a string, got {type(text).__name__}; put it in quotes")
     if not text.strip():
         raise RecordError(f"{where}: {name} is empty; fill it in or remove the record")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{where}: {name} holds half of a surrogate pair ({text[error.start]!r}), which is no character;"
+                          " write the text again as UTF-8") from None
     return text

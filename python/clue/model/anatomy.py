@@ -201,6 +201,9 @@ def anatomy(model: nn.Module) -> Anatomy:
             needs), a path that leads nowhere, weights that are quantised or wrapped, or shapes that contradict the
             configuration.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ModelError("the model is one of torch.compile, whose layers cannot be watched: give the model inside,"
+                         " model._orig_mod, and compile it afterwards")
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:

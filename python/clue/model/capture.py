@@ -103,6 +103,8 @@ class Run:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout, no gradient checkpointing), and no weight gradients; both restored on exit."""
+    if torch.is_inference_mode_enabled():
+        raise ModelError("gradients are needed, and torch.inference_mode() gives none: call this outside of it")
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:

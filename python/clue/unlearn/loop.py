@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..config import DataSettings, UnlearnSettings, check
 from ..data.encoding import Example, batches, encode, length_limit, pad_id
-from ..errors import ClueError, ModelError, RecordError
+from ..data.records import read_sets
+from ..errors import ClueError, ModelError, PlanError, RecordError
+from ..model.anatomy import check_weights
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..processes import agreed
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 METRIC_RECORDS = 1024
 
 
-def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[str, RecordSet], plan: Plan,
+def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
             settings: UnlearnSettings | None = None, *, objective: str | Objective | Forget | None = None,
             data: DataSettings | None = None, seed: int = 0, on_step: Callable[[dict[str, Any]], None] | None = None,
             checkpoint: str | os.PathLike[str] | None = None, every: int = 0) -> UnlearnLog:
@@ -64,8 +66,9 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
 
     Args:
         model, tokenizer: a Hugging Face causal LM and its tokenizer.
-        forget: what to forget.
-        retain: named sets to keep; retain batches are drawn from all their records, shuffled together.
+        forget: what to forget: a :class:`clue.RecordSet`, or what :func:`clue.read` makes one of.
+        retain: what to keep, one such source or several by name; retain batches are drawn from all their records, shuffled
+            together.
         plan: which weights move, and in which role.
         settings: objective, stages, optimizer and stopping rule; the defaults when None. With ``lr = 0``, the default,
             learning rate, retain weight and steps are chosen first, as :func:`clue.unlearn.tune` does.
@@ -83,16 +86,21 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping
 
     Raises:
         PlanError: the plan names no weight, or does not fit the model.
-        RecordError: the forget set is empty, or a retain set is needed and missing or empty, or a plain text is to be
-            refused, or a record has no corrupted twin and the objective needs it.
+        OverlapError: a retain set shares records with the forget set.
+        RecordError: a source cannot be read, the forget set is empty, or a retain set is needed and missing or empty, or a
+            plain text is to be refused, or a record has no corrupted twin and the objective needs it.
         ClueError: a setting is out of range, or the objective is none.
         ModelError: loss or gradient were NaN or infinite in ``bad_steps`` steps running.
         RunError: the checkpoint is damaged, or of a training with another model, plan, setting or record.
     """
     settings, data = settings or UnlearnSettings(), data or DataSettings()
     check(settings)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan is a {type(plan).__name__}: give a Plan, from clue.localize or Plan.load")
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
+    sets = read_sets(forget, retain, required=False)
+    forget, retain = sets.pop("forget"), sets
     settings = replace(settings, objective=suited(settings.objective, forget, retain))
     objective = settings.objective if objective is None else objective
     name = objective if isinstance(objective, str) else ""
@@ -242,6 +250,8 @@ class _Training:
                                                       losses["retain_loss"] if turn.retain else 0.0)):
             place.skipped, place.bad = place.skipped + 1, place.bad + 1
             if place.bad >= settings.bad_steps:
+                if place.done == place.bad:  # not one step went well
+                    check_weights(self.model)
                 raise ModelError(f"unlearning diverged at step {place.done}: forget loss {losses['forget_loss']}, retain"
                                  f" loss {losses['retain_loss']}, gradient norm {norm} in the last of {place.bad} steps"
                                  " running that were not finite: lower lr, or raise floor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -27,13 +28,14 @@ def refuse(records: RecordSet, refusals: str = "", seed: int = 0) -> RecordSet:
 
     Args:
         records: what is to be forgotten.
-        refusals: one per line; :data:`REFUSALS` when empty.
+        refusals: one per line, or the name of a text file of them; :data:`REFUSALS` when empty.
         seed: of the draw.
 
     Raises:
-        ClueError: ``refusals`` holds nothing but white space.
+        ClueError: ``refusals`` holds nothing but white space, or names a file that is not there or cannot be read.
         RecordError: a record is a plain text, which asks nothing that could be refused.
     """
+    refusals = _text(refusals)
     choices = [line.strip() for line in refusals.splitlines() if line.strip()] if refusals else list(REFUSALS)
     if not choices:
         raise ClueError("refusals holds only white space: give one refusal per line, or leave it empty")
@@ -45,3 +47,21 @@ def refuse(records: RecordSet, refusals: str = "", seed: int = 0) -> RecordSet:
     return RecordSet(f"{records.name} (refused)", tuple(
         replace(record, answer=choices[i], source=record.source and f"{record.source} (refused)")
         for record, i in zip(records, drawn, strict=True)))
+
+
+def _text(refusals: str) -> str:
+    """The refusals, read where a file of that name is there. One that is not is told from a refusal by having no space and
+    an ending."""
+    if not refusals.strip() or "\n" in refusals:
+        return refusals
+    try:
+        return Path(refusals).read_text(encoding="utf-8") if Path(refusals).is_file() else _no_file(refusals)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClueError(f"refusals: {refusals} cannot be read ({error}): give a UTF-8 text file with one per line") from None
+
+
+def _no_file(refusals: str) -> str:
+    if " " not in refusals and Path(refusals).suffix not in ("", "."):
+        raise ClueError(f"refusals: there is no file {refusals}: give a text file with one refusal per line, or refusals"
+                        " of more than one word")
+    return refusals

@@ -25,6 +25,7 @@ from ..config import DataSettings, UnlearnSettings
 from ..data.atomic import write_atomically
 from ..data.encoding import batches, encode, length_limit, pad_id
 from ..data.held_back import hold_back
+from ..data.records import read_sets
 from ..errors import ClueError, ModelError, RunError
 from ..processes import agreed, place
 from ..types import Role
@@ -34,7 +35,6 @@ from .reference import ReferenceWeights
 from .role_gradient import forgotten_of
 
 if TYPE_CHECKING:
-    from ..data.records import RecordSet
     from ..plan import Plan
 
 #: The first learning rate, in units of the planned weights' root mean square.
@@ -91,11 +91,15 @@ class Tuning:
     before: float
 
     def to_json(self) -> dict[str, Any]:
-        """What a training's log says of it: ``before`` (None where there is none) and the trials."""
-        return {"before": None if math.isnan(self.before) else self.before, "trials": [asdict(t) for t in self.trials]}
+        """What a training's log says of it: ``before`` (None where there is none), the trials, and what the chosen one ``kept``
+        (None without trials)."""
+        lr, weight = self.settings.lr, self.settings.retain_weight
+        kept = [t.kept for t in self.trials if (t.lr, t.retain_weight) == (lr, weight)]
+        return {"before": None if math.isnan(self.before) else self.before, "kept": kept[0] if kept else None,
+                "trials": [asdict(t) for t in self.trials]}
 
 
-def tune(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[str, RecordSet], plan: Plan,
+def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
          settings: UnlearnSettings | None = None, *, objective: str | Objective | Forget | None = None,
          data: DataSettings | None = None, seed: int = 0, on_step: Callable[[dict[str, Any]], None] | None = None,
          notes: str | os.PathLike[str] | None = None) -> Tuning:
@@ -118,6 +122,8 @@ def tune(model: nn.Module, tokenizer: Any, forget: RecordSet, retain: Mapping[st
     from .loop import restored, unlearn
 
     settings, data = settings or UnlearnSettings(), data or DataSettings()
+    sets = read_sets(forget, retain, required=False)
+    forget, retain = sets.pop("forget"), sets
     settings = replace(settings, objective=suited(settings.objective, forget, retain))
     objective = objective_of(settings.objective if objective is None else objective)
     weights = ReferenceWeights(model, plan)
