@@ -22,7 +22,7 @@ from clue.circuit.graph import Circuit
 from clue.cli import main
 from clue.config import Settings
 from clue.evaluate import Evaluation
-from clue.jobs import load_model
+from clue.loading import load_model
 from clue.plan import Plan
 from clue.run_directory import Run
 

@@ -143,7 +143,8 @@ def world_task(setting: str, seed: int, progress: pipeline.Progress) -> Task:
 def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: int) -> Task:
     """A model and records of the user's own; only the split and the order of training differ between seeds."""
     from .data.records import read_sets
-    from .jobs import evaluation_sets, load_model
+    from .jobs import evaluation_sets
+    from .loading import load_model
 
     used = read_sets(inputs["forget"], inputs["retain"])
     sets, _ = evaluation_sets(used, tests)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from . import pipeline
 from .config import EvaluateSettings, LocalizeSettings, Settings, UnlearnSettings
 from .data.records import read_sets
-from .errors import ModelError, OverlapError, PlanError, RunError
+from .errors import OverlapError, PlanError, RunError
+from .loading import check_model, load_model
 from .pipeline import Progress
 from .plan import Plan
 from .provenance import fingerprint
@@ -376,10 +377,10 @@ def run_all(run: Run, *, model: str, forget: str, retain: Mapping[str, str], set
     if not run.has("evaluation"):
         evaluation_sets(used, tests, settings.seed)
         for source in (tests.gold, tests.reference):
-            if source and not Path(source).is_file():
-                configured(source)
-            elif source:
+            if source and source == tests.gold and Path(source).is_file():
                 Evaluation.load(source)
+            elif source:
+                check_model(source)
     localize(run, model=model, forget=forget, retain=retain, settings=settings, progress=progress)
     unlearn(run, settings, progress)
     found = evaluate(run, settings, tests, progress)
@@ -433,50 +434,6 @@ def demo(folder: Path, *, setting: str, seed: int, progress: Progress) -> dict[s
     return {**document, "plan": {**plan.counts(), "weights_changed": plan.weights_changed},
             "verify": {"ok": verification.ok, "planned": verification.planned, "changed": verification.changed},
             "setting": setting, "seed": seed, "report": str(folder / "report.html")}
-
-
-def configured(source: str) -> None:
-    """Raise :class:`ModelError` unless a causal language model's configuration is there, which is soon read."""
-    from transformers import AutoConfig
-
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
-    try:
-        AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"
-                         " model with its tokenizer, or the hub id of one this machine can reach") from None
-
-
-def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from a folder or a hub id.
-
-    Raises:
-        ModelError: nothing is there, it is no causal language model, or its tokenizer cannot be read.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .data.encoding import end_id, pad_id
-
-    configured(source)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"
-                         " model with its tokenizer, or the hub id of one this machine can reach") from None
-    # Not every stage needs these tokens; the first command should be the one to say that they are missing.
-    pad_id(tokenizer)
-    if settings.data.append_eos:
-        end_id(tokenizer)
-    return network.to(device).eval(), tokenizer
 
 
 def _kept(run: Run, stage: str, make: Callable[[], Any]) -> Any:

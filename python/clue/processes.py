@@ -26,8 +26,7 @@ def agreed(value: float) -> float:
 
     if place()[1] == 1:
         return value
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    shared = torch.tensor(value, dtype=torch.float64, device=_device())
     torch.distributed.broadcast(shared, 0)
     return float(shared)
 
@@ -38,10 +37,16 @@ def everywhere(holds: bool) -> bool:
 
     if place()[1] == 1:
         return holds
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    least = torch.tensor(int(holds), device=device)
+    least = torch.tensor(int(holds), device=_device())
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     return bool(least)
+
+
+def _device() -> str:
+    """Where the backend wants what it exchanges."""
+    import torch
+
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
 
 
 @contextmanager

@@ -68,12 +68,12 @@ class Run:
 
     @classmethod
     def start(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], inputs: Mapping[str, Any],
-              unsaid: Mapping[str, Any] | None = None) -> Run:
+              later: Mapping[str, Any] | None = None) -> Run:
         """Go on with a run of the very same settings and inputs, or :meth:`create` a new one.
 
         Args:
-            unsaid: settings, by name in groups, that may differ from the run's where they have just this value: defaults of
-                stages that come later, whose commands take settings of their own.
+            later: the default settings of stages that come later. Their commands may have changed the run's since, so a setting
+                that has its default here is not held against it.
 
         Raises:
             RunError: as :meth:`create`, or the folder holds a run of other settings or inputs; names the first that
@@ -84,9 +84,9 @@ class Run:
         run = cls.open(path)
         wanted = _flat({**settings, "inputs": inputs})
         found = _flat({**run.manifest.get("settings", {}), "inputs": run.manifest.get("inputs", {})})
-        free = _flat(unsaid or {})
+        defaults = _flat(later or {})
         for name in (*wanted, *found):
-            if wanted.get(name) != found.get(name) and not (name in free and wanted.get(name) == free[name]):
+            if wanted.get(name) not in (found.get(name), defaults.get(name, found.get(name))):
                 old, new = ("nothing" if value == "" else value for value in (found.get(name), wanted.get(name)))
                 raise RunError(f"{run.folder} holds another run already, with {name} = {old} instead of {new}: choose another"
                                " folder with -o")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -83,9 +84,18 @@ def test_auto_streams_what_does_not_fit(monkeypatch):
     assert streamed == [True, True]
 
 
-def test_files_that_the_system_remembers_do_not_count_as_used():
-    said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    assert attribution._available() == pytest.approx(int(said["MemAvailable"].split()[0]) * 1024, rel=0.1)
+@pytest.mark.parametrize(("said", "expected"), [
+    ("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  5 kB\nCached: 7 kB\n", 5120), ("MemFree:  1 kB\n", 6), (None, 6)])
+def test_files_that_the_system_remembers_do_not_count_as_used(monkeypatch, said, expected):
+    def read(path, **keywords):
+        if said is None:
+            raise FileNotFoundError(path)
+        assert str(path) == "/proc/meminfo"
+        return said
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 2, "SC_PAGE_SIZE": 3}.__getitem__)
+    assert attribution._available() == expected
 
 
 def test_too_little_memory_falls_back_and_says_so(monkeypatch):

@@ -423,6 +423,8 @@ def test_sources_are_those_of_localize(tmp_path: Path, make_model: Any, mixed_pl
     with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight holds 1 NaN"):
         unlearn(model, tokenizer, sets["forget"], sets["retain"], mixed_plan(model),
                 replace(settings, steps=9, metric=False, bad_steps=2))
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight holds 1 NaN"):  # nothing chosen: every trial fails
+        unlearn(model, tokenizer, sets["forget"], sets["retain"], mixed_plan(model), UnlearnSettings(trials=2, steps=5))
 
 
 def test_refusals_from_a_file(tmp_path: Path, sets: Any) -> None:

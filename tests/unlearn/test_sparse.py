@@ -68,7 +68,7 @@ def sparse_gradients(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Te
         return sparse.take()
 
 
-def test_whose_asks_for_whole_gradients_gets_them(make_model: Any, mixed_plan: Any) -> None:
+def test_whoever_asks_for_whole_gradients_gets_them(make_model: Any, mixed_plan: Any) -> None:
     """A membership attack that runs in the middle of a training, say."""
     model, plain = make_model(), make_model()
     both(plain).backward()

@@ -177,9 +177,9 @@ def attribute(
             if processes == 1:
                 raise
             failed = error  # the others wait for this process' sums
-    if processes > 1 and not everywhere(failed is None):
-        raise failed or AttributionError(f"{name}: another of the processes failed; its own message says why")
     if processes > 1:
+        if not everywhere(failed is None):
+            raise failed or AttributionError(f"{name}: another of the processes failed; its own message says why")
         sums.all_reduce()
     if sums.informative == 0:
         raise AttributionError(f"{name}: none of the {len(pairs.clean)} corrupted prompts changes the model's answer, so"

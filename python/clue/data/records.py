@@ -25,6 +25,7 @@ ANSWER_FIELDS = ("answer", "completion", "output", "response", "target")
 CORRUPTED_FIELDS = ("corrupted", "corrupted_question")
 PARAPHRASED_FIELDS = ("paraphrased_answer",)
 WRONG_FIELDS = ("perturbed_answer", "wrong_answers")
+OPTIONAL_FIELDS = (*CORRUPTED_FIELDS, "subject", "group", *PARAPHRASED_FIELDS, *WRONG_FIELDS)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 _HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
@@ -151,8 +152,7 @@ def make_record(value: object, where: str) -> Record:
 
 def _left_out(name: object, value: object) -> bool:
     """Whether a field counts as not there: null, or an optional one that is empty, as tables leave it."""
-    optional = (*CORRUPTED_FIELDS, "subject", "group", *PARAPHRASED_FIELDS, *WRONG_FIELDS)
-    return value is None or (name in optional and isinstance(value, str) and not value.strip())
+    return value is None or (name in OPTIONAL_FIELDS and isinstance(value, str) and not value.strip())
 
 
 def overlap(a: RecordSet, b: RecordSet) -> int:

@@ -37,8 +37,10 @@ def to_keep(model: nn.Module, positions: Tensor) -> Tensor | list[int]:
     """Positions as a model takes them for ``logits_to_keep``: in a list where it is spread over several devices
     (``device_map``), as it moves every tensor to the first of these, and the last one refuses positions from there."""
     spread = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    found: list[int] = positions.tolist() if len(spread) > 1 else []
-    return found or positions
+    if len(spread) < 2:
+        return positions
+    listed: list[int] = positions.tolist()
+    return listed
 
 
 def kept_positions(batch: Batch) -> int:

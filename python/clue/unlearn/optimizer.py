@@ -34,7 +34,7 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
             embeddings), where a planned slice would also change its other use.
     """
-    reshard(model)
+    reshard(model)  # a name means the shard, not what a forward pass has gathered for a while
     plan.check(model)
     found: dict[str, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
@@ -197,7 +197,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                         lr=float(group["lr"]), beta1=beta1, beta2=beta2, eps=group["eps"],
                         weight_decay=group["weight_decay"], step=int(state["step"]), grad_scale=grad_scale,
                         master=state.get("master"),
-                        rounding_key=_rounding_key(group["seed"], shard.named, state["step"]) if random else None)
+                        rounding_key=_rounding_key(group["seed"], shard.key, state["step"]) if random else None)
         return loss
 
     def _check_model(self) -> None:

@@ -50,18 +50,17 @@ def refuse(records: RecordSet, refusals: str = "", seed: int = 0) -> RecordSet:
 
 
 def _text(refusals: str) -> str:
-    """The refusals, read where a file of that name is there. One that is not is told from a refusal by having no space and
-    an ending."""
-    if not refusals.strip() or "\n" in refusals:
+    """The refusals themselves, read where they are the name of a file. One that is not there is told from
+    a refusal by its ending, and by having no space."""
+    if "\n" in refusals or not refusals.strip():
         return refusals
+    file = Path(refusals)
     try:
-        return Path(refusals).read_text(encoding="utf-8") if Path(refusals).is_file() else _no_file(refusals)
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ClueError(f"refusals: {refusals} cannot be read ({error}): give a UTF-8 text file with one per line") from None
-
-
-def _no_file(refusals: str) -> str:
-    if " " not in refusals and Path(refusals).suffix not in ("", "."):
+    if " " not in refusals and file.suffix not in ("", "."):
         raise ClueError(f"refusals: there is no file {refusals}: give a text file with one refusal per line, or refusals"
                         " of more than one word")
     return refusals

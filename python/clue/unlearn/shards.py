@@ -38,8 +38,8 @@ class Shard:
     _member: int | None
 
     @property
-    def named(self) -> str:
-        """The name, and where in the weight this part of it begins unless it begins at the start."""
+    def key(self) -> str:
+        """What its random numbers are drawn by: the name, and where in the weight this part begins unless at the start."""
         first = self.slices[0], 0 if self.rest is None else self.rest[0]
         return f"{self.name} {first[0]} {first[1]}" if any(first) else self.name
 

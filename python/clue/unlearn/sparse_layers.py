@@ -119,7 +119,7 @@ class Layer(ABC):
         return tokens // total * forget
 
 
-def _as_ever(parts: Iterable[Part]) -> bool:
+def _plain_pass(parts: Iterable[Part]) -> bool:
     """Whether a pass is to run as without sparse gradients: nothing is differentiated, or somebody asks for the gradients of
     the whole weights, which were frozen on entering."""
     return not torch.is_grad_enabled() or any(part.parameter.requires_grad for part in parts)
@@ -156,7 +156,7 @@ class _LinearLayer(Layer):
         return part
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if _as_ever(self.parts):
+        if _plain_pass(self.parts):
             return self.original(x)
         leaves = [leaf for part in self.parts for leaf in part.leaves]
         result: Tensor = _Linear.apply(x, self.module.weight, self, self.cut(x), *leaves)
@@ -228,7 +228,7 @@ class _ExpertsLayer(Layer):
     # How many tokens an expert gets is known when it runs: nothing that a compiled graph could hold.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if _as_ever(self.parts.values()):
+        if _plain_pass(self.parts.values()):
             return self.original(*args, **kwargs)
         routed = Routed.of(args, kwargs, detached=False)
         leaves = [leaf for part in self.parts.values() for leaf in part.leaves]

@@ -27,6 +27,7 @@ from ..data.encoding import batches, encode, length_limit, pad_id
 from ..data.held_back import hold_back
 from ..data.records import read_sets
 from ..errors import ClueError, ModelError, RunError
+from ..model.anatomy import check_weights
 from ..processes import agreed, place
 from ..types import Role
 from .checkpoint import identity
@@ -147,6 +148,7 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
 
     before = kept()
     trials: list[Trial] = []
+    reasons: list[str] = []  # why trials failed
     known = _Notes(notes, {} if notes is None else identity(model, plan, settings, objective, seed, examples) | {
         name: records.sha256 for name, records in {**seen, "forget": forget}.items()})
 
@@ -163,7 +165,8 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
         try:
             log = unlearn(model, tokenizer, forget, seen, plan, tried, objective=objective, data=data, seed=seed, on_step=told)
             trial = Trial(lr, retain_weight, log.steps, agreed(log.final_forgotten), kept())
-        except ModelError:  # it diverged: worse than any
+        except ModelError as error:  # it diverged: worse than any
+            reasons.append(str(error))
             trial = Trial(lr, retain_weight, 0, -1.0, 0.0)
         finally:
             weights.put(start)
@@ -177,8 +180,9 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
     if best is None:
         return Tuning(replace(settings, lr=lr), (), before)
     if best.forgotten < 0:
+        check_weights(model)
         raise ModelError(f"unlearning diverged at every learning rate tried ({', '.join(f'{t.lr:.1e}' for t in trials)}): give"
-                         " a smaller lr, or raise floor")
+                         " a smaller lr, or raise floor" + (f" (the last one: {reasons[-1]})" if reasons else ""))
     steps = max(settings.steps, math.ceil(MORE * best.steps)) if settings.floor else settings.steps
     return Tuning(replace(settings, lr=best.lr, retain_weight=best.retain_weight, steps=steps), tuple(trials), before)
 
