@@ -302,6 +302,16 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         Delta.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize("shape", [(1, 2**63), (2**40, 2**40), (6, -4), (6, 2**31)])
+def test_shapes_that_cannot_be_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model = Small()
+    delta = Delta.between(model, change(model, PLAN, 0), PLAN)
+    object.__setattr__(delta.changes[0], "shape", shape)  # what a change refuses to be made with
+    delta.save(tmp_path / "delta")  # its checksum is right
+    with pytest.raises(DeltaError, match="is damaged, or no delta"):
+        Delta.load(tmp_path / "delta")
+
+
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     """The system itself ends a write part way here: no file may grow beyond 200 bytes."""
     model = Small()

@@ -96,6 +96,19 @@ def test_damaged_files_are_refused(tmp_path):
         Plan.load(tmp_path)
 
 
+@pytest.mark.parametrize("change", [
+    lambda d: d["slices"][0].update(role=5), lambda d: d.update(shapes=[]), lambda d: d["slices"][0].update(axis=float("inf")),
+    lambda d: d["shapes"].update({"up.weight": [6, -4]}), lambda d: d["shapes"].update({"up.weight": [6, "x"]}),
+    lambda d: d["shapes"].update({"up.weight": [6, 2**63]}), lambda d: d["shapes"].update({"up.weight": []})])
+def test_files_that_say_what_cannot_be_are_refused(tmp_path, change):
+    make_plan().save(tmp_path)
+    document = json.loads((tmp_path / "plan.json").read_text())
+    change(document)
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(PlanError):
+        Plan.load(tmp_path)
+
+
 def test_a_plan_for_another_model_is_refused():
     class Model(torch.nn.Module):
         def __init__(self, width: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -358,7 +359,7 @@ def _deflated(xor: Bits) -> npt.NDArray[np.uint8]:
 
 
 def _inflated(packed: npt.NDArray[np.uint8], shape: tuple[int, ...], width: int) -> Bits:
-    size = int(np.prod(shape)) * width
+    size = math.prod(shape) * width
     stream = zlib.decompressobj()
     content = stream.decompress(packed.tobytes(), size + 1)  # never more than the slice, whatever the file says
     if len(content) != size or not stream.eof:

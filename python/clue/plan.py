@@ -218,6 +218,9 @@ class Plan:
             if document["format"] != FORMAT:
                 raise PlanError(f"the plan in {folder} has format {document['format']}, this version reads {FORMAT}")
             shapes = {name: tuple(shape) for name, shape in document["shapes"].items()}
+            for name, shape in shapes.items():
+                if not all(type(size) is int and 0 < size < 2**48 for size in shape):
+                    raise ValueError(f"{name} cannot have the shape {shape}")
             for i, s in enumerate(document["slices"]):
                 if is_flat(s["parameter"]):
                     bits = np.unpackbits(arrays[f"slice.{i}"], count=shapes[s["parameter"]][0])
@@ -225,7 +228,7 @@ class Plan:
             slices = tuple(Slice(s["parameter"], int(s["axis"]), Role[s["role"].upper()], arrays[f"slice.{i}"])
                            for i, s in enumerate(document["slices"]))
             return cls(tuple(document["nodes"]), arrays["role"], slices, shapes, document["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"the plan in {folder} is damaged ({error!r}): make it again with `clue localize`") from None
 
 

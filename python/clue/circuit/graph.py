@@ -25,6 +25,9 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
+#: Of a graph: ten times those of the largest mixtures of experts. Files that ask for more would take all memory.
+MOST_NODES = 2**28
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -41,6 +44,16 @@ class Graph:
     d_mlp: int
     neurons: bool
     parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_layers", 1), ("n_heads", 1), ("n_kv_heads", 1), ("d_mlp", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise CircuitError(f"a graph's {name} must be a whole number, at least {least}, got {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise CircuitError(f"a graph's {self.n_heads} query heads cannot share {self.n_kv_heads} key/value groups evenly")
+        if self.n_nodes > MOST_NODES:
+            raise CircuitError(f"a graph of {self.n_nodes} nodes is larger than any model's: more than {MOST_NODES}")
 
     @cached_property
     def layer_size(self) -> int:
@@ -199,6 +212,12 @@ class Circuit:
 
     def __post_init__(self) -> None:
         n = self.graph.n_nodes
+        for part in ("dst", "gate", "provenance", "ns", "dn"):
+            if getattr(self, part).shape != self.src.shape:
+                raise CircuitError(f"circuit {self.name}: {part} has the shape {getattr(self, part).shape}, and src"
+                                   f" {self.src.shape}: each edge has one of either")
+        if len(self.gate) and self.gate.max() > max(Gate):
+            raise CircuitError(f"circuit {self.name}: there is no gate {self.gate.max()}")
         for array in (self.src, self.dst):
             if len(array) and (array.min() < 0 or array.max() >= n):
                 raise CircuitError(f"circuit {self.name}: an edge names a node outside 0..{n - 1}")
