@@ -134,7 +134,7 @@ class UnlearnSettings:
                             " (without these, up or down at random, right on average)", choices=("nearest", "stochastic"))
     clip: float = _option(1.0, "largest global gradient norm per optimizer step; 0 turns clipping off")
     warmup: int = _option(10, "linear warm-up steps of each stage; cosine decay to a tenth follows")
-    floor: float = _option(0.1, "how far to forget: a record counts as forgotten, and is left alone, once its"
+    floor: float = _option(0.06, "how far to forget: a record counts as forgotten, and is left alone, once its"
                            " length-normalised answer probability is at or below this, about what a model gives to"
                            " answers it never saw, and greedy decoding does not give the answer; training stops when"
                            " all are; 0 forgets without end")
