@@ -175,3 +175,10 @@ def test_verify_refuses_two_different_models(tmp_path):
         verify(tmp_path / "a", tmp_path / "b", make_plan())
     with pytest.raises(PlanError, match="holds no model weights"):
         verify(tmp_path, tmp_path / "b", make_plan())
+    for name, change in (("half", lambda t: t.bfloat16()), ("wide", lambda t: torch.ones(*t.shape, 2))):
+        (tmp_path / name).mkdir()
+        save_file({n: change(torch.ones(s)) for n, s in SHAPES.items()}, tmp_path / name / "model.safetensors")
+    with pytest.raises(PlanError, match=r"is F32 in .* and BF16 in .*save the original in the dtype"):
+        verify(tmp_path / "a", tmp_path / "half", make_plan())
+    with pytest.raises(PlanError, match=r"has shape .* not two versions of one model"):
+        verify(tmp_path / "a", tmp_path / "wide", make_plan())

@@ -281,8 +281,12 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
     outside: list[tuple[str, int]] = []
     for name in sorted(old.keys()):
         a, b = old.bits(name), new.bits(name)
-        if a.shape != b.shape or old.dtype(name) != new.dtype(name):
-            raise PlanError(f"{name} has another shape or dtype in {after} than in {before}")
+        if a.shape != b.shape:
+            raise PlanError(f"{name} has shape {a.shape} in {before} and {b.shape} in {after}: they are not two versions of one"
+                            " model")
+        if old.dtype(name) != new.dtype(name):
+            raise PlanError(f"{name} is {old.dtype(name)} in {before} and {new.dtype(name)} in {after}, so their bits cannot be"
+                            " compared: save the original in the dtype that was trained in, and compare with that")
         differs = a != b
         if name in planned:
             mask = plan.mask(planned[name])

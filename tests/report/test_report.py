@@ -274,6 +274,17 @@ def test_the_terminal_table_is_aligned_ascii_within_eighty_columns():
     assert ends == {60}  # right-aligned: every row ends in the same column
 
 
+def test_answers_that_rouge_has_no_word_of_are_not_left_out_silently():
+    spoken = EVALUATIONS["before"]
+    assert spoken.samples["forget"]
+    forget = replace(spoken.detail["forget"], rouge_l=None, rouge_n=0)
+    unknown = replace(spoken, detail={**spoken.detail, "forget": forget})
+    both = table({"before": unknown, "after": spoken})
+    assert re.search(r"ROUGE-L recall +n/a +\d.*\n +\(n/a: ROUGE knows words of a-z", both)
+    assert "n/a" not in table({"before": spoken})
+    assert "ROUGE" not in table({"before": replace(unknown, samples={})})  # nothing was generated
+
+
 def test_many_models_and_long_names_continue_below():
     many = {f"a model with a long name {i}": EVALUATIONS["after"] for i in range(7)}
     lines = table(many).splitlines()

@@ -219,3 +219,27 @@ def test_refusals(make_model: Any, make_plan: Any) -> None:
     half = make_model(dtype=torch.float16)
     with pytest.raises(ClueError, match="up_proj.weight is in float16, and stochastic rounding is for bfloat16: convert"):
         MaskedAdamW(half, plan, rounding="stochastic")
+
+
+def test_an_optimizer_whose_weights_were_frozen_says_so(make_model: Any, mixed_plan: Any) -> None:
+    """A second optimizer of one model freezes the first one's weights: that must not look like training."""
+    model = make_model()
+    plan = mixed_plan(model)
+    first = MaskedAdamW(model, plan, roles=(Role.FORGET,))
+    second = MaskedAdamW(model, plan, roles=(Role.CONFLICT,))
+    gradients(model, 0)
+    second.step()
+    with pytest.raises(ClueError, match=r"does not require a gradient any more.*one for all roles"):
+        first.step()
+    name = next(iter(first._shapes))
+    first.step(gradients={name: torch.ones(first._shapes[name])})  # these it is given
+
+
+def test_parameters_without_a_plan_are_refused(make_model: Any, mixed_plan: Any) -> None:
+    model = make_model()
+    optimizer = MaskedAdamW(model, mixed_plan(model))
+    free = next(p for p in model.parameters() if not p.requires_grad)
+    with pytest.raises(ClueError, match="add_param_group"):
+        optimizer.add_param_group({"params": [free]})
+    with pytest.raises(ClueError, match="add_param_group"):
+        optimizer.add_param_group({"params": free})

@@ -68,8 +68,12 @@ def _block(evaluations: Mapping[str, Evaluation], gold: Evaluation | None) -> It
         if purpose == "forget":
             yield _line("  forget, probability", [percent(e.detail["forget"].probability) for e in found])
             recalls = [e.detail["forget"].rouge_l for e in found]
-            if any(recall is not None for recall in recalls):
-                yield _line("  forget, ROUGE-L recall", ["" if r is None else percent(r) for r in recalls])
+            spoken = [bool(e.samples.get("forget")) for e in found]
+            if any(spoken) or any(recall is not None for recall in recalls):
+                yield _line("  forget, ROUGE-L recall", ["n/a" if r is None and said else "" if r is None else percent(r)
+                                                         for r, said in zip(recalls, spoken, strict=True)])
+                if any(r is None and said for r, said in zip(recalls, spoken, strict=True)):
+                    yield "    (n/a: ROUGE knows words of a-z and 0-9 only, and no answer has any)"
     truths = [e.detail["forget"].truth_ratio for e in found]
     utilities = [e.model_utility for e in found]
     if any(value is not None for value in (*truths, *utilities)):

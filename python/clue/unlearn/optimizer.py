@@ -59,7 +59,8 @@ def planned_index(plan: Plan, name: str, roles: Sequence[Role]) -> tuple[int, np
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, as ``torch.optim.AdamW``) restricted to the slices a plan names.
 
-    Making one sets ``requires_grad`` on the planned parameters and clears it on every other parameter of the model.
+    Making one sets ``requires_grad`` on the planned parameters and clears it on every other parameter of the model, those of
+    an earlier optimizer among them, which then refuses to step: one optimizer moves all roles.
     ``step`` reads ``parameter.grad`` on the slices, or takes the gradients of the slices alone
     (:class:`clue.unlearn.sparse.SparseGradients` computes no others). At small learning rates bf16 and fp16 weights
     rounded to nearest lose most updates, so their slices get a float32 master copy. Without it, at two thirds of the state,
@@ -118,6 +119,14 @@ class MaskedAdamW(torch.optim.Optimizer):
                     "seed": seed}
         super().__init__(list(self._planned), defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused for parameters that no plan names: an optimizer's weights are those of its plan."""
+        given = param_group["params"]
+        if any(p not in self._planned for p in ([given] if isinstance(given, Tensor) else given)):
+            raise ClueError("add_param_group: MaskedAdamW moves its plan's weights alone: give other parameters to another"
+                            " optimizer")
+        super().add_param_group(param_group)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # states saved before there was a choice have neither
@@ -162,7 +171,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ClueError: a gradient belongs to a parameter that the plan does not name, or has another shape; the model was
-                moved or converted after the optimizer was made.
+                moved or converted after the optimizer was made, or a planned parameter without a gradient no longer requires
+                one.
         """
         self._check_model()
         compact = self._checked(gradients)
@@ -170,6 +180,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for parameter in self._planned if compact is None else ():
+            if parameter.grad is None and not parameter.requires_grad:
+                raise ClueError(f"{self._made[parameter][0]} does not require a gradient any more, so this optimizer would"
+                                " leave it as it is: another MaskedAdamW was made for the model (make one for all roles), or"
+                                " requires_grad was cleared (set it again)")
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
