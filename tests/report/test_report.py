@@ -275,14 +275,16 @@ def test_the_terminal_table_is_aligned_ascii_within_eighty_columns():
 
 
 def test_answers_that_rouge_has_no_word_of_are_not_left_out_silently():
-    spoken = EVALUATIONS["before"]
-    assert spoken.samples["forget"]
-    forget = replace(spoken.detail["forget"], rouge_l=None, rouge_n=0)
-    unknown = replace(spoken, detail={**spoken.detail, "forget": forget})
-    both = table({"before": unknown, "after": spoken})
+    known = EVALUATIONS["before"]
+
+    def unknown(contained):
+        forget = replace(known.detail["forget"], rouge_l=None, rouge_n=0, contained=contained)
+        return replace(known, detail={**known.detail, "forget": forget})
+
+    both = table({"before": unknown(0.5), "after": known})
     assert re.search(r"ROUGE-L recall +n/a +\d.*\n +\(n/a: ROUGE knows words of a-z", both)
-    assert "n/a" not in table({"before": spoken})
-    assert "ROUGE" not in table({"before": replace(unknown, samples={})})  # nothing was generated
+    assert "n/a" not in table({"before": known})
+    assert "ROUGE" not in table({"before": unknown(None)})  # nothing was generated
 
 
 def test_many_models_and_long_names_continue_below():

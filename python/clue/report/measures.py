@@ -46,7 +46,7 @@ MEASURES = {
     "extraction_strength": Measure("Extraction strength", "Share of an answer that the model completes by itself, word"
                                    " for word, from the shortest beginning that suffices."),
     "rouge_l": Measure("ROUGE-L recall", "Share of the true answer's words that a freely generated answer contains in"
-                       " the same order."),
+                       " the same order; it knows words of a-z and 0-9 only."),
     "contained": Measure("Contained", "Share of generated answers that contain the true one, whatever the case."),
     "matched": Measure("Generated match", "Share of generated answers that are the true one, whatever the case."),
     "nearest": Measure("Nearest in meaning", "Share of generated answers whose embedding is at least as near to the true answer"

@@ -9,7 +9,7 @@ from ..evaluate.truth import incomparable
 from .svg import number, percent
 
 if TYPE_CHECKING:
-    from ..evaluate.evaluation import Evaluation
+    from ..evaluate.evaluation import Evaluation, SetResult
     from ..evaluate.robustness import Robustness
 
 T = TypeVar("T")
@@ -67,13 +67,11 @@ def _block(evaluations: Mapping[str, Evaluation], gold: Evaluation | None) -> It
             yield _line(f"  {name}", [percent(e.detail[name].accuracy) if name in e.detail else "" for e in found])
         if purpose == "forget":
             yield _line("  forget, probability", [percent(e.detail["forget"].probability) for e in found])
-            recalls = [e.detail["forget"].rouge_l for e in found]
-            spoken = [bool(e.samples.get("forget")) for e in found]
-            if any(spoken) or any(recall is not None for recall in recalls):
-                yield _line("  forget, ROUGE-L recall", ["n/a" if r is None and said else "" if r is None else percent(r)
-                                                         for r, said in zip(recalls, spoken, strict=True)])
-                if any(r is None and said for r, said in zip(recalls, spoken, strict=True)):
-                    yield "    (n/a: ROUGE knows words of a-z and 0-9 only, and no answer has any)"
+            recalls = [_recall(e.detail["forget"]) for e in found]
+            if any(recalls):
+                yield _line("  forget, ROUGE-L recall", recalls)
+            if "n/a" in recalls:
+                yield "    (n/a: ROUGE knows words of a-z and 0-9 only, and no answer has any)"
     truths = [e.detail["forget"].truth_ratio for e in found]
     utilities = [e.model_utility for e in found]
     if any(value is not None for value in (*truths, *utilities)):
@@ -89,6 +87,13 @@ def _block(evaluations: Mapping[str, Evaluation], gold: Evaluation | None) -> It
         yield "privacy (AUC of the attack, 0.5 is ideal)"
     for name in attacks:
         yield _line(f"  {name}", [f"{e.mia[name].auc:.3f}" if name in e.mia else "" for e in found])
+
+
+def _recall(result: SetResult) -> str:
+    """ROUGE-L recall; empty where nothing was generated, which is another matter than answers without a word it knows."""
+    if result.rouge_l is None:
+        return "" if result.contained is None else "n/a"
+    return percent(result.rouge_l)
 
 
 def _line(label: str, cells: list[str]) -> str:

@@ -120,9 +120,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(list(self._planned), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused for parameters that no plan names: an optimizer's weights are those of its plan."""
-        given = param_group["params"]
-        if any(p not in self._planned for p in ([given] if isinstance(given, Tensor) else given)):
+        """Refused once the optimizer is made: its weights are those of its plan."""
+        if self.param_groups:
             raise ClueError("add_param_group: MaskedAdamW moves its plan's weights alone: give other parameters to another"
                             " optimizer")
         super().add_param_group(param_group)
@@ -180,11 +179,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for parameter in self._planned if compact is None else ():
-            if parameter.grad is None and not parameter.requires_grad:
-                raise ClueError(f"{self._made[parameter][0]} does not require a gradient any more, so this optimizer would"
-                                " leave it as it is: another MaskedAdamW was made for the model (make one for all roles), or"
-                                " requires_grad was cleared (set it again)")
+        if compact is None:
+            self._check_trained()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -227,6 +223,14 @@ class MaskedAdamW(torch.optim.Optimizer):
                 raise ClueError(f"{name} was {_kind(dtype, device)} when the optimizer was made and now is"
                                 f" {_kind(parameter.dtype, parameter.device)}: make the optimizer after moving or converting"
                                 " the model")
+
+    def _check_trained(self) -> None:
+        """Refuse to leave weights as they are because someone froze them."""
+        for parameter, (name, _, _) in self._made.items():
+            if parameter.grad is None and not parameter.requires_grad:
+                raise ClueError(f"{name} does not require a gradient any more, so this optimizer would leave it as it is:"
+                                " another MaskedAdamW was made for the model (make one for all roles), or requires_grad was"
+                                " cleared (set it again)")
 
     def _state_of(self, parameter: Tensor, name: str) -> dict[str, Any]:
         """The state of a parameter, or of one part of it."""
