@@ -150,7 +150,9 @@ def test_the_digest_is_of_contents_in_order() -> None:
     a = read([("p", "a"), ("q", "b")])
     assert a.sha256 == read([("p", "a"), ("q", "b")], "other name").sha256
     others = [[("q", "b"), ("p", "a")], [("p", "a")], [("p", "a"), ("q", "c")],
-              [("p", "a"), {"prompt": "q", "answer": "b", "corrupted": "x"}]]
+              *([("p", "a"), {"prompt": "q", "answer": "b", **field}] for field in (
+                  {"corrupted": "x"}, {"subject": "q"}, {"group": "q"}, {"paraphrased_answer": "x"},
+                  {"perturbed_answer": ["x"]}))]
     assert a.sha256 not in {read(other).sha256 for other in others}
 
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
-
 import pytest
 
 from clue.config import EvaluateSettings, RobustnessSettings
-from clue.data.records import RecordSet
-from clue.data.world import ATTRIBUTES, build_world, cached_models
+from clue.data.world import build_world, cached_models, with_wrong_answers
 from clue.evaluate import EvaluationSets, evaluate, stress
 
 
 @pytest.mark.slow
 def test_a_model_that_was_taught_and_one_that_never_was_are_told_apart_by_every_measure():
     world = build_world(n_people=12, n_forget=3)
-
-    def with_wrong(records):
-        rng = random.Random(0)
-        return RecordSet(records.name, tuple(replace(r, wrong=tuple(rng.sample([
-            v for v in ATTRIBUTES[r.group.partition(":")[0]] if v != r.answer], 5))) for r in records))
-
     base, gold = cached_models(world, size="small")
-    sets = EvaluationSets(with_wrong(world.forget), with_wrong(world.retain_unseen), with_wrong(world.forget_paraphrase),
+    sets = EvaluationSets(world.forget, with_wrong_answers(world.retain_unseen, 0), world.forget_paraphrase,
                           holdout=world.holdout, utility=("retain",))
     settings = EvaluateSettings(max_new_tokens=8, bootstrap=0, attacks="loss,zlib,min_k,min_k++,gradnorm")
     taught, never = (evaluate(m, world.tokenizer, sets, settings, reference=gold) for m in (base, gold))

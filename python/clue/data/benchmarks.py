@@ -17,7 +17,6 @@ extra ``datasets``). The embedded world needs no data, and ``custom`` is a folde
 from __future__ import annotations
 
 import csv
-import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -321,23 +320,14 @@ def _rwku(part: str, data: str | Path | None, seed: int) -> Benchmark:
 
 
 def _world(part: str, data: str | Path | None, seed: int) -> Benchmark:
-    from .world import ATTRIBUTES, build_world
+    from .world import build_world, with_wrong_answers
 
     world = build_world(part or "easy", seed)
-
-    def alternatives(records: RecordSet) -> RecordSet:
-        """With five other values of the attribute asked for as wrong answers."""
-        made = []
-        for record in records:
-            others = [v for v in ATTRIBUTES[str(record.group).partition(":")[0]] if v != record.answer]
-            wrong = random.Random(f"{seed}/{record.prompt}").sample(others, 5)
-            made.append(replace(record, wrong=tuple(wrong)))
-        return RecordSet(records.name, tuple(made))
-
     return Benchmark(
-        "", forget=alternatives(world.forget), forget_paraphrase=alternatives(world.forget_paraphrase),
-        retain={s.name: alternatives(s) for s in (world.retain_unseen, world.retain_paraphrase)}, skills=world.skills,
-        holdout=world.holdout, shown={"forget": world.forget, "retain": world.retain, **world.skills_train})
+        "", forget=world.forget, forget_paraphrase=world.forget_paraphrase,
+        retain={s.name: with_wrong_answers(s, seed) for s in (world.retain_unseen, world.retain_paraphrase)},
+        skills=world.skills, holdout=world.holdout,
+        shown={"forget": world.forget, "retain": world.retain, **world.skills_train})
 
 
 def _custom(part: str, data: str | Path | None, seed: int) -> Benchmark:

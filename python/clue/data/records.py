@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,8 @@ class RecordSet:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the contents (prompt, answer, corrupted prompt of every record, in order, and the other answers where
-        there are any), not of the file."""
-        rows = [(r.prompt, r.answer, r.corrupted, *((r.paraphrased, r.wrong) if r.paraphrased or r.wrong else ()))
-                for r in self.records]
+        """SHA-256 of the contents, not of the file: every field of every record, in order, but for where it came from."""
+        rows = [astuple(replace(r, source="")) for r in self.records]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
     def __len__(self) -> int:

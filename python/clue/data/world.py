@@ -7,6 +7,8 @@ People have a first and a last name (two tokens each, so any two people make a c
 town and job (two-word answers), pet, instrument, colour and dish (one word), 16 values each. Every attribute is asked
 in three phrasings that are trained and a fourth that is held out; it is made of the words of the other three.
 
+Facts to be forgotten come with five wrong answers each, other values of the attribute, for truth ratios.
+
 - ``easy``: every name is unique; all facts of the forget people are to be forgotten.
 - ``hard``: every first and every last name is shared by several people, so that only the combination tells who is
   meant, and only half of a forget person's attributes are to be forgotten; the other half is retained. Towns, phrasings
@@ -88,6 +90,7 @@ _IOI_NAMES = _words("mary john anna paul lucy mark emma jack rosa carl nina hugo
 _IOI_PLACES = _words("park school shop station library garden market museum")
 _IOI_THINGS = _words("book lamp ball kite letter basket ring drink")
 _CORPUS_SIZE, _TRAIN_SIZE = 3000, 96
+_WRONG = 5  # wrong answers of a fact, as many as TOFU gives
 
 _CONTEXT = 64  # tokens a model can take; the longest sequence has fewer than 20
 _BATCH, _LR, _WARMUP = 64, 3e-3, 20
@@ -170,10 +173,20 @@ def build_world(setting: str = "easy", seed: int = 0, *, n_people: int = 40, n_f
         corpus[skill], train[skill], evaluation[skill] = _skill(skill, make, size, random.Random(f"{skill}/{seed}"))
     return World(
         setting=setting, seed=seed, tokenizer=_tokenizer(),
-        forget=ask("forget", forgotten, (0, 1, 2)), forget_paraphrase=ask("forget_paraphrase", forgotten, (3,)),
+        forget=with_wrong_answers(ask("forget", forgotten, (0, 1, 2)), seed),
+        forget_paraphrase=with_wrong_answers(ask("forget_paraphrase", forgotten, (3,)), seed),
         retain=ask("retain", kept + seen, (0, 1, 2)), retain_unseen=ask("retain_unseen", unseen, (0, 1, 2)),
         retain_paraphrase=ask("retain_paraphrase", unseen, (3,)), holdout=ask("holdout", strangers, (0, 1, 2)),
         skills_train=train, skills=evaluation, skills_corpus=corpus)
+
+
+def with_wrong_answers(records: RecordSet, seed: int) -> RecordSet:
+    """The same facts, each with five other values of its attribute as wrong answers."""
+    made = []
+    for record in records:
+        others = [v for v in ATTRIBUTES[str(record.group).partition(":")[0]] if v != record.answer]
+        made.append(replace(record, wrong=tuple(random.Random(f"{seed}/{record.prompt}").sample(others, _WRONG))))
+    return RecordSet(records.name, tuple(made))
 
 
 def _names(setting: str, n_people: int, n_all: int, rng: random.Random) -> list[str]:
