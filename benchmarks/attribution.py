@@ -4,7 +4,7 @@
   same batches by the same model (activation gradients only, logits at answer positions only). The model has the shape of
   SmolLM2-135M and random weights, which take the same time. Expected from operations alone: 1.26 times the passes, for
   prompts that differ from their first token on; the part of a prompt that both share (a template) costs nothing extra.
-- Scaling: seconds beyond the passes over four numbers of tokens and over four depths.
+- Scaling: seconds over four numbers of tokens, and seconds beyond the passes over four depths.
 - Memory: see ``memory.py``; the neuron kernel against torch and against reading its inputs: see ``neuron_kernel.py``.
 
 CPU time, one process, one thread, interleaved, medians after a warm-up.
@@ -90,24 +90,26 @@ def time_of_scores(found: Claims, layers: int, repeats: int) -> None:
 
 
 def scaling(found: Claims, repeats: int) -> None:
-    """Seconds beyond the passes, against tokens at 6 layers, and against edges at 256 tokens."""
-    def beyond(layers: int, pairs: Pairs) -> float:
+    """Seconds of a whole attribution against tokens, at 6 layers; and of what it adds to the passes against edges, at 256
+    tokens: the passes grow with the layers, edges with their square. (What it adds to the passes of a few layers is too
+    little beside them to be told from their spread, so tokens are read in the whole.)"""
+    def seconds(layers: int, pairs: Pairs) -> dict[str, float]:
         model = smollm2_shape(layers)
         settings = LocalizeSettings(batch_size=8, stream="never")
-        both = medians(repeats, passes=partial(passes, model, pairs), whole=partial(attribute, anatomy(model), pairs, settings))
-        return both["whole"] - both["passes"]
+        return medians(repeats, passes=partial(passes, model, pairs), whole=partial(attribute, anatomy(model), pairs, settings))
 
-    def table(title: str, sizes: list[int], seconds: list[float], unit: str) -> None:
+    def table(claim: str, sizes: list[int], seconds: list[float], unit: str) -> None:
         slope = float(np.polyfit(np.log(sizes), np.log(np.maximum(seconds, 1e-9)), 1)[0])
         rows = ", ".join(f"{size}: {second:.3f} s" for size, second in zip(sizes, seconds, strict=True))
-        found.add(f"time beyond the passes grows with {title} to the power of", slope, f"({unit})", rows, "at most 1.1",
-                  slope <= 1.1)
+        found.add(f"{claim} to the power of", slope, f"({unit})", rows, "at most 1.1", slope <= 1.1)
 
     tokens = [128, 256, 512, 1024]
-    table("tokens", tokens, [beyond(6, make_pairs(count // 32, 16, 16)) for count in tokens], "6 layers")
+    table("time grows with tokens", tokens, [seconds(6, make_pairs(count // 32, 16, 16))["whole"] for count in tokens],
+          "6 layers")
     depths = [4, 8, 16, 30]
     edges = [int(graph_of(anatomy(smollm2_shape(depth))).residual_edges.sum()) for depth in depths]
-    table("edges", edges, [beyond(depth, make_pairs(8, 16, 16)) for depth in depths], "256 tokens")
+    both = [seconds(depth, make_pairs(8, 16, 16)) for depth in depths]
+    table("time beyond the passes grows with edges", edges, [each["whole"] - each["passes"] for each in both], "256 tokens")
 
 
 def main() -> int:
