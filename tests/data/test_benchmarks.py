@@ -104,6 +104,8 @@ def test_muse(tmp_path):
     write(tmp_path / "raw" / "forget.json", texts[5:6])
     write(tmp_path / "raw" / "retain.json", texts[6:])
     assert {name: len(s) for name, s in load("muse:books", tmp_path).shown.items()} == {"forget": 1, "retain": 2}
+    write(tmp_path / "raw" / "retain1.json", texts[7:])  # as published
+    assert {name: len(s) for name, s in load("muse:books", tmp_path).shown.items()} == {"forget": 1, "retain": 1}
 
 
 def test_multiple_choice(tmp_path):
@@ -130,6 +132,34 @@ def test_multiple_choice(tmp_path):
     (folder / "anatomy_test.csv").write_text("What?,a,b,c,d,maybe\n")
     with pytest.raises(RecordError, match=r"anatomy_test.csv:1: the answer 'maybe' is neither"):
         load("mmlu", tmp_path)
+    write(tmp_path / "wmdp" / "wmdp-bio.json", [{"question": "Which?", "choices": "wx", "answer": 1}])
+    with pytest.raises(RecordError, match=r"wmdp-bio.json:1: choices must be a list, got str"):
+        load("wmdp", tmp_path)
+
+
+def test_mmlu_tables(tmp_path):
+    file = tmp_path / "test" / "law_test.csv"
+    file.parent.mkdir()
+    file.write_text(f'\n"What,\nthen?",{"a" * 140_000},b,c,d,B\n\n')
+    asked, = load("mmlu", tmp_path).skills["mmlu_law"]
+    assert (asked.answer, asked.source) == ("B", f"{file}:2")
+    for content, message in ((b"q,a,b,c,d,A\nq,caf\xe9,b,c,d,A\n", "2: is not UTF-8"),
+                             (b'\n"q,a,b,c,d,B\n', "2: not valid CSV"),
+                             (b"\nq, again,a,b,c,d,B\n", "2: expected question, .* got 7 fields; quote fields")):
+        file.write_bytes(content)
+        with pytest.raises(RecordError, match=f"law_test.csv:{message}"):
+            load("mmlu", tmp_path)
+
+
+def test_bbh_tables(tmp_path):
+    rows = [{"input": "not true is", "target": "false"}]
+    write(tmp_path / "hub" / "navigate" / "test-00000-of-00001.parquet", rows)
+    (tmp_path / "navigate.json").write_text(json.dumps({"canary": "x", "examples": rows}, indent=2))
+    for folder in (tmp_path, tmp_path / "hub"):
+        asked, = load("bbh", folder).skills["bbh_navigate"]
+        assert (asked.prompt, asked.answer) == ("not true is", "false")
+    with pytest.raises(RecordError, match="bbh: name the tasks"):
+        load("bbh", tmp_path / "hub" / "navigate")
 
 
 def test_rwku_of_one_subject(tmp_path):
@@ -192,6 +222,9 @@ def test_a_folder_of_ones_own(tmp_path):
         load("custom", tmp_path.parent / tmp_path.name / "..")
     with pytest.raises(RecordError, match="give the folder"):
         load("custom")
+    write(tmp_path / "forget.json", questions("other", 2))
+    with pytest.raises(RecordError, match=r"forget\.jsonl: forget\.json beside it has the same name; keep one"):
+        load("custom", tmp_path)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not beside the repository")

@@ -83,12 +83,19 @@ GOOD = '{"question": "q", "answer": "a"}'
     ("e.csv", "question,answer\n", r"e\.csv: holds no records"),
     ("b.jsonl", f"{GOOD}\n\n{{broken\n", r"b\.jsonl:3: not valid JSON"),
     ("n.jsonl", f"{GOOD}\n3\n", r"n\.jsonl:2: a record must be an object .* got int"),
+    ("l.jsonl", f"[{GOOD}]", r"l\.jsonl:1: .* got list; write \{.*\}, and an array of them in a \.json file"),
+    ("d.jsonl", f'{GOOD}\n{{"answer": {"1" * 5000}}}', r"d\.jsonl:2: not valid JSON \(Exceeds the limit"),
+    ("d.json", f'[{GOOD},\n{{"answer": {"1" * 5000}}}]', r"d\.json:2: not valid JSON \(Exceeds the limit"),
+    ("k.json", '\n{\n"data": []\n}', r"k\.json:2: no prompt; .* found data"),
+    ("k2.json", '{\n"question": "q",\n', r"k2\.json:1: not valid JSON"),
     ("m.jsonl", f'{GOOD}\n{{"question": "q"}}', r"m\.jsonl:2: no answer; expected one of"),
     ("m.json", f'[{GOOD},\n{GOOD},\n{{"answer": "a"}}]', r"m\.json:3: no prompt; .* found answer"),
     ("t.jsonl", '{"question": "q", "answer": 4}', r"t\.jsonl:1: answer must be a string, got int"),
     ("u.jsonl", '{"question": null, "answer": "a"}', r"u\.jsonl:1: no prompt; .* found answer"),
     ("v.jsonl", '{"question": "q", "answer": null}', r"v\.jsonl:1: no answer; expected one of"),
     ("h.jsonl", '{"question": "q", "answer": "\\ud800x"}', r"h\.jsonl:1: answer holds half of a surrogate pair"),
+    ("y.jsonl", '{"question": "q", "answer": "a", "wrong_answers": ["b", "\\ud800"]}',
+     r"y\.jsonl:1: wrong_answers holds half of a surrogate pair"),
     ("s.jsonl", '{"question": " ", "answer": "a"}', r"s\.jsonl:1: question is empty"),
     ("j.jsonl", '{"question": "q", "answer": "a", "subject": "x"}', r"j\.jsonl:1: the subject 'x' does not occur"),
     ("a.json", f"[{GOOD}\n{GOOD}]", r"a\.json:2: not valid JSON \(expected ','"),
@@ -98,12 +105,28 @@ GOOD = '{"question": "q", "answer": "a"}'
     ("h.csv", "a,b\n1,2\n", r"h\.csv:2: no prompt; .* found a, b"),
     ("w.csv", "question,answer\nq,a\nq,a,too many\n", r"w\.csv:3: more fields than the header"),
     ("f.csv", "question,answer\nq\n", r"f\.csv:2: no answer"),
+    ("e2.csv", "\n\n", r"e2\.csv: the file is empty"),
+    ("g.csv", "question,answer\nq,a\n\n\nq2\n", r"g\.csv:5: no answer"),
+    ("g2.csv", "\n\nquestion,answer\nq,a\nq,a,too many\n", r"g2\.csv:5: more fields"),
+    ("c.csv", "Question,Answer\nq,a\n", r"c\.csv:2: no prompt; .* found Question, Answer; .* in small letters"),
+    ("c2.csv", "question, answer\nq, a\n", r"c2\.csv:2: no answer; .* found question,  answer; .* without blanks"),
+    ("c3.csv", "question;answer\nq;a\n", r"c3\.csv:1: the header 'question;answer' is one field; separate fields with commas"),
+    ("c4.csv", "question\tanswer\nq\ta\n", r"c4\.csv:1: the header .* is one field"),
     ("q.csv", 'question,answer\n"two\nlines",a\n"open,a\n', r"q\.csv:4: not valid CSV"),
     ("x.txt", "q", r"x\.txt: unknown kind of file '\.txt'; known are"),
 ])
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         read(write(tmp_path / name, content))
+
+
+def test_one_object_over_several_lines_and_a_field_of_any_length(tmp_path: Path) -> None:
+    assert contents(read(write(tmp_path / "one.json", json.dumps(ROWS[0], indent=2)))) == EXPECTED[:1]
+    before = csv.field_size_limit(1000)
+    try:
+        assert contents(read(write(tmp_path / "long.csv", f"question,answer\n\nq,{'a' * 2000}\n"))) == [("q", "a" * 2000)]
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_optional_fields_may_be_left_empty(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ extra ``datasets``). The embedded world needs no data, and ``custom`` is a folde
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OverlapError, RecordError
-from .records import SUFFIXES, Record, RecordSet, make_record, overlap, read, read_rows
+from .records import SUFFIXES, Record, RecordSet, csv_rows, make_record, overlap, read, read_rows
 
 
 @dataclass(frozen=True)
@@ -185,10 +184,13 @@ def _choices(name: str, rows: Iterator[tuple[Mapping[str, Any], str]] | Sequence
     records = []
     for row, where in rows:
         try:
-            question, options, answer = str(row["question"]), list(row["choices"]), row["answer"]
+            question, options, answer = str(row["question"]), row["choices"], row["answer"]
         except (KeyError, TypeError):
             raise RecordError(f"{where}: a multiple choice question needs question, choices and answer; found"
                               f" {', '.join(map(str, row))}") from None
+        if not isinstance(options, (list, tuple)):
+            raise RecordError(f"{where}: choices must be a list, got {type(options).__name__}; write the options as"
+                              ' ["this", "that"]')
         records.append(choice_record(question, options, _index(answer, where), where))
     if not records:
         raise RecordError(f"{name}: there is no question; check the part of the benchmark that was asked for")
@@ -231,14 +233,17 @@ def _muse(part: str, data: str | Path | None, seed: int) -> Benchmark:
     if part not in ("news", "books"):
         raise RecordError(f"muse:{part}: the parts of MUSE are news and books")
     tables = _Tables(f"muse-{part}", data, f"muse-bench/MUSE-{part.capitalize()}")
-    shown = {name: _set(name, rows) for name in ("forget", "retain") if (rows := tables.optional("raw", name))}
+    # The published data splits what may stay in two and trains on the first, as open-unlearning does.
+    shown = {"forget": tables.optional("raw", "forget"),
+             "retain": tables.optional("raw", "retain1") or tables.optional("raw", "retain")}
     holdout = tables.optional("privleak", "holdout")
     return Benchmark(
         "", forget=_set("forget", tables.rows("knowmem", "forget_qa")),
         forget_extra={"verbatim": _set("verbatim", tables.rows("verbmem", "forget"), prompt="prompt", answer="gt")},
         retain={"retain": _set("retain", tables.rows("knowmem", "retain_qa"))},
         members=_set("members", tables.rows("privleak", "forget")) if holdout else None,
-        holdout=_set("holdout", holdout) if holdout else None, shown=shown if len(shown) == 2 else {})
+        holdout=_set("holdout", holdout) if holdout else None,
+        shown={name: _set(name, rows) for name, rows in shown.items()} if all(shown.values()) else {})
 
 
 def _wmdp(part: str, data: str | Path | None, seed: int) -> Benchmark:
@@ -273,22 +278,19 @@ def _mmlu(part: str, data: str | Path | None, seed: int) -> Benchmark:
 
 def _mmlu_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     """MMLU as first published, without a header: question, four options, the answer's letter; a header is skipped."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        line = 1
-        for row in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
-            if len(row) != 6:
-                raise RecordError(f"{where}: expected question, four options and the answer, got {len(row)} fields")
-            if row[0] != "question":
-                yield {"question": row[0], "choices": row[1:5], "answer": row[5]}, where
+    for row, where in csv_rows(path):
+        if len(row) != 6:
+            raise RecordError(f"{where}: expected question, four options and the answer, got {len(row)} fields; quote fields"
+                              " that hold commas")
+        if row[0] != "question":
+            yield {"question": row[0], "choices": row[1:5], "answer": row[5]}, where
 
 
 def _bbh(part: str, data: str | Path | None, seed: int) -> Benchmark:
     tables = _Tables("bbh", data, "lukaemon/bbh")
     tasks = [name for name in part.split(",") if name]
     if not tasks and tables.folder is not None:
-        tasks = sorted(f.stem for f in tables.folder.glob("*.json"))
+        tasks = sorted({f.stem for f in tables.folder.glob("*.json")} or {f.parent.name for f in tables.folder.glob("*/test*")})
     if not tasks:
         raise RecordError("bbh: name the tasks, as bbh:navigate,web_of_lies, or give the folder that holds them")
     return Benchmark("", skills={f"bbh_{task}": _set(f"bbh_{task}", tables.rows(task, "test"), question="input",
@@ -333,10 +335,14 @@ def _world(part: str, data: str | Path | None, seed: int) -> Benchmark:
 def _custom(part: str, data: str | Path | None, seed: int) -> Benchmark:
     if data is None or not Path(data).is_dir():
         raise RecordError("custom: give the folder with forget.jsonl, retain.jsonl and the like")
-    files = {f.stem: f for f in sorted(Path(data).iterdir()) if f.suffix.lower() in SUFFIXES}
-    sets = {name: read(file, name) for name, file in files.items()
-            if name in ("forget", "forget_paraphrase", "retain", "members", "holdout")
-            or name.startswith(("forget_", "retain_", "skill_"))}
+    files: dict[str, Path] = {}
+    for file in sorted(Path(data).iterdir()):
+        if file.suffix.lower() in SUFFIXES and (file.stem in ("forget", "retain", "members", "holdout")
+                                                or file.stem.startswith(("forget_", "retain_", "skill_"))):
+            if file.stem in files:
+                raise RecordError(f"{file}: {files[file.stem].name} beside it has the same name; keep one of the two")
+            files[file.stem] = file
+    sets = {name: read(file, name) for name, file in files.items()}
     if not sets:
         raise RecordError(f"{data}: holds no file that is named for its purpose, as forget.jsonl or skill_sums.csv")
     single = {name: sets.pop(name) for name in ("forget", "forget_paraphrase", "members", "holdout") if name in sets}

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +80,7 @@ Source = str | os.PathLike | Sequence[Mapping[str, Any] | Record | tuple[str, st
 def read(source: Source | RecordSet, name: str | None = None, *, limit: int = 0) -> RecordSet:
     """Read records; the first ``limit`` of them when ``limit`` is not 0.
 
-    ``source`` is a .jsonl, .json (an array, or JSON lines), .csv or .parquet file, a hub dataset
+    ``source`` is a .jsonl, .json (an array, one object, or JSON lines), .csv or .parquet file, a hub dataset
     ``owner/name[:config][@split]`` (split ``train`` unless given), or a Python sequence whose items are mappings,
     records, (prompt, answer) pairs, or strings (plain texts).
 
@@ -120,19 +121,38 @@ def read_rows(source: str | os.PathLike) -> Iterator[tuple[Any, str]]:
     return _open(source)[0]
 
 
+def csv_rows(path: Path) -> Iterator[tuple[list[str], str]]:
+    """The rows of a CSV file, its header's too but not the empty ones, each with the line that it starts on.
+
+    Raises:
+        RecordError: the file cannot be read, is not UTF-8 or not CSV.
+    """
+    text = _text(path)
+    # A field may be as long as the file. The limit is the process's, so it is only raised: another reader may rely on it.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                yield row, f"{path}:{line}"
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise RecordError(f"{path}:{line}: not valid CSV ({error}); repair this row") from None
+
+
 def make_record(value: object, where: str) -> Record:
     """A record from a mapping with the fields that :func:`read` knows; ``where`` is its source."""
     if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__}")
+        raise RecordError(f"{where}: a record must be an object with named fields, got {type(value).__name__};"
+                          ' write {"question": ..., "answer": ...}, and an array of them in a .json file')
     value = {name: text for name, text in value.items() if not _left_out(name, text)}
     corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
     prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
     if prompt_name is None and "text" in value:
         return Record("", _field(value, ("text",), where) or "", None, None, group, where)
     if prompt_name is None:
-        present = ", ".join(map(str, value)) or "none"
-        raise RecordError(f"{where}: no prompt; expected one of the fields {', '.join(PROMPT_FIELDS)} or text, found"
-                          f" {present}")
+        raise RecordError(f"{where}: no prompt; {_expected(value, PROMPT_FIELDS, ' or text')}")
     if "instruction" in value and prompt_name == "input":
         prompt = _field(value, ("instruction",), where) or ""
         if value["input"] != "":
@@ -141,11 +161,16 @@ def make_record(value: object, where: str) -> Record:
         prompt = _field(value, (prompt_name,), where) or ""
     answer = _field(value, ANSWER_FIELDS, where)
     if answer is None:
-        raise RecordError(f"{where}: no answer; expected one of the fields {', '.join(ANSWER_FIELDS)}")
+        raise RecordError(f"{where}: no answer; {_expected(value, ANSWER_FIELDS)}")
     if subject is not None and subject not in prompt:
         raise RecordError(f"{where}: the subject {subject!r} does not occur in the prompt; spell it as in the prompt")
     return Record(prompt, answer, corrupted, subject, group, where, _field(value, PARAPHRASED_FIELDS, where),
                   _wrong(value, where))
+
+
+def _expected(value: Mapping[str, Any], names: Sequence[str], more: str = "") -> str:
+    return (f"expected one of the fields {', '.join(names)}{more}, found {', '.join(map(str, value)) or 'none'}; add it, or"
+            " name it exactly so: in small letters, without blanks")
 
 
 def _left_out(name: object, value: object) -> bool:
@@ -231,13 +256,18 @@ def _open(source: str | os.PathLike) -> tuple[Iterator[Row], str]:
         raise RecordError(f"{path}: unknown kind of file {suffix!r}; known are {', '.join(SUFFIXES)}")
     if suffix == ".parquet":
         return _from_parquet(path), path.stem
+    if suffix == ".csv":
+        return _from_csv(path), path.stem
     text = _text(path)
     if not text.strip():
         raise RecordError(f"{path}: the file is empty; at least one record is needed")
-    if suffix == ".csv":
-        return _from_csv(path, text), path.stem
-    if suffix == ".json" and text.lstrip().startswith("["):
+    start = text.lstrip()
+    if suffix == ".json" and start.startswith("["):
         return _from_array(path, text), path.stem
+    if suffix == ".json" and start.startswith("{"):
+        line = 1 + text.count("\n", 0, -len(start))
+        with suppress(ValueError, RecursionError):  # JSON lines, or malformed: both are read line by line below
+            return iter([(json.loads(text), f"{path}:{line}")]), path.stem
     return _from_lines(path, text), path.stem
 
 
@@ -260,7 +290,7 @@ def _from_lines(path: Path, text: str) -> Iterator[Row]:
             where = f"{path}:{number}"
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a plain ValueError: a number of too many digits
                 raise RecordError(f"{where}: not valid JSON ({error}); put one JSON object on each line") from None
             yield value, where
 
@@ -289,7 +319,7 @@ def _from_array(path: Path, text: str) -> Iterator[Row]:
             where = f"{path}:{line}"
         try:
             value, position = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{where}: not valid JSON ({error}); repair this record") from None
         yield value, where
         line, first = line + text.count("\n", start, position), False
@@ -297,18 +327,17 @@ def _from_array(path: Path, text: str) -> Iterator[Row]:
         raise RecordError(f"{where}: text follows the end of the array; keep one JSON array in the file")
 
 
-def _from_csv(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    line = 2
-    try:
-        for row in reader:
-            where = f"{path}:{line}"
-            if None in row:
-                raise RecordError(f"{where}: more fields than the header has; quote fields that hold commas")
-            yield {key: value for key, value in row.items() if value is not None}, where
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise RecordError(f"{path}:{line}: not valid CSV ({error}); repair this row") from None
+def _from_csv(path: Path) -> Iterator[Row]:
+    rows = csv_rows(path)
+    header, where = next(rows, ([], ""))
+    if not header:
+        raise RecordError(f"{path}: the file is empty; at least one record is needed")
+    if len(header) == 1 and re.search("[;\t]", header[0]):
+        raise RecordError(f"{where}: the header {header[0]!r} is one field; separate fields with commas")
+    for row, where in rows:
+        if len(row) > len(header):
+            raise RecordError(f"{where}: more fields than the header has; quote fields that hold commas")
+        yield dict(zip(header, row, strict=False)), where
 
 
 def _from_parquet(path: Path) -> Iterator[Row]:
@@ -363,6 +392,8 @@ def _wrong(value: Mapping[str, Any], where: str) -> tuple[str, ...]:
     answers = [value[name]] if isinstance(value[name], str) else value[name]
     if not isinstance(answers, (list, tuple)) or not all(isinstance(a, str) and a.strip() for a in answers):
         raise RecordError(f"{where}: {name} must be a string or a list of strings, none of them empty")
+    for text in answers:
+        _check_whole(text, name, where)
     return tuple(answers)
 
 
@@ -375,9 +406,14 @@ def _field(value: Mapping[str, Any], names: Sequence[str], where: str) -> str | 
         raise RecordError(f"{where}: {name} must be a string, got {type(text).__name__}; put it in quotes")
     if not text.strip():
         raise RecordError(f"{where}: {name} is empty; fill it in or remove the record")
+    _check_whole(text, name, where)
+    return text
+
+
+def _check_whole(text: str, name: str, where: str) -> None:
+    """Tokenizers take no half characters."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RecordError(f"{where}: {name} holds half of a surrogate pair ({text[error.start]!r}), which is no character;"
                           " write the text again as UTF-8") from None
-    return text

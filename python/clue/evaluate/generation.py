@@ -109,15 +109,16 @@ def rouge_l_recall(references: Sequence[str], answers: Sequence[str]) -> npt.NDA
 
 def contains(references: Sequence[str], answers: Sequence[str]) -> npt.NDArray[np.bool_]:
     """bool [n]: the answer contains the reference, whatever the case and the length of blanks: WAGLE's accuracy on real
-    authors and world facts."""
-    return np.array([_plain(reference) in _plain(answer) for reference, answer in zip(references, answers, strict=True)],
-                    dtype=bool)
+    authors and world facts. A reference without text is in no answer."""
+    return np.array([bool(_plain(reference)) and _plain(reference) in _plain(answer)
+                     for reference, answer in zip(references, answers, strict=True)], dtype=bool)
 
 
 def equals(references: Sequence[str], answers: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """bool [n]: the answer is the reference, whatever the case and the length of blanks."""
-    return np.array([_plain(reference) == _plain(answer) for reference, answer in zip(references, answers, strict=True)],
-                    dtype=bool)
+    """bool [n]: the answer is the reference, whatever the case and the length of blanks. A reference without text is no
+    answer."""
+    return np.array([bool(_plain(reference)) and _plain(reference) == _plain(answer)
+                     for reference, answer in zip(references, answers, strict=True)], dtype=bool)
 
 
 def nearest(answers: Sequence[str], right: Sequence[str], wrong: Sequence[Sequence[str]],
