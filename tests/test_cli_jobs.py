@@ -169,7 +169,7 @@ def test_a_model_that_changed_meanwhile_is_refused(world: Path, localized: Path,
         assert "thrown away: NOT exact: 1 weights outside the plan changed, in model.norm.weight (1)" in failure(
             capsys, "unlearn", run)
     # Before: the plan is of other weights.
-    assert "not the model this run was localized on" in failure(capsys, "unlearn", run)
+    assert "the plan was made for another model: its weights, or their dtype" in failure(capsys, "unlearn", run)
     assert not (run / "model").exists()
 
 

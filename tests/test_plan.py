@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -10,10 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from clue.errors import PlanError
-from clue.plan import Plan, Slice, verify
+from clue.plan import Plan, Slice, Verification, verify
 from clue.types import Role
 
 SHAPES = {"up.weight": (6, 4), "down.weight": (4, 6), "up.bias": (6,)}
+
+
+class Model(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(4, width)
+        self.down = torch.nn.Linear(width, 4, bias=False)
 
 
 def index(*values: int) -> np.ndarray:
@@ -73,6 +81,10 @@ def test_round_trip_is_byte_identical(tmp_path, make):
     ((Slice("up.weight[:]", 0, Role.FORGET, index(3)), Slice("up.weight[1]", 0, Role.CONFLICT, index(3))), "names both"),
     ((Slice("up.weight[1][:]", 0, Role.FORGET, index(3)), Slice("up.weight[1]", 0, Role.CONFLICT, index(3))), "names both"),
     ((Slice("up.weight[:]", 0, Role.FORGET, index(24)),), "index 24 is outside"),
+    ((Slice("up.weight", 0, Role.FORGET, index(-1, 2)),), "index -1 is outside"),
+    ((Slice("up.weight", 0, Role.FORGET, index(1).astype(np.int32)),), "must be an int64 array, got int32"),
+    ((Slice("up.weight", 0, Role.FORGET, [1]),), "must be an int64 array, got list"),
+    ((Slice("up.weight", 0, 7, index(1)),), "only forget and conflict"),
 ])
 def test_malformed_plans_are_refused(slices, message):
     with pytest.raises(PlanError, match=message):
@@ -110,17 +122,13 @@ def test_files_that_say_what_cannot_be_are_refused(tmp_path, change):
 
 
 def test_a_plan_for_another_model_is_refused():
-    class Model(torch.nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.up = torch.nn.Linear(4, width)
-            self.down = torch.nn.Linear(width, 4, bias=False)
-
     make_plan().check(Model(6))
     with pytest.raises(PlanError, match=r"up\.weight of shape \(6, 4\), this model's is \(7, 4\)"):
         make_plan().check(Model(7))
     with pytest.raises(PlanError, match="does not have"):
         make_plan().check(torch.nn.Linear(2, 2))
+    with pytest.raises(PlanError, match=r"wrapped \(DataParallel\).*: give the model inside, model.module"):
+        make_plan().check(torch.nn.DataParallel(Model(6)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -150,6 +158,22 @@ def test_verify_sees_every_bit(tmp_path, dtype):
     assert not found.ok
     assert found.outside == (("norm.weight", 1), ("up.weight", 1))
     assert "NOT exact: 2 weights outside the plan changed" in str(found)
+
+
+def test_verify_takes_models_in_memory(tmp_path):
+    torch.manual_seed(0)
+    before, plan = Model(6), make_plan()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.up.weight[[0, 1, 3]] += 1
+    save_file(before.state_dict(), tmp_path / "model.safetensors")
+    for old in (before, tmp_path):
+        assert plan.verify(old, after) == verify(old, after, plan) == Verification(21, 12, ())
+    with torch.no_grad():
+        after.up.bias[2] += 1
+    assert plan.verify(before, after).outside == (("up.bias", 1),)
+    with pytest.raises(PlanError, match="the model before and the model after do not hold the same tensors"):
+        plan.verify(before, torch.nn.Linear(2, 2))
 
 
 def test_verify_sees_single_weights(tmp_path):

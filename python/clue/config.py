@@ -231,8 +231,8 @@ class Settings:
     seed: int = _option(0, "seed of every random choice")
     device: str = _option("auto", "where the model runs: auto (CUDA if there is one), cpu, cuda",
                           choices=("auto", "cpu", "cuda"))
-    dtype: str = _option("auto", "precision of the weights while they run: auto (as stored; float32 on a CPU), float32,"
-                         " bfloat16", choices=("auto", "float32", "bfloat16"))
+    dtype: str = _option("auto", "precision of the weights while they run: auto (as stored), float32, bfloat16",
+                         choices=("auto", "float32", "bfloat16"))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, in the order of the fields; the inverse of :meth:`from_dict`."""

@@ -21,7 +21,6 @@ from .errors import OverlapError, PlanError, RunError
 from .loading import check_model, load_model
 from .pipeline import Progress
 from .plan import Plan
-from .provenance import fingerprint
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
@@ -154,9 +153,6 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
                 if step.get(name) is not None))
 
     plan = Plan.load(run.folder)
-    if plan.provenance["model"]["fingerprint"] != fingerprint(network):
-        raise RunError(f"{inputs['model']} is not the model this run was localized on: its weights, or their dtype, have"
-                       " changed since; localize again into another folder with -o")
     checkpoint = run.path(".training")  # so that a killed job goes on at the step it came to
     if (checkpoint / CHECKPOINT).exists():
         progress(f"unlearn    goes on from {checkpoint / CHECKPOINT}")

@@ -12,14 +12,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .data.atomic import write_atomically
 from .errors import DeltaError, ModelError, PlanError
-from .saved_model import SavedModel
+from .saved_model import ModelInMemory, SavedModel
 from .types import NodeKind, Role
 from .weights import flat_name, is_flat, parameter_of, shape_of, weight_of
 
@@ -80,16 +80,20 @@ class Plan:
             raise PlanError(f"a plan needs one role per node, got {len(self.nodes)} nodes and {len(self.role)} roles")
         seen: dict[str, Slice] = {}
         for s in self.slices:
-            where = f"plan slice of {s.parameter} ({s.role.name.lower()})"
             if s.role not in _ROLES:
-                raise PlanError(f"{where}: only forget and conflict weights may move")
+                raise PlanError(f"plan slice of {s.parameter} ({s.role!r}): only forget and conflict weights may move")
+            where = f"plan slice of {s.parameter} ({Role(s.role).name.lower()})"
             shape = self.shapes.get(s.parameter)
             if shape is None or not 0 <= s.axis < len(shape):
                 raise PlanError(f"{where}: the plan does not say its shape, or axis {s.axis} is not one of it")
+            if not isinstance(s.index, np.ndarray) or s.index.dtype != np.int64:
+                kind = s.index.dtype if isinstance(s.index, np.ndarray) else type(s.index).__name__
+                raise PlanError(f"{where}: the index must be an int64 array, got {kind}: np.asarray(index, dtype=np.int64)")
             if s.index.ndim != 1 or len(s.index) == 0 or np.any(np.diff(s.index) <= 0):
                 raise PlanError(f"{where}: the index must be sorted, unique and not empty")
             if s.index[0] < 0 or s.index[-1] >= shape[s.axis]:
-                raise PlanError(f"{where}: index {int(s.index[-1])} is outside 0..{shape[s.axis] - 1}")
+                off = int(s.index[0] if s.index[0] < 0 else s.index[-1])
+                raise PlanError(f"{where}: index {off} is outside 0..{shape[s.axis] - 1}")
             other = seen.get(s.parameter)
             if other is not None and (other.axis != s.axis or other.role == s.role):
                 raise PlanError(f"{where}: one slice per role and one axis per parameter, found two")
@@ -128,6 +132,9 @@ class Plan:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self.parameters():
             shape = shape_of(parameters, name)
+            if shape is None and shape_of(parameters, f"module.{name}") is not None:
+                raise PlanError(f"the model is wrapped ({type(model).__name__}), which names every weight anew: give the model"
+                                " inside, model.module")
             if shape is None:
                 raise PlanError(f"the plan edits {name}, which this model does not have: it was made for another model")
             if shape != tuple(self.shapes[name]):
@@ -136,6 +143,10 @@ class Plan:
             if is_flat(name) and not parameters[parameter_of(name)].is_contiguous():
                 raise PlanError(f"the plan edits single weights of {weight_of(name)}, which does not lie in memory row by"
                                 " row: copy it with .contiguous() first")
+
+    def verify(self, before: Model, after: Model) -> Verification:
+        """:func:`verify` of two models against this plan."""
+        return verify(before, after, self)
 
     def mask(self, parameter: str, roles: Sequence[Role] = _ROLES) -> npt.NDArray[np.bool_]:
         """Boolean mask of the planned name's shape: true where a weight of one of these roles may change."""
@@ -260,15 +271,20 @@ class Verification:
         return f"NOT exact: {total} weights outside the plan changed, in {worst}{more}"
 
 
-def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: Plan) -> Verification:
-    """Compare two saved models (folders of safetensors files) bit by bit against a plan.
+#: A folder with a saved model, or a model in memory.
+Model: TypeAlias = "str | os.PathLike[str] | torch.nn.Module"
 
-    Tensors are compared as raw bytes, so NaNs, signed zeros and every dtype count as what they are.
+
+def verify(before: Model, after: Model, plan: Plan) -> Verification:
+    """Compare two models, saved ones (folders of safetensors files) or such in memory, bit by bit against a plan.
+
+    Tensors are compared as raw bytes, so NaNs, signed zeros and every dtype count as what they are. Of a model in memory they
+    are its parameters: give ``copy.deepcopy(model)`` from before as ``before``.
 
     Raises:
         PlanError: a folder holds no safetensors weights, or the two models do not have the same tensors.
     """
-    old, new = _open(before), _open(after)
+    (before, old), (after, new) = _open(before, "the model before"), _open(after, "the model after")
     if old.keys() != new.keys():
         differing = sorted(old.keys() ^ new.keys())
         raise PlanError(f"{before} and {after} do not hold the same tensors (for example {differing[0]}):"
@@ -300,8 +316,11 @@ def verify(before: str | os.PathLike[str], after: str | os.PathLike[str], plan: 
     return Verification(plan.weights_changed, changed, tuple(outside))
 
 
-def _open(folder: str | os.PathLike[str]) -> SavedModel:
+def _open(model: Model, name: str) -> tuple[str, SavedModel | ModelInMemory]:
+    """What errors call it, and its weights."""
+    if not isinstance(model, str | os.PathLike):
+        return name, ModelInMemory(model)
     try:
-        return SavedModel(folder)
+        return os.fspath(model), SavedModel(model)
     except DeltaError as error:
         raise PlanError(str(error)) from None

@@ -8,10 +8,12 @@ import copy
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clue.plan import Plan
+from clue.plan import Plan, Slice
+from clue.types import Role
 from clue.unlearn import MaskedAdamW, SparseGradients, curvature, metric, sharing
 from tests.families import tiny
 from tests.unlearn.conftest import FORGET as WORDS
@@ -26,6 +28,14 @@ def model_and_plan(family: str) -> tuple[Any, Plan]:
     sizes = {"vocab_size": 40, "max_position_embeddings": 64}
     model = tiny(family, torch.float32, **sizes)
     return model, random_plan(model, seed=1)
+
+
+def norm_plan(model: nn.Module) -> Plan:
+    """Of the last norm's weight, which belongs to the outermost module."""
+    shape = tuple(model.get_parameter("model.norm.weight").shape)
+    index = np.arange(shape[0], dtype=np.int64)
+    return Plan((), np.zeros(0, dtype=np.uint8), (Slice("model.norm.weight", 0, Role.CONFLICT, index),),
+                {"model.norm.weight": shape})
 
 
 def loss_of(model: nn.Module, rows: list[int]) -> Tensor:

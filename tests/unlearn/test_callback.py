@@ -81,3 +81,24 @@ def test_a_plan_for_another_model_is_refused(make_model: Any, mixed_plan: Any) -
     plan = mixed_plan(make_model())
     with pytest.raises(PlanError, match="made for another model"):
         PlanCallback(plan).on_train_begin(None, None, None, model=make_model(intermediate_size=64))
+    with pytest.raises(PlanError, match="plan is a NoneType: give a Plan"):
+        PlanCallback(None)  # type: ignore[arg-type]
+
+
+def test_clipping_counts_planned_weights_alone_whatever_optimizer(make_model: Any, mixed_plan: Any) -> None:
+    norms = []
+    for masked in (False, True):
+        model = make_model()
+        plan = mixed_plan(model)
+        optimizer = MaskedAdamW(model, plan) if masked else torch.optim.AdamW(model.parameters())
+        callback = PlanCallback(plan)
+        callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+        row = dataset()[0]["input_ids"][None]
+        model(input_ids=row, labels=row).loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)))
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert not parameter.grad[torch.from_numpy(~plan.mask(name))].any()
+        callback.release(model)
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert norms[0] == norms[1] > 0

@@ -54,6 +54,16 @@ PROGRAM = """
     again.load_state_dict(optimizer.state_dict())
     assert held(again) == held(optimizer)
 
+    # A forward pass without a backward one leaves the outermost module's weights gathered.
+    model = fresh(True)
+    outer = MaskedAdamW(model, norm_plan(model), lr=1e-2)
+    loss_of(model, rows).backward()
+    with torch.no_grad():
+        loss_of(model, rows)
+    outer.step()
+    changed = [name for name, weight in whole(model).items() if not torch.equal(weight, before[name])]
+    assert changed == ["model.norm.weight"], changed
+
     # Gradients of slices, added up; nothing else is ever computed.
     for sharded in (False, True):
         model = fresh(sharded)

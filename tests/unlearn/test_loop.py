@@ -19,6 +19,7 @@ from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, ModelError, OverlapError, PlanError, RecordError
 from clue.plan import Slice
+from clue.provenance import fingerprint
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
 from clue.unlearn.log import SERIES
@@ -416,6 +417,15 @@ def test_sources_are_those_of_localize(tmp_path: Path, make_model: Any, mixed_pl
         unlearn(model, tokenizer, sets["forget"], sets["retain"], "run", settings)
     with pytest.raises(ClueError, match="settings must be an object such as"):
         unlearn(model, tokenizer, sets["forget"], sets["retain"], mixed_plan(model), {"lr": 1e-3})
+    with pytest.raises(ClueError, match="retain_budget = 0.1 holds a retain loss, and the objective ga has none: leave"):
+        unlearn(model, tokenizer, sets["forget"], sets["retain"], mixed_plan(model),
+                replace(settings, objective="ga", retain_budget=0.1))
+    plan = replace(mixed_plan(model), provenance={"model": {"fingerprint": fingerprint(model)}})
+    for chosen in (settings, replace(settings, lr=0.0, trials=1)):  # the trials move the model, and put it back
+        unlearn(model, tokenizer, sets["forget"], sets["retain"], plan, chosen)
+        with pytest.raises(PlanError, match=r"made for another model: its weights.*trained further, say so: dataclasses"):
+            unlearn(model, tokenizer, sets["forget"], sets["retain"], plan, chosen)
+        plan = replace(plan, provenance={"model": {"fingerprint": fingerprint(model)}})
     with pytest.raises(PlanError, match="torch.compile, which names every weight anew"):
         unlearn(torch.compile(model, backend="eager"), tokenizer, sets["forget"], sets["retain"], mixed_plan(model), settings)
     with torch.no_grad():

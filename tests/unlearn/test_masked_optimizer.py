@@ -201,7 +201,21 @@ def test_state_of_another_plan_is_refused(make_model: Any, make_plan: Any) -> No
         second.load_state_dict(first.state_dict())
 
 
+def test_state_of_another_optimizer_and_copies_are_refused(make_model: Any, mixed_plan: Any) -> None:
+    model = make_model()
+    other = torch.optim.AdamW([p for n, p in model.named_parameters() if n in mixed_plan(model).parameters()])
+    gradients(model, 0)
+    other.step()
+    optimizer = MaskedAdamW(model, mixed_plan(model))
+    with pytest.raises(PlanError, match="the saved optimizer state is not one of MaskedAdamW: resume with the optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ClueError, match="a MaskedAdamW cannot be copied or pickled: keep its state_dict"):
+        copy.deepcopy(optimizer)
+
+
 def test_refusals(make_model: Any, make_plan: Any) -> None:
+    with pytest.raises(PlanError, match="plan is a NoneType: give a Plan"):
+        MaskedAdamW(make_model(), None)  # type: ignore[arg-type]
     tied = make_model(tie_word_embeddings=True)
     plan = make_plan(tied, {"model.embed_tokens.weight": (0, {Role.FORGET: [3]})})
     with pytest.raises(PlanError, match="model.embed_tokens.weight, which is tied to lm_head.weight"):

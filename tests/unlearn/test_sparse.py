@@ -188,6 +188,14 @@ def test_any_layer_and_any_slices(data: st.DataObject) -> None:
                         torch.testing.assert_close(part, reference, rtol=1e-6, atol=1e-6)
 
 
+def test_a_layer_takes_its_input_by_name_too() -> None:
+    model = tiny("llama/biased", torch.float32)
+    layer = model.get_submodule(UPPER.rstrip(".")).up_proj
+    x = torch.randn(2, layer.in_features)
+    with SparseGradients(model, small_plan(model, NEURONS), (Role.FORGET, Role.CONFLICT)):
+        assert torch.equal(layer(input=x), layer(x))
+
+
 def test_nothing_below_the_lowest_planned_layer_is_differentiated() -> None:
     model = tiny("llama/biased", torch.float32)
     seen: dict[str, bool] = {}

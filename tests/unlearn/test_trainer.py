@@ -194,6 +194,28 @@ def test_gradients_can_be_scaled(make_model: Any, mixed_plan: Any, bits: Any, mo
     moved(before, bits(model), plan)
 
 
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, lr=1e-3), lambda p: torch.optim.SGD(p, lr=1e-2)])
+def test_masters_are_no_state_of_a_slice_that_was_never_stepped(make: Any, make_model: Any, mixed_plan: Any) -> None:
+    """A step that a gradient scaler skips, or that does not reach a layer; what is saved then goes on as well."""
+    model = make_model(dtype=torch.bfloat16)
+    callback = PlanCallback(mixed_plan(model))
+    callback.on_init_end(None, None, None, model=model)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    callback.on_optimizer_step(None, None, None)  # nothing was stepped
+    saved = optimizer.state_dict()
+    assert all(set(state) == {"master"} for state in saved["state"].values()) and len(saved["state"]) > 0
+    again = make([p for p in model.parameters() if p.requires_grad])
+    again.load_state_dict(saved)
+    callback.release(model)
+    callback.on_train_begin(None, None, None, model=model, optimizer=again)
+    assert not again.state
+    row = rows()[0]["input_ids"][None]
+    model(input_ids=row, labels=row).loss.backward()
+    again.step()
+    callback.release(model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model(checkpointing: bool, tmp_path: Path) -> None:

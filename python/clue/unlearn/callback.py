@@ -6,8 +6,8 @@ DistributedDataParallel exchanges are those of planned slices, and layers withou
 
 An optimizer that was made before, of the model's parameters, may be used too. Parameters without a planned weight are
 frozen then; inside the planned ones the gradient of unplanned weights is zeroed as it is accumulated (so clipping counts
-planned weights only) and their bits are put back after every step, whatever weight decay or momentum did to them. With
-:class:`MaskedAdamW` nothing needs putting back:
+planned weights only) and their bits are put back after every step, whatever weight decay or momentum did to them.
+:class:`MaskedAdamW` leaves nothing to put back:
 ``Trainer(..., optimizers=(MaskedAdamW(model, plan, lr), None), callbacks=[PlanCallback(plan)])``.
 """
 
@@ -53,11 +53,12 @@ class PlanCallback(TrainerCallback):
     """
 
     def __init__(self, plan: Plan, roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> None:
+        if not isinstance(plan, Plan):
+            raise PlanError(f"plan is a {type(plan).__name__}: give a Plan, from clue.localize or Plan.load")
         self._plan = plan
         self._roles = tuple(roles)
         self._sparse: SparseGradients | None = None
         self._slices: SliceParameters | None = None
-        self._optimizer: Any = None
         self._checkpoints: list[tuple[nn.Module, Any]] = []
         self._handles: list[Any] = []
         #: parameter, its name or that of a part of it, axis, the unplanned indices along it, and their bits
@@ -101,21 +102,20 @@ class PlanCallback(TrainerCallback):
             self._release(model)
             self._sparse = self._slices = None
         planned = self._freeze(model)
-        if isinstance(inner, MaskedAdamW):
-            return
+        # What it leaves alone needs no keeping, but clipping counts the whole gradient.
+        keeps = not isinstance(inner, MaskedAdamW)
         for name, parameter in planned.items():
             slices = [s for s in self._plan.slices if s.parameter == name and s.role in self._roles]
-            self._keep(parameter, name, slices[0].axis, np.concatenate([s.index for s in slices]))
+            self._keep(parameter, name, slices[0].axis, np.concatenate([s.index for s in slices]), bits=keeps)
         for whole, parameter in {parameter_of(name): parameter for name, parameter in planned.items()}.items():
             members = {member_of(name) for name in planned if parameter_of(name) == whole}
             if None not in members:  # only parts of it are planned: the others stay
-                self._keep(parameter, whole, 0, np.array(sorted(m for m in members if m is not None)))
+                self._keep(parameter, whole, 0, np.array(sorted(m for m in members if m is not None)), bits=keeps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the slices, or put the unplanned weights back (the trainer calls this after each optimizer step)."""
         if self._slices is not None:
             self._slices.write()
-            self._slices.leave_masters(self._optimizer)
         with torch.no_grad():
             for parameter, name, axis, others, kept in self._kept:
                 view_of(parameter, name).index_copy_(axis, others, kept)
@@ -158,8 +158,8 @@ class PlanCallback(TrainerCallback):
     def _begin(self, model: nn.Module, optimizer: Any, *, checkpoints: bool) -> None:
         assert self._sparse is not None and self._slices is not None
         self._attach(model)  # after an earlier train() it was released
-        self._optimizer = optimizer
         self._slices.take_masters(optimizer)
+        self._handles.append(self._slices.send_masters(optimizer))
         self._slices.read()
         self._sparse.freeze_inputs()
         # Activations are computed again in the backward pass, as what their samples were in the forward pass.
@@ -193,14 +193,17 @@ class PlanCallback(TrainerCallback):
         finally:
             self._sparse.samples = before
 
-    def _keep(self, parameter: nn.Parameter, name: str, axis: int, moving: npt.NDArray[np.int64]) -> None:
-        """Remember everything along an axis but the indices that move, and keep its gradient at zero."""
+    def _keep(self, parameter: nn.Parameter, name: str, axis: int, moving: npt.NDArray[np.int64], *, bits: bool) -> None:
+        """Of everything along an axis but the indices that move, keep the gradient at zero, and remember the ``bits``."""
+        if is_sharded(parameter):
+            return
         weight = view_of(parameter.detach(), name)
         free = torch.ones(weight.shape[axis], dtype=torch.bool)
         free[torch.from_numpy(moving)] = False
         others = free.nonzero().squeeze(1).to(parameter.device)
         if len(others):
-            self._kept.append((parameter, name, axis, others, weight.index_select(axis, others)))
+            if bits:
+                self._kept.append((parameter, name, axis, others, weight.index_select(axis, others)))
             hook = _zeroing(name, axis, others)
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 

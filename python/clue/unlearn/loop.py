@@ -33,6 +33,7 @@ from ..model.anatomy import check_weights
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..processes import agreed
+from ..provenance import fingerprint
 from ..types import Role
 from .checkpoint import Checkpoint, identity
 from .log import SERIES, UnlearnLog
@@ -85,7 +86,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         every: steps between two checkpoints; 0 means one a minute, or less often where writing takes long.
 
     Raises:
-        PlanError: the plan names no weight, or does not fit the model.
+        PlanError: the plan names no weight, does not fit the model, or was made for other weights.
         OverlapError: a retain set shares records with the forget set.
         RecordError: a source cannot be read, the forget set is empty, or a retain set is needed and missing or empty, or a
             plain text is to be refused, or a record has no corrupted twin and the objective needs it.
@@ -105,7 +106,11 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
     objective = settings.objective if objective is None else objective
     name = objective if isinstance(objective, str) else ""
     objective = objective_of(objective)
+    if objective.retain is None and settings.retain_budget > 0:
+        raise ClueError(f"retain_budget = {settings.retain_budget:g} holds a retain loss, and the objective"
+                        f" {name or 'given'} has none: leave the budget out, or take graddiff or npo")
     planned = planned_parameters(model, plan, (Role.FORGET, Role.CONFLICT))
+    plan = made_for(model, plan)
     if checkpoint is not None and any(map(is_sharded, planned.values())):
         raise ClueError("checkpoint: the model is sharded, and no process holds all of what would be in it: train without, or"
                         " a model that every process holds whole")
@@ -147,6 +152,21 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         model.eval()
         log = training.run(stages)
         return replace(log, objective=name, tuning=None if tuning is None else tuning.to_json())
+
+
+def made_for(model: nn.Module, plan: Plan) -> Plan:
+    """The plan without its provenance, once it is known to be this model's, so that nothing downstream asks again: telling
+    costs a pass over all weights. A plan that does not say, and a sharded model, are taken as they are.
+
+    Raises:
+        PlanError: it was made for other weights.
+    """
+    expected = plan.provenance.get("model", {}).get("fingerprint")
+    if expected is not None and not any(map(is_sharded, model.parameters())) and fingerprint(model) != expected:
+        raise PlanError("the plan was made for another model: its weights, or their dtype, are not those of this one. Localize"
+                        " on this model (clue localize: into another folder, with -o); or, where it is the same one trained"
+                        " further, say so: dataclasses.replace(plan, provenance={})")
+    return replace(plan, provenance={})
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ClueError, PlanError
+from ..plan import Plan
 from ..types import Role
 from ..weights import parameter_of
 from .shards import Shard, add_up, reshard, shard_of
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 
 def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> dict[str, nn.Parameter]:
@@ -34,6 +32,8 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
             embeddings), where a planned slice would also change its other use.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan is a {type(plan).__name__}: give a Plan, from clue.localize or Plan.load")
     reshard(model)  # a name means the shard, not what a forward pass has gathered for a while
     plan.check(model)
     found: dict[str, nn.Parameter] = {}
@@ -126,6 +126,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                             " optimizer")
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would move the weights of this optimizer's model, or none."""
+        raise ClueError("a MaskedAdamW cannot be copied or pickled: keep its state_dict(), make another for the other model,"
+                        " and load it there")
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # states saved before there was a choice have neither
@@ -214,9 +219,15 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _check_model(self) -> None:
         """Refuse to move weights that the model no longer uses, or that became others since the optimizer met them."""
         model = self._model()
-        for parameter, (name, dtype, device) in self._made.items():
+
+        def moved(parameter: nn.Parameter, name: str) -> bool:
             path, _, own = name.rpartition(".")
-            if model is not None and getattr(model.get_submodule(path), own) is not parameter:
+            return model is not None and getattr(model.get_submodule(path), own) is not parameter
+
+        if model is not None and any(moved(parameter, name) for parameter, (name, _, _) in self._made.items()):
+            reshard(model)  # a forward pass may have gathered them
+        for parameter, (name, dtype, device) in self._made.items():
+            if moved(parameter, name):
                 raise ClueError(f"{name} is no longer the tensor that this optimizer was made with: make the optimizer after"
                                 " the model is moved, converted or sharded")
             if (parameter.dtype, parameter.device) != (dtype, device):
@@ -280,6 +291,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             found = saved.get(number, {})
             if "index" in found:  # of the parameter itself
                 found = {next(iter(parts)): found}
+            if not all(isinstance(part, dict) and "index" in part for part in found.values()):
+                raise PlanError("the saved optimizer state is not one of MaskedAdamW: resume with the optimizer that it was"
+                                " saved by")
             for name in found:
                 self._same(name, found[name]["index"], parts.get(name, found[name]["index"][:0]))
         super().load_state_dict(state_dict)

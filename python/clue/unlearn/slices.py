@@ -8,8 +8,11 @@ the weights are a rounding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..weights import view_of
 from .sparse import PlannedSlices, SparseGradients
@@ -46,19 +49,29 @@ class SliceParameters(nn.Module):
             if not torch.equal(parameter.to(now.dtype), now):
                 parameter.copy_(now)
 
-    @torch.no_grad()
-    def leave_masters(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the masters of half-precision weights travel in the optimizer's state: a model's checkpoint rounds them."""
-        for slices, parameter in self._planned:
-            if slices.parameter.dtype != slices.dtype:
-                optimizer.state[parameter]["master"] = parameter.detach()
+    def send_masters(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Let the masters of half-precision weights travel in the optimizer's ``state_dict``: a model's checkpoint rounds them.
+
+        In its state itself they would be taken for that of a parameter that was stepped before.
+        """
+        def add(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            order = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+            for slices, parameter in self._planned:
+                if slices.parameter.dtype != slices.dtype and id(parameter) in order:
+                    known = state["state"].get(order[id(parameter)], {})
+                    state["state"][order[id(parameter)]] = {**known, "master": parameter.detach()}
+
+        return optimizer.register_state_dict_post_hook(add)
 
     @torch.no_grad()
     def take_masters(self, optimizer: torch.optim.Optimizer) -> None:
-        """Go on from the masters of a loaded optimizer state."""
+        """Go on from the masters of a loaded optimizer state, and take them out of it."""
         for _, parameter in self._planned:
-            if "master" in optimizer.state.get(parameter, {}):
-                parameter.copy_(optimizer.state[parameter]["master"])
+            state = optimizer.state.get(parameter, {})
+            if "master" in state:
+                parameter.copy_(state.pop("master"))
+                if not state:
+                    del optimizer.state[parameter]
 
     def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
         """Nothing: the slices are in the model's weights."""

@@ -155,7 +155,8 @@ class _LinearLayer(Layer):
         setattr(self, kind, part)
         return part
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:  # type: ignore[override]
+        x = given[0] if given else next(iter(named.values()))  # nn.Linear calls it input, Conv1D x
         if _plain_pass(self.parts):
             return self.original(x)
         leaves = [leaf for part in self.parts for leaf in part.leaves]

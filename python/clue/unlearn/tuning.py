@@ -120,13 +120,14 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
         RunError: the notes are damaged.
         ClueError: as :func:`clue.unlearn`.
     """
-    from .loop import restored, unlearn
+    from .loop import made_for, restored, unlearn
 
     settings, data = settings or UnlearnSettings(), data or DataSettings()
     sets = read_sets(forget, retain, required=False)
     forget, retain = sets.pop("forget"), sets
     settings = replace(settings, objective=suited(settings.objective, forget, retain))
     objective = objective_of(settings.objective if objective is None else objective)
+    plan = made_for(model, plan)  # before the trials move it
     weights = ReferenceWeights(model, plan)
     start = weights.now()
     lr = settings.lr or agreed(_first_lr(start))
