@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,18 +75,33 @@ def test_localize_says_how_faithful_the_circuits_it_was_asked_for_are(world: Pat
         assert circuit.faithfulness is not None and circuit.faithfulness >= 0.5
 
 
+def test_commands_that_do_not_share_say_so(localized: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start this command without torchrun" in failure(capsys, "plan", "show", localized)
+
+
 @pytest.mark.slow
-def test_torchrun_starts_processes_that_share_unlearning(world: Path, localized: Path, tmp_path: Path) -> None:
-    """The model of two processes is that of one, to float tolerance; the first alone writes, reports and prints."""
+def test_torchrun_starts_processes_that_share_a_job(world: Path, localized: Path, tmp_path: Path) -> None:
+    """Plan and model of two processes are those of one, to float tolerance; the first alone writes, reports and prints."""
     from torch.distributed.run import __file__ as torchrun
     from transformers import AutoModelForCausalLM
 
+    def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([sys.executable, torchrun, "--nproc-per-node", "2", "--standalone", "-m", "clue", *arguments],
+                              capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return done
+
+    shared = tmp_path / "shared"
+    done = started("localize", *inputs(world, retain=f"people={world / 'retain.jsonl'}"), "-o", str(shared), *QUICK)
+    assert done.stderr.count("plan  ") == 1
+    alone, both = (Plan.load(run) for run in (localized, shared))
+    assert both.nodes == alone.nodes and np.array_equal(both.role, alone.role)
+
     one, two = (shutil.copytree(localized, tmp_path / name) for name in ("one", "two"))
     assert main(["unlearn", str(one), "--lr", "0.01"]) == 0
-    done = subprocess.run([sys.executable, torchrun, "--nproc-per-node", "2", "--standalone", "-m", "clue", "unlearn",
-                           str(two), "--lr", "0.01"], capture_output=True, text=True, timeout=280,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    done = started("unlearn", str(two), "--lr", "0.01")
     assert done.stdout.strip() == str(two / "model")
     assert done.stderr.count("verify     exact:") == 1
     assert Run.open(two).manifest["verification"].startswith("exact:")

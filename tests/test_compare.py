@@ -28,7 +28,8 @@ def test_rows_are_named_as_they_are_read() -> None:
     assert (Row.of("clue").metric, Row.of("sure").metric, Row.of("clue+metric").name) == (True, False, "clue")
     with pytest.raises(ClueError, match="localization 'wagel' is not one of clue, random"):
         Row.of("wagel")
-    for lrs, levels in (((), (1.0,)), ((0.0,), (1.0,)), ((1.0,), (1.5,)), ((1.0,), ())):
+    for lrs, levels in (((), (1.0,)), ((0.0,), (1.0,)), ((float("nan"),), (1.0,)), ((float("inf"),), (1.0,)),
+                        ((1.0,), (1.5,)), ((1.0,), ())):
         with pytest.raises(ClueError):
             Tuning(lrs, levels)
 
@@ -145,18 +146,24 @@ def test_robustness_is_that_of_the_model_where_training_ended(world: Path, tmp_p
 
 
 def test_forget_quality_is_against_gold_also_in_cells_made_later(world: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
-    wrong = {"wrong_answers": ["blue", "red"]}
-    (tmp_path / "forget.jsonl").write_text("".join(json.dumps({**row, **wrong}) + "\n" for row in rows))
     out = tmp_path / "run"
     for names in ("all", "all,random"):  # the second time gold is not measured again
         assert main([*command(world, out, "--localization", names, "--gold", str(world / "model"), "--ratio", "0.3"),
-                     f"--forget={tmp_path / 'forget.jsonl'}", "--steps", "3", "--lrs", "1e-3"]) == 0
+                     "--steps", "3", "--lrs", "1e-3"]) == 0
     reference = json.loads((out / "reference-files-0" / "reference.json").read_text())
     assert reference["before"]["forget_quality"] == reference["gold"]["forget_quality"] == 1.0  # gold is the model itself
     found = cells(out)
-    assert found.keys() == {"all-npo", "random-npo"}
+    assert found.keys() == {"all-npo-at-0.3", "random-npo-at-0.3"}
     assert all(0 <= point["measures"]["forget_quality"] <= 1 for cell in found.values() for point in cell["points"])
+    # Gold as the file of its evaluation, a reference model, and a row of which no plan can be made.
+    again = tmp_path / "again"
+    assert main([*command(world, again, "--localization", "memflex,all", "--gold", str(out / "reference-files-0" / "gold.json"),
+                          "--reference", str(world / "model"), "--ratio", "0.001"), "--steps", "3", "--lrs", "1e-3"]) == 0
+    other = cells(again)
+    assert other["memflex-npo-at-0.001"]["points"] == []
+    assert "memflex finds nothing that fits" in other["memflex-npo-at-0.001"]["failed"]["0.001"]
+    measures, mine = (kept["points"][0]["measures"] for kept in (found["all-npo-at-0.3"], other["all-npo-at-0.001"]))
+    assert mine["forget_quality"] == measures["forget_quality"] and "mia.reference.auc" in mine
 
 
 def test_a_cell_that_diverges_stays_in_the_table(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +174,9 @@ def test_a_cell_that_diverges_stays_in_the_table(world: Path, tmp_path: Path, ca
     cell, = cells(tmp_path / "run").values()
     assert cell["points"] == [] and "1e+30" in cell["failed"]
     assert "diverged" in (tmp_path / "run" / "compare.html").read_text()
+    # With a plan to match, random weights are others: both cells are kept.
+    assert main(command(world, tmp_path / "run", "--localization", "clue,random", *more[2:])) == 0
+    assert cells(tmp_path / "run").keys() == {"random-npo-at-0.2", "clue-npo", "random-npo"}
 
 
 @pytest.mark.parametrize(("options", "message"), [

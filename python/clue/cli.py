@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
+        if command not in (_localize, _unlearn) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ClueError("only localize and unlearn share their work between processes: start this command without torchrun")
         status = command(arguments)
         sys.stdout.flush()
         return status
@@ -94,10 +96,18 @@ def _localize(arguments: argparse.Namespace) -> int:
     settings, inputs = _settings(arguments), _inputs(arguments)
     _prepare(arguments, settings)
     from . import jobs
+    from .processes import everywhere, joined
+    from .run_directory import Run
 
-    with _new_run(arguments, settings, inputs, later=("unlearn", "evaluate", "robustness")) as run:
-        plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
-    print(plan_command.summary(plan))
+    with joined(settings.device) as first:
+        if first:
+            with _new_run(arguments, settings, inputs, later=("unlearn", "evaluate", "robustness")) as run:
+                everywhere(True)
+                plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
+            print(plan_command.summary(plan))
+        else:
+            everywhere(True)  # the run is there then
+            jobs.localize(Run.open(arguments.output), **inputs, settings=settings, progress=lambda message: None)
     return 0
 
 

@@ -16,13 +16,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import pipeline
 from .config import BASELINES, Settings
 from .data.held_back import hold_back
 from .data.records import RecordSet
-from .errors import ClueError, ModelError, RunError
+from .errors import ClueError, ModelError, PlanError, RunError
 from .meter import Meter
 from .plan import Plan
 from .run_directory import Run, write_json
@@ -68,11 +70,12 @@ class Task:
     Attributes:
         benchmark, seed: which.
         load: a model that may be changed, and its tokenizer.
-        gold: a model that never saw the forget set, to compare with.
+        gold: a model that never saw the forget set, to compare with, or its evaluation.
         forget: what to forget.
         retain: what localization and unlearning may see.
         sets: what models are measured on, validation sets among the retain sets.
         sha256: of all records, by name of their set.
+        reference: a model for the attack of that name.
     """
 
     benchmark: str
@@ -83,6 +86,7 @@ class Task:
     retain: Mapping[str, RecordSet]
     sets: EvaluationSets
     sha256: Mapping[str, str] = field(default_factory=dict)
+    reference: Callable[[], Any] | None = None
 
     @property
     def name(self) -> str:
@@ -100,8 +104,8 @@ class Tuning:
     robustness: bool = False
 
     def __post_init__(self) -> None:
-        if not self.lrs or min(self.lrs) <= 0:
-            raise ClueError("a comparison needs at least one learning rate, and all must be greater than 0")
+        if not self.lrs or not all(0 < lr < float("inf") for lr in self.lrs):
+            raise ClueError("a comparison needs at least one learning rate, and all must be finite and greater than 0")
         if not self.levels or not all(0 < level <= 1 for level in self.levels):
             raise ClueError("the levels of forgetting must lie in (0, 1], and there must be at least one")
 
@@ -143,6 +147,7 @@ def world_task(setting: str, seed: int, progress: pipeline.Progress) -> Task:
 def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: int) -> Task:
     """A model and records of the user's own; only the split and the order of training differ between seeds."""
     from .data.records import read_sets
+    from .evaluate import Evaluation
     from .jobs import evaluation_sets
     from .loading import load_model
 
@@ -156,9 +161,14 @@ def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: 
     retain = sets.retain if tests.retain else seen[first]  # without tests of its own: what was seen
     hashes = {name: records.sha256 for name, records in used.items()} | {
         f"test {name}": records.sha256 for name, _, records in sets if name != "forget"}
-    gold = (lambda: load_model(tests.gold, settings)[0]) if tests.gold else None
+
+    def measured_or_loaded(source: str) -> Any:
+        return Evaluation.load(source) if Path(source).is_file() else load_model(source, settings)[0]
+
+    gold = partial(measured_or_loaded, tests.gold) if tests.gold else None
+    reference = cache(lambda: load_model(tests.reference, settings)[0]) if tests.reference else None
     return Task("files", seed, lambda: load_model(inputs["model"], settings), gold, used["forget"], seen,
-                replace(sets, retain=retain, retain_extra=extra), hashes)
+                replace(sets, retain=retain, retain_extra=extra), hashes, reference)
 
 
 def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], objectives: Sequence[str],
@@ -192,9 +202,11 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
         run.update(data={**recorded, task.name: dict(task.sha256)})
         references[task.name], gold = _reference(run, task, settings, tuning, progress)
         match = "clue" if ratio is None and any(row.localization == "clue" for row in rows) else None
+        # Without a plan to match, baselines move other weights, so that both kinds of cells fit into one run.
+        budget = "" if match else f"-at-{ratio or RATIO:g}"
         for row in rows:
             for objective in objectives:
-                stage = f"cell-{task.name}-{row.name}-{objective}"
+                stage = f"cell-{task.name}-{row.name}-{objective}{budget}"
                 if run.has(stage):
                     cell = Cell.from_json(json.loads((run.path(stage) / "cell.json").read_text()))
                 else:
@@ -216,9 +228,11 @@ def _reference(run: Run, task: Task, settings: Settings, tuning: Tuning,
     if not run.has(stage):
         model, tokenizer = task.load()
         models = {"before": model} | ({} if task.gold is None else {"gold": task.gold()})
-        measured = {name: _measured(model, tokenizer, task, settings) for name, model in models.items()}
+        known = {name: model for name, model in models.items() if isinstance(model, Evaluation)}
+        measured = {name: known.get(name) or _measured(model, tokenizer, task, settings) for name, model in models.items()}
         found = {name: measures_of(measured[name], measured.get("gold"))
-                 | (_stood(model, tokenizer, task, settings) if tuning.robustness else {}) for name, model in models.items()}
+                 | (_stood(model, tokenizer, task, settings) if tuning.robustness and name not in known else {})
+                 for name, model in models.items()}
         with run.stage(stage) as folder:
             if "gold" in measured:
                 measured["gold"].save(folder / "gold.json")
@@ -233,7 +247,7 @@ def _plan(run: Run, task: Task, localization: str, settings: Settings, ratio: fl
     """The plan of a localization, its processor time, and the most memory the process held meanwhile."""
     from . import baselines
 
-    stage = f"plan-{task.name}-{localization}"
+    stage = f"plan-{task.name}-{localization}" + ("" if match or localization == "clue" else f"-at-{ratio or RATIO:g}")
     if run.has(stage):
         cost = json.loads((run.path(stage) / "cost.json").read_text())
         return Plan.load(run.path(stage)), cost["cpu_seconds"], cost["peak_bytes"]
@@ -261,7 +275,15 @@ def _cell(run: Run, task: Task, row: Row, objective: str, settings: Settings, tu
     """Localize, and train at every learning rate."""
     from .evaluate.comparison import Cell
 
-    plan, seconds, peak = _plan(run, task, row.localization, settings, ratio, match)
+    try:
+        plan, seconds, peak = _plan(run, task, row.localization, settings, ratio, match)
+    except (PlanError, ModelError) as error:
+        if row.localization == "clue":
+            raise
+        progress(f"no plan    {task.name} {row.name}: {error}")
+        parameters = sum(p.numel() for p in task.load()[0].parameters())
+        return Cell(task.benchmark, task.seed, objective, row.name, 0, parameters, (),
+                    {str(lr): str(error) for lr in tuning.lrs}, 0.0, None)
     points: list[Point] = []
     failed: dict[str, str] = {}
     peaks = [peak]
@@ -355,7 +377,8 @@ class _Training:
 def _measured(model: Any, tokenizer: Any, task: Task, settings: Settings) -> Any:
     from .evaluate import evaluate
 
-    return evaluate(model, tokenizer, task.sets, settings.evaluate, data=settings.data, seed=task.seed)
+    return evaluate(model, tokenizer, task.sets, settings.evaluate, data=settings.data, seed=task.seed,
+                    reference=None if task.reference is None else task.reference())
 
 
 def _stood(model: Any, tokenizer: Any, task: Task, settings: Settings) -> dict[str, float]:

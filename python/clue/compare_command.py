@@ -119,9 +119,8 @@ def job_of(arguments: argparse.Namespace, settings_of: Callable[[Settings], Sett
     ratio = arguments.ratio
     if ratio is not None:
         settings = replace(settings, localize=replace(settings.localize, ratio=ratio))
-    matched = ratio is None and any(row.localization == "clue" for row in rows)
     inputs = {"benchmark": arguments.benchmark and arguments.benchmark.partition("-")[0], **files, "tests": dict(tests),
-              "lrs": list(tuning.lrs), "levels": list(tuning.levels), "ratio": "clue" if matched else ratio,
+              "lrs": list(tuning.lrs), "levels": list(tuning.levels), "ratio": ratio,
               "robustness": tuning.robustness}
     return Job(settings, tuple(dict.fromkeys(rows)), tuple(objectives), arguments.seeds, tuning, target, ratio, inputs)
 

@@ -21,6 +21,7 @@ from .errors import OverlapError, PlanError, RunError
 from .loading import check_model, load_model
 from .pipeline import Progress
 from .plan import Plan
+from .processes import joined, place
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
@@ -61,10 +62,13 @@ class Tests:
 
 def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], settings: Settings,
              progress: Progress) -> Plan:
-    """Find circuits and make the plan; stages that are there already are read back."""
+    """Find circuits and make the plan; stages that are there already are read back.
+
+    Processes of torch.distributed share the attribution, and each calls this; the first of them writes the stages.
+    """
     network, tokenizer = load_model(model, settings)
     sets = _records(run, forget, retain)
-    if "data" not in run.manifest:
+    if "data" not in run.manifest and place()[0] == 0:
         run.update(data={name: records.sha256 for name, records in sets.items()})
     return pipeline.localize(network, tokenizer, sets["forget"],
                              {name: s for name, s in sets.items() if name != "forget"}, settings.localize,
@@ -124,8 +128,6 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> bool:
     Returns:
         whether this process is the first.
     """
-    from .processes import joined
-
     with joined(settings.device) as first:
         _unlearn(run, settings, progress if first else lambda message: None, writes=first)
     return first
@@ -446,6 +448,8 @@ def _kept(run: Run, stage: str, make: Callable[[], Any]) -> Any:
         if run.has(stage):
             order = json.loads((folder / "sets.json").read_text())
             return {name: by_set[stage].load(folder / f"{name}.safetensors") for name in order}
+        if place()[0]:
+            return make()
         with run.stage(stage) as folder:
             made = make()
             for name, value in made.items():
@@ -457,6 +461,8 @@ def _kept(run: Run, stage: str, make: Callable[[], Any]) -> Any:
     kind, file = kinds[stage]
     if run.has(stage):
         return kind.load(folder / file)
+    if place()[0]:
+        return make()
     with run.stage(stage) as folder:
         made = make()
         made.save(folder / file)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from clue.circuit.attribution import Scores, attribute
+from clue.circuit.faithfulness import measure
 from clue.config import LocalizeSettings
 from clue.data.pairs import Pairs
-from clue.errors import AttributionError, ModelError
+from clue.errors import AttributionError, ClueError, ModelError, RecordError
 from clue.model.anatomy import anatomy
 from clue.types import NodeKind
 from tests.families import VARIANTS, tiny
@@ -34,7 +35,7 @@ def make_pairs(clean: list[list[int]], corrupted: list[list[int]], starts: list[
                  kind=("given",) * len(clean), sources=tuple(f"row {i}" for i in range(len(clean))), sha256="")
 
 
-PAIRS = make_pairs([[1, 5, 7, 9, 4, 3], [1, 8, 6, 12, 3]], [[1, 6, 8, 9, 4, 3], [1, 8, 5, 10, 3]], [4, 3])
+PAIRS = make_pairs([[1, 5, 7, 9, 4, 3], [1, 8, 6, 12, 3]], [[1, 6, 8, 9, 4, 3], [1, 8, 5, 12, 3]], [4, 3])
 
 
 def margin(body, pairs: Pairs, i: int):
@@ -157,6 +158,50 @@ def test_a_pair_that_changes_nothing_is_an_error():
     same = make_pairs([[1, 5, 7, 9, int(top)]], [[1, 5, 7, 9, int(top)]], [4])
     with pytest.raises(AttributionError, match="none of the 1 corrupted prompts"):
         attribute(body, same, name="people")
+
+
+CLEAN, CORRUPTED = [1, 5, 7, 9, 4, 3], [1, 6, 8, 9, 4, 3]
+
+
+@pytest.mark.parametrize(("clean", "corrupted", "start", "message"), [
+    (CLEAN, [*CORRUPTED, 3], 4, "the clean sequence has 6 tokens but the corrupted one has 7; give sequences of the same"),
+    (CLEAN, [6], 4, "the corrupted one has 1;"),  # torch would repeat it
+    (CLEAN, [1, 6, 8, 9, 4, 5], 4, "the answers of the clean and the corrupted sequence differ; end both with the clean"),
+    (CLEAN, CORRUPTED, 0, "the answer starts at 0 of 6 tokens; let answer_start leave at least one token before it"),
+    (CLEAN, CORRUPTED, -1, "the answer starts at -1 of 6 tokens"),
+    (CLEAN, CORRUPTED, 6, "the answer starts at 6 of 6 tokens"),
+    ([], [], 0, "the answer starts at 0 of 0 tokens"),
+    ([1, *[5] * 32], [2, *[5] * 32], 4, r"the sequences have 33 tokens, the model's context 32; shorten them"),
+    (CLEAN, [1, 6, 99, 9, 4, 3], 4, "yields token 99, the model knows 13 tokens: use the tokenizer that belongs to this"),
+    (CLEAN, [1, -6, 8, 9, 4, 3], 4, "yields token -6"),
+])
+def test_a_pair_that_cannot_be_compared_is_refused_by_name(clean, corrupted, start, message):
+    body = anatomy(tiny("llama"))
+    pairs = make_pairs([CLEAN, clean], [CORRUPTED, corrupted], [4, start])
+    for run in (attribute, partial(measure, count=0, part=None)):
+        with pytest.raises(RecordError, match=f"row 1: .*{message}"):
+            run(body, pairs)
+    with pytest.raises(RecordError, match="2 clean and 2 corrupted sequences, 2 answer starts, 2 kinds and 1 sources; give"):
+        attribute(body, replace(pairs, sources=("row 0",)))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"target": "log-prob"}, "target = 'log-prob' is not one of margin, logprob"), ({"norm": "freeze"}, "exact, frozen"),
+    ({"path": "eap-ig"}, "half, full"), ({"stream": "no"}, "auto, always, never"), ({"batch_size": 0}, "at least 1"),
+    ({"path_steps": 3}, "an even number")])
+def test_a_setting_that_does_not_exist_is_refused(settings, message):
+    with pytest.raises(ClueError, match=message):
+        attribute(anatomy(tiny("llama")), PAIRS, LocalizeSettings(**settings))
+
+
+def test_named_arguments_replace_the_settings():
+    body = anatomy(tiny("llama", torch.float32))
+    settings = LocalizeSettings(path_steps=4, target="logprob", norm="frozen")
+    named = attribute(body, PAIRS, steps=4, target="log-prob", norm="frozen")
+    np.testing.assert_array_equal(named.ns, attribute(body, PAIRS, settings).ns)
+    assert not np.array_equal(named.ns, attribute(body, PAIRS, settings, norm="exact").ns)
+    with pytest.raises(ClueError, match="path_steps = 3"):
+        attribute(body, PAIRS, steps=3)
 
 
 def test_a_broken_anatomy_is_refused():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clue.circuit.attribution import attribute, graph_of
+from clue.circuit.confirmation import confirm
 from clue.circuit.faithfulness import (
     FRACTIONS,
     Part,
@@ -23,7 +24,7 @@ from clue.circuit.faithfulness import (
 )
 from clue.circuit.selection import build_circuit, top
 from clue.config import LocalizeSettings
-from clue.errors import CircuitError
+from clue.errors import CircuitError, ClueError
 from clue.model.anatomy import anatomy
 from clue.types import NodeKind, Provenance
 from tests.circuit.test_attribution import PAIRS, make_pairs
@@ -228,7 +229,7 @@ def test_a_target_is_reached_and_not_by_one_edge_fewer(granularity, target, tmp_
 def test_a_target_out_of_reach_is_an_error_with_a_remedy():
     body, scores = scored()
     settings = LocalizeSettings(faithfulness=1.0, neurons=0.01)
-    with pytest.raises(CircuitError, match=r"people: with every edge that has a score.*keep more neurons"):
+    with pytest.raises(CircuitError, match=r"people: of \d+ numbers of edges the best, .* 0\.5000, not 1\.0: keep more"):
         build_circuit(scores, settings, faithful=lambda circuit: 0.5)
     with pytest.raises(CircuitError, match="needs the model and its pairs"):
         build_circuit(scores, settings)
@@ -244,6 +245,12 @@ def test_pairs_that_change_nothing_are_refused():
         evaluate_circuit(body, same, circuit_of(0.3))
     with pytest.raises(CircuitError, match="no pairs"):
         evaluate_circuit(body, make_pairs([], [], []), circuit_of(0.3))
+
+
+@pytest.mark.parametrize("run", [evaluate_circuit, minimality, confirm])
+def test_a_setting_that_does_not_exist_is_refused(run):
+    with pytest.raises(ClueError, match="target = 'log' is not one of margin, logprob"):
+        run(scored()[0], PAIRS, circuit_of(0.3), LocalizeSettings(target="log"))
 
 
 def test_a_circuit_of_another_model_is_refused():

@@ -47,7 +47,7 @@ def circuits(draw) -> Circuit:
     scores = random.choice([np.nan, 0.0, -0.0, 1e-300, -5e9, 0.1, *random.normal(size=9)], (2, len(pairs)))
     columns = sort_edges(pairs[:, 0], pairs[:, 1], random.choice(list(Gate), len(pairs)).astype(np.uint8),
                          random.integers(0, 2 * max(Provenance), len(pairs)).astype(np.uint8), *scores)
-    return Circuit(draw(st.text(max_size=5)), graph, *columns)
+    return Circuit(draw(st.text(max_size=5)), graph, *columns, faithfulness=draw(st.none() | st.floats(-2, 2)))
 
 
 def edges(circuit: Circuit) -> dict[str, tuple[str, str]]:
@@ -65,7 +65,7 @@ def scores(circuit: Circuit, column: str) -> dict[str, float]:
 
 
 def equal(one: Circuit, other: Circuit) -> None:
-    assert (one.name, one.graph) == (other.name, other.graph)
+    assert (one.name, one.graph, one.faithfulness) == (other.name, other.graph, other.faithfulness)
     for column in ("src", "dst", "gate", "provenance", "ns", "dn"):
         a, b = getattr(one, column), getattr(other, column)
         assert a.dtype == b.dtype
@@ -214,6 +214,8 @@ def test_a_file_of_eap_ig(tmp_path):
     denoising = read_eap_ig(path, GROUPED, direction=Direction.DENOISING)
     assert set(edges(denoising).values()) == {("ADDER", "DENOISING"), inside}
     assert (scores(denoising, "ns"), scores(denoising, "dn")) == ({}, scores(circuit, "ns"))
+    with pytest.raises(CircuitError, match=r"direction = 'noising' is not one of Direction\.NOISING, Direction\.DENOISING"):
+        read_eap_ig(path, GROUPED, direction="noising")
 
 
 def test_a_file_of_an_older_eap_ig(tmp_path):
@@ -282,6 +284,7 @@ def own(tmp_path, change) -> str:
     (lambda d: d["clue"].pop("graph"), r"clue has no 'graph'"),
     (lambda d: d["clue"].update(format=9), r"clue: format 9 is not 1: read it with the CLUE that wrote it, or remove"),
     (lambda d: d["clue"]["graph"].update(neurons=True), r"clue: neurons is true, the graph has false: read it into"),
+    (lambda d: d["clue"].update(faithfulness="1"), r"clue: faithfulness '1' is no number: write the file again"),
     (lambda d: d["clue"].update(name=1), r"clue: 'name' must be a string"),
     (lambda d: d["clue"].update(edges={}), r"'edges' a list"),
     (lambda d: d["clue"]["edges"][1].pop(), r"clue: edge 2 is .*, not \[source, target, gate"),
@@ -297,6 +300,10 @@ def own(tmp_path, change) -> str:
 def test_a_damaged_part_of_our_own_is_an_error_with_a_remedy(tmp_path, change, message):
     with pytest.raises(CircuitError, match=message):
         read_eap_ig(own(tmp_path, change), PLAIN)
+
+
+def test_a_part_of_our_own_without_faithfulness_is_still_read(tmp_path):
+    assert read_eap_ig(own(tmp_path, lambda d: d["clue"].pop("faithfulness")), PLAIN).faithfulness is None
 
 
 # Edge-Pruning

@@ -13,7 +13,7 @@ from clue.circuit.attribution import Scores
 from clue.circuit.graph import Circuit, Graph, on_path
 from clue.circuit.selection import build_circuit, top
 from clue.config import LocalizeSettings
-from clue.errors import CircuitError
+from clue.errors import CircuitError, ClueError
 from clue.types import Gate, NodeKind, Provenance
 
 SMALL = Graph(2, 4, 2, 6, True)
@@ -156,6 +156,37 @@ def test_the_least_number_of_edges_that_is_faithful_enough(seed, enough):
             break
     assert len(circuit) >= enough
     assert len(sizes) == 1 or len(sizes[-2]) < enough
+
+
+@pytest.mark.parametrize("granularity", ["block", "neuron"])
+def test_a_target_that_all_edges_miss_and_fewer_reach(granularity):
+    scores = make_scores(0)
+    settings = LocalizeSettings(faithfulness=0.5, neurons=0.5, granularity=granularity)
+    available = int(scores.graph.residual_edges.sum())
+    sizes = [len(build_circuit(scores, replace(settings, faithfulness=0.0, edges=count / available)))
+             for count in range(1, available + 1)]
+    few, most = sizes[available // 4], sizes[available // 2]
+    circuit = build_circuit(scores, settings, faithful=lambda circuit: 0.6 if few <= len(circuit) <= most else 0.4)
+    assert circuit.faithfulness == 0.6
+    assert len(circuit) == next(size for size in sizes if size >= few)
+    reached = iter(range(100))
+    with pytest.raises(CircuitError, match=r"of \d+ numbers of edges the best, \d+ of \d+, reaches a faithfulness of 0\.4"):
+        build_circuit(scores, settings, faithful=lambda circuit: 0.4 - next(reached) / 1000)
+
+
+def test_rounding_does_not_keep_the_whole_model_from_its_target():
+    settings = LocalizeSettings(faithfulness=1.0, granularity="block")
+    assert build_circuit(make_scores(0), settings, faithful=lambda circuit: 1 - 1e-6).faithfulness == 1 - 1e-6
+    with pytest.raises(CircuitError, match=r"faithfulness of 0\.9990, not 1\.0"):
+        build_circuit(make_scores(0), settings, faithful=lambda circuit: 0.999)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"edges": 1.5}, "edges = 1.5 must lie in"), ({"neurons": -1.0}, "neurons = -1.0 must be finite and not negative"),
+    ({"granularity": "head"}, "granularity = 'head' is not one of neuron, block")])
+def test_a_setting_that_does_not_exist_is_refused(settings, message):
+    with pytest.raises(ClueError, match=message):
+        build_circuit(make_scores(0), LocalizeSettings(**{"edges": 0.5, "neurons": 0.5} | settings))
 
 
 def test_circuits_round_trip(tmp_path):

@@ -15,7 +15,7 @@ from clue.config import DataSettings, LocalizeSettings
 from clue.data.encoding import encode
 from clue.data.pairs import Pairs, corrupt, make_pairs
 from clue.data.records import Record, RecordSet
-from clue.errors import ClueError, ModelError, RecordError
+from clue.errors import ClueError, RecordError
 
 from .conftest import byte_level
 
@@ -147,6 +147,6 @@ def test_tokens_that_the_model_does_not_know_are_refused_in_corrupted_prompts_to
     tokenizer = byte_level(bos=True)
     body = SimpleNamespace(context=64, embed=SimpleNamespace(num_embeddings=1 + max(
         int(e.input_ids.max()) for e in encode([Record("abc", "abc")], tokenizer, append_eos=False))))
-    told = RecordSet("told", (Record("abc", "abc", corrupted="ab\x7f"),))
-    with pytest.raises(ModelError, match="the tokenizer yields token .* use the tokenizer that belongs to this model"):
+    told = RecordSet("told", (Record("abc", "abc", corrupted="ab\x7f", source="told.jsonl:1"),))
+    with pytest.raises(RecordError, match=r"told\.jsonl:1: the tokenizer yields token .* use the tokenizer that belongs"):
         corrupt(told, tokenizer, body, LocalizeSettings(), DataSettings(), 0)  # type: ignore[arg-type]

@@ -211,6 +211,8 @@ def test_utility_is_the_harmonic_mean_of_its_numbers_and_quality_compares_stored
                      "copy, probability": found.detail["copy"].choice_probability,
                      "copy, ROUGE-L recall": found.detail["copy"].rouge_l,
                      "copy, truth ratio": found.detail["copy"].truth_ratio}
+    assert found.skills == {"copy": found.detail["copy"].choice_accuracy}  # of options to choose from
+    assert found.detail["retain"].solved == found.detail["retain"].accuracy
     detail = {name: replace(result, probability=0.5, choice_probability=0.25, rouge_l=0.5, truth_ratio=0.25)
               for name, result in found.detail.items()}
     assert replace(found, detail=detail).model_utility == pytest.approx(6 / (2 + 2 + 4 + 4 + 2 + 4))

@@ -225,6 +225,7 @@ def test_published_scores_and_directions(tmp_path):
     assert rows[:3] == [("Probability", "lower"), ("Loss", "higher"), ("Multiple choice", "lower")]  # the forget set
     assert ("Probability", "higher") in rows[3:] and ("Loss", "lower") in rows[3:]
     lines = {line[:30].strip(): line.split()[-3:] for line in table(found).splitlines() if line.startswith("  ")}
+    assert lines["forget, multiple choice"] == ["25.0%"] * 3 and "forget, multiple choice" in page.visible
     assert lines["forget quality (p value)"][1:] == ["1", "n/a"] and lines["model utility"] == ["50.0%"] * 3
     without = {name: e for name, e in found.items() if name != "gold"}
     _, page = write(tmp_path, evaluations=without)

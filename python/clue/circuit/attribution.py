@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config import LocalizeSettings
+from ..config import LocalizeSettings, check
 from ..data.atomic import write_atomically
 from ..errors import AttributionError
 from ..model import capture
@@ -140,6 +140,9 @@ def attribute(
     pairs: Pairs,
     settings: LocalizeSettings = LocalizeSettings(),
     *,
+    steps: int | None = None,
+    target: str | None = None,
+    norm: str | None = None,
     name: str = "pairs",
     neurons_only: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
@@ -150,16 +153,24 @@ def attribute(
         body: the model, bound by :func:`clue.model.anatomy.anatomy`; it runs unmodified.
         pairs: clean and corrupted token sequences of equal length with the same teacher-forced answer.
         settings: ``batch_size``, ``target``, ``path``, ``path_steps``, ``norm``, ``stream`` and ``tolerance`` are used.
+        steps, target, norm: these instead of the settings' ``path_steps``, ``target`` and ``norm``; ``log-prob`` is
+            ``logprob``.
         name: name of the set, kept in the result and in errors.
         neurons_only: leave the edges out, which is cheaper still; their scores are zero and the gaps NaN.
         on_batch: called with (pairs done, pairs in all).
 
     Raises:
+        ClueError: a setting is unknown or out of range.
+        RecordError: a pair is misaligned or does not fit the model (:meth:`clue.data.pairs.Pairs.check`).
         AttributionError: no pair changes the model's answer, the gradient vanishes at one end of the path, a score is not
             finite, memory does not even suffice for one pair, or the conservation gap exceeds the tolerance.
     """
+    given: dict[str, Any] = {"path_steps": steps, "target": "logprob" if target == "log-prob" else target, "norm": norm}
+    settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
+    check(settings)
     if len(pairs.clean) == 0:
         raise AttributionError(f"{name}: there are no pairs to attribute")
+    pairs.check(body)
     rank, processes = place()
     graph = graph_of(body)
     sums = Sums(body, graph, settings.norm)

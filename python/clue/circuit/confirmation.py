@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..config import LocalizeSettings
+from ..config import LocalizeSettings, check
 from ..types import Gate, NodeKind, Provenance
 from .faithfulness import SAMPLE, Part, measure, places, sample
 from .graph import Circuit
@@ -68,6 +68,7 @@ def confirm(body: Anatomy, pairs: Pairs, circuit: Circuit,
         where it sees another gate, which they now have. Edges whose patching moves the target by less than
         :data:`NOTICEABLE` stay as they are.
     """
+    check(settings)
     groups = _groups(circuit, settings.confirm)
     if not groups:
         return circuit

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config import LocalizeSettings
+from ..config import LocalizeSettings, check
 from ..errors import CircuitError
 from ..model.capture import frozen
 from ..model.patching import patched, record
@@ -119,9 +119,16 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
 
     Costs two forward passes of the model and one patched pass per part; each part is made once per batch, so that many
     of them never exist at once. ``batch_size`` and ``target`` of the settings are used.
+
+    Raises:
+        ClueError: a setting is unknown or out of range.
+        RecordError: a pair is misaligned or does not fit the model (:meth:`clue.data.pairs.Pairs.check`).
+        CircuitError: there are no pairs.
     """
+    check(settings)
     if len(pairs) == 0:
         raise CircuitError("there are no pairs to run a circuit on")
+    pairs.check(body)
     device = next(body.model.parameters()).device
     full, empty = np.zeros(len(pairs)), np.zeros(len(pairs))
     values, divergence = np.zeros((count, len(pairs))), np.zeros((count, len(pairs)))
@@ -206,6 +213,7 @@ def evaluate_circuit(body: Anatomy, pairs: Pairs, circuit: Circuit,
 
     Raises:
         CircuitError: no pairs, a circuit of another model, or corrupted prompts that leave the target as it is.
+        ClueError: settings or pairs that :func:`measure` refuses.
     """
     own = Part.of(circuit)
     parts = (own, own.complement())

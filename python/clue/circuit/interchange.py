@@ -72,7 +72,7 @@ def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0) -> None:
       ``a5.h{i}<k>`` for each query head i of the group, with an equal part of the score, so that the sum is the
       group's.
     - The key ``clue``, which EAP-IG ignores, has the whole circuit under CLUE's names: gates, provenance, both scores,
-      structural edges and neurons. :func:`read_eap_ig` gives back the same circuit from it.
+      structural edges and neurons, and its faithfulness. :func:`read_eap_ig` gives back the same circuit from it.
 
     Args:
         path: written atomically.
@@ -94,7 +94,8 @@ def write_eap_ig(path: PathLike, circuit: Circuit, *, d_model: int = 0) -> None:
                 "d_model": d_model},
         "nodes": nodes | {"logits": {"in_graph": True}},
         "edges": edges,
-        "clue": {"format": FORMAT, "name": circuit.name, "graph": graph.to_json(), "edges": _own_rows(circuit)},
+        "clue": {"format": FORMAT, "name": circuit.name, "graph": graph.to_json(), "faithfulness": circuit.faithfulness,
+                 "edges": _own_rows(circuit)},
     }
     write_atomically(path, json.dumps(document).encode())
 
@@ -315,9 +316,10 @@ def _equal(src: Ints, dst: Ints) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.i
 
 
 def _found_by(direction: Direction | None, size: int) -> npt.NDArray[np.uint8]:
-    value = {None: Provenance.UNKNOWN, Direction.NOISING: Provenance.NOISING,
-             Direction.DENOISING: Provenance.DENOISING}[direction]
-    return np.full(size, value, dtype=np.uint8)
+    values = {None: Provenance.UNKNOWN, Direction.NOISING: Provenance.NOISING, Direction.DENOISING: Provenance.DENOISING}
+    if direction not in values:
+        raise CircuitError(f"direction = {direction!r} is not one of {', '.join(map(str, (*Direction, None)))}")
+    return np.full(size, values[direction], dtype=np.uint8)
 
 
 def _foreign(path: PathLike, name: str | None, graph: Graph, src: Ints, dst: Ints, gate: npt.NDArray[Any],
@@ -362,7 +364,9 @@ def _own_circuit(path: PathLike, graph: Graph, own: Any, name: str | None) -> Ci
         if dimensions.get(key) != value:
             raise CircuitError(f"{path}: clue: {key} is {shortened(dimensions.get(key))}, the graph has {shortened(value)}:"
                                " read it into the graph it was written from")
-    rows = own["edges"]
+    rows, measured = own["edges"], own.get("faithfulness")  # files of older versions have no faithfulness
+    if measured is not None and number(measured) is None:
+        raise CircuitError(f"{path}: clue: faithfulness {shortened(measured)} is no number: {AGAIN}")
     if not isinstance(own["name"], str) or not isinstance(rows, list):
         raise CircuitError(f"{path}: clue: 'name' must be a string and 'edges' a list: {AGAIN}")
 
@@ -387,7 +391,8 @@ def _own_circuit(path: PathLike, graph: Graph, own: Any, name: str | None) -> Ci
             refuse(odd, f"has a score {shortened(values[odd])} that is no number")
     gate, provenance = labels(g, _GATES, where, "gate"), labels(p, _PROVENANCES, where, "provenance")
     columns = [np.array(column, dtype=np.float64) for column in scores]
-    return Circuit(own["name"] if name is None else name, graph, src, dst, gate, provenance, *columns)
+    return Circuit(own["name"] if name is None else name, graph, src, dst, gate, provenance, *columns,
+                   faithfulness=None if measured is None else number(measured))
 
 
 def _check_agreement(path: PathLike, circuit: Circuit, flagged: set[str]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ..config import LocalizeSettings
+from ..config import LocalizeSettings, check
 from ..errors import CircuitError
 from ..types import Gate, NodeKind, Provenance
 from .attribution import Scores
@@ -26,6 +26,11 @@ from .graph import Bools, Circuit, Floats, Graph, Ints, on_path, sort_edges
 
 _Bytes = npt.NDArray[np.uint8]
 _Columns = tuple[Ints, Ints, _Bytes, _Bytes, Floats, Floats]
+
+#: Share of its target that a faithfulness may lack: rounding alone keeps the whole model, whose faithfulness is 1, from 1.
+SLACK = 1e-4
+#: Numbers of edges tried, evenly spread in their logarithm, where all edges miss the faithfulness target.
+TRIED = 20
 
 
 def build_circuit(scores: Scores, settings: LocalizeSettings, *,
@@ -39,12 +44,15 @@ def build_circuit(scores: Scores, settings: LocalizeSettings, *,
         faithful: the faithfulness of a circuit (:func:`clue.circuit.faithfulness.judge` makes one); needed if
             ``settings.faithfulness`` is not 0, which replaces ``edges``. Called once per step of a bisection over the
             number of edges, about log2 of all edges: where faithfulness falls as edges are added, the number found is
-            one that reaches the target and whose predecessor does not, and a smaller one may do so too.
+            one that reaches the target and whose predecessor does not, and a smaller one may do so too. Where all edges
+            miss the target, the bisection begins below the first of :data:`TRIED` numbers that reaches it.
 
     Raises:
-        CircuitError: a share is 0, no edge with a score lies on a path from embed to logits, or no number of edges reaches the
-            faithfulness target.
+        ClueError: a setting is unknown or out of range.
+        CircuitError: a share is 0, no edge with a score lies on a path from embed to logits, or none of these numbers of
+            edges reaches the faithfulness target.
     """
+    check(settings)
     graph = replace(scores.graph, neurons=settings.granularity == "neuron")
     for name, share in (("edges", settings.edges or settings.faithfulness), ("neurons", settings.neurons or not graph.neurons)):
         if not share:
@@ -59,18 +67,26 @@ def build_circuit(scores: Scores, settings: LocalizeSettings, *,
         if faithful is None:
             raise CircuitError(f"circuit {scores.name}: a faithfulness target needs the model and its pairs: give"
                                " faithful, or leave faithfulness = 0")
-        found = {0: 0.0}
+        found: dict[int, float] = {}
 
         def reaches(count: int) -> bool:
             circuit = cut(count)
             found[count] = faithful(circuit) if len(circuit) else 0.0
-            return found[count] >= settings.faithfulness
+            return found[count] >= settings.faithfulness * (1 - SLACK)
 
-        if not reaches(available):
-            raise CircuitError(f"circuit {scores.name}: with every edge that has a score it reaches a faithfulness of"
-                               f" {found[available]:.2f}, not {settings.faithfulness}: keep more neurons (--neurons), or"
-                               " ask for less (--faithfulness)")
-        count = _least(0, available, reaches)
+        low, high = 0, available
+        if not reaches(high):
+            # Fewer edges may reach more: some work against the answer, and all share the neurons that are kept.
+            for high in np.unique(np.geomspace(1, available, TRIED + 1)[:-1].round().astype(int)).tolist():
+                if reaches(high):
+                    break
+                low = high
+            else:
+                best = max(found, key=found.__getitem__)
+                raise CircuitError(f"circuit {scores.name}: of {len(found)} numbers of edges the best, {best} of {available},"
+                                   f" reaches a faithfulness of {found[best]:.4f}, not {settings.faithfulness}: keep more"
+                                   " neurons (--neurons), or ask for less (--faithfulness)")
+        count = _least(low, high, reaches)
         return replace(cut(count), faithfulness=found[count])
 
     wanted = max(1, round(settings.edges * available))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import DataSettings, LocalizeSettings
-from ..errors import ClueError, ModelError, RecordError
+from ..errors import ClueError, RecordError
 from .atomic import write_atomically
 from .encoding import Example, encode, special_prefix
 from .records import Record, RecordSet
@@ -55,6 +55,38 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def check(self, body: Anatomy) -> None:
+        """Whether the pairs can be compared, and run on this model: an unknown token would end the process of a GPU.
+
+        Raises:
+            RecordError: a pair's sequences differ in length or in the answer, the prompt or the answer is empty, the
+                sequences exceed the model's context, or the model does not know a token.
+        """
+        sizes = [len(part) for part in (self.clean, self.corrupted, self.answer_start, self.kind, self.sources)]
+        if len(set(sizes)) > 1:
+            raise RecordError(f"the pairs have {sizes[0]} clean and {sizes[1]} corrupted sequences, {sizes[2]} answer starts,"
+                              f" {sizes[3]} kinds and {sizes[4]} sources; give one of each per pair")
+        for i, (clean, corrupted) in enumerate(zip(self.clean, self.corrupted, strict=True)):
+            name, start, length = self.sources[i] or f"pair {i + 1}", int(self.answer_start[i]), len(clean)
+            if len(corrupted) != length:
+                raise RecordError(f"{name}: the clean sequence has {length} tokens but the corrupted one has"
+                                  f" {len(corrupted)}; give sequences of the same length")
+            if not 1 <= start < length:
+                raise RecordError(f"{name}: the answer starts at {start} of {length} tokens; let answer_start leave at least"
+                                  " one token before it and one from it on")
+            if not np.array_equal(clean[start:], corrupted[start:]):
+                raise RecordError(f"{name}: the answers of the clean and the corrupted sequence differ; end both with the"
+                                  " clean answer")
+            if length > body.context:
+                raise RecordError(f"{name}: the sequences have {length} tokens, the model's context {body.context}; shorten"
+                                  " them (max_length)")
+            ids = np.concatenate((clean, corrupted))
+            vocabulary = int(getattr(body.embed, "num_embeddings", ids.max() + 1))
+            unknown = ids[(ids < 0) | (ids >= vocabulary)]
+            if len(unknown):
+                raise RecordError(f"{name}: the tokenizer yields token {unknown[0]}, the model knows {vocabulary} tokens: use"
+                                  " the tokenizer that belongs to this model")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; kinds, sources and the digest are in its metadata."""
@@ -134,11 +166,7 @@ def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: Localiz
     """The clean / corrupted pairs of one set. End-of-sequence tokens carry no fact and are left out."""
     examples = encode_set(records, tokenizer, body, data, append_eos=False)
     pairs = make_pairs(examples, tokenizer, corruption=settings.corruption, chat=data.chat, seed=seed, limit=settings.limit)
-    highest = max(int(ids.max()) for ids in (*(e.input_ids for e in examples), *pairs.corrupted))
-    vocabulary = int(getattr(body.embed, "num_embeddings", highest + 1))
-    if highest >= vocabulary:
-        raise ModelError(f"the tokenizer yields token {highest}, the model knows {vocabulary} tokens: use the tokenizer"
-                         " that belongs to this model")
+    pairs.check(body)
     return pairs
 
 

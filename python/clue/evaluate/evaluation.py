@@ -144,6 +144,13 @@ class SetResult:
     choice_accuracy: float | None = None
     choice_probability: float | None = None
 
+    @property
+    def solved(self) -> float:
+        """Share of records that were answered well: multiple choice where every record of a skill has wrong answers to choose
+        from (nobody asks whether a model ends its answer after the letter), else exact match."""
+        chosen = self.purpose == "skill" and self.truth_n == self.n and self.choice_accuracy is not None
+        return self.choice_accuracy if chosen and self.choice_accuracy is not None else self.accuracy
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -198,8 +205,8 @@ class Evaluation:
 
     @property
     def skills(self) -> dict[str, float]:
-        """Exact-match accuracy of every skill."""
-        return {name: result.accuracy for name, result in self.detail.items() if result.purpose == "skill"}
+        """Accuracy of every skill (:attr:`SetResult.solved`)."""
+        return {name: result.solved for name, result in self.detail.items() if result.purpose == "skill"}
 
     @property
     def mia_auc(self) -> float | None:

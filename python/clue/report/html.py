@@ -22,7 +22,7 @@ from ..errors import ClueError
 from ..evaluate.evaluation import Evaluation, privleak
 from ..evaluate.truth import forget_quality, incomparable, model_utility
 from ..types import Role
-from .measures import ATTACKS, MEASURES, caption, mean_of, pooled
+from .measures import ATTACKS, MEASURES, caption, pooled
 from .svg import Series, dumbbell, line_plot, number, percent, split_bar, stacked_columns, strip_scale
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _tiles(evaluations: Mapping[str, Evaluation], plan: Plan) -> list[dict[str, 
         tiles.append(tile("Other retain sets", "recalled, over all their records",
                           lambda e: pooled(e, "retain", without="retain")))
     if "skill" in purposes:
-        tiles.append(tile("General skills", "solved, mean over skills", lambda e: mean_of(e, "skill")))
+        tiles.append(tile("General skills", "solved, mean over skills", lambda e: float(np.mean([*e.skills.values()]))))
     if after.mia_auc is not None:
         tiles.append(tile("Privacy attack", "AUC of the loss attack; 0.5 is ideal", lambda e: e.mia_auc,
                           lambda v: f"{v:.2f}"))
@@ -185,10 +185,15 @@ def _summary(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
         rows = []
         for name in _set_names(columns, purpose):
             found = [(c, c.evaluation.detail.get(name)) for c in columns]
-            strip = dumbbell([(c.name, c.style, r.accuracy) for c, r in found if r is not None], style=purpose)
+            shown = {_label(name, columns): [None if r is None else r.solved for _, r in found]}
+            if purpose == "forget" and any(r is not None and r.choice_accuracy is not None for _, r in found):
+                shown[f"{_label(name, columns)}, multiple choice"] = [
+                    None if r is None else r.choice_accuracy for _, r in found]
             n = max(r.n for _, r in found if r is not None)
-            rows.append({"name": _label(name, columns), "n": n, "strip": strip, "values": [
-                None if r is None else r.accuracy for _, r in found]})
+            for label, values in shown.items():
+                strip = dumbbell([(c.name, c.style, v) for (c, _), v in zip(found, values, strict=True) if v is not None],
+                                 style=purpose)
+                rows.append({"name": label, "n": n, "strip": strip, "values": values})
         if rows:
             yield {"title": title, "purpose": purpose, "rows": rows}
 

@@ -82,9 +82,3 @@ def pooled(evaluation: Evaluation, purpose: str, without: str | None = None) -> 
     """Exact match over all records of every set of one purpose, but for the set ``without``."""
     found = [r for name, r in evaluation.detail.items() if r.purpose == purpose and name != without]
     return sum(r.accuracy * r.n for r in found) / max(1, sum(r.n for r in found))
-
-
-def mean_of(evaluation: Evaluation, purpose: str) -> float:
-    """Mean over the sets of one purpose of their exact match; every set counts the same."""
-    found = [r.accuracy for r in evaluation.detail.values() if r.purpose == purpose]
-    return sum(found) / max(1, len(found))

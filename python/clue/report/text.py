@@ -57,16 +57,19 @@ def _block(evaluations: Mapping[str, Evaluation], gold: Evaluation | None) -> It
     found = list(evaluations.values())
     yield _line("", [name for name in evaluations])
     titles = {"forget": "forget (exact match, lower is better)", "retain": "retain (exact match, higher is better)",
-              "skill": "skills (exact match, higher is better)",
+              "skill": "skills (exact match, or the choice where there is one; higher is better)",
               "member": "members (attacked as trained on)", "holdout": "holdout (never trained on)"}
     for purpose, title in titles.items():
         sets = dict.fromkeys(name for e in found for name, result in e.detail.items() if result.purpose == purpose)
         if sets:
             yield title
         for name in sets:
-            yield _line(f"  {name}", [percent(e.detail[name].accuracy) if name in e.detail else "" for e in found])
+            yield _line(f"  {name}", [percent(e.detail[name].solved) if name in e.detail else "" for e in found])
         if purpose == "forget":
             yield _line("  forget, probability", [percent(e.detail["forget"].probability) for e in found])
+            choices = [e.detail["forget"].choice_accuracy for e in found]
+            if any(value is not None for value in choices):
+                yield _line("  forget, multiple choice", ["" if v is None else percent(v) for v in choices])
             recalls = [_recall(e.detail["forget"]) for e in found]
             if any(recalls):
                 yield _line("  forget, ROUGE-L recall", recalls)
