@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from ..config import LocalizeSettings, check
-from ..data.atomic import write_atomically
+from ..data.atomic import write_arrays
 from ..errors import AttributionError
 from ..model import capture
 from ..model.anatomy import Anatomy
@@ -100,12 +100,10 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores as one safetensors file."""
-        from safetensors.numpy import save
-
         metadata = {"name": self.name, "graph": json.dumps(self.graph.to_json(), sort_keys=True),
                     "numbers": json.dumps({name: getattr(self, name) for name in self._NUMBERS}, sort_keys=True)}
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in self._ARRAYS}
-        write_atomically(path, save(arrays, metadata))
+        write_arrays(path, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

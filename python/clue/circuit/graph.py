@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.atomic import write_atomically
+from ..data.atomic import write_arrays
 from ..errors import CircuitError
 from ..types import Gate, NodeKind, Provenance
 
@@ -259,14 +259,12 @@ class Circuit:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the circuit as one safetensors file."""
-        from safetensors.numpy import save
-
         arrays: dict[str, npt.NDArray[Any]] = {"src": self.src, "dst": self.dst, "gate": self.gate,
                                                "provenance": self.provenance, "ns": self.ns, "dn": self.dn}
         metadata = {"name": self.name, "graph": json.dumps(self.graph.to_json(), sort_keys=True)}
         if self.faithfulness is not None:
             metadata["faithfulness"] = repr(self.faithfulness)
-        write_atomically(path, save(arrays, metadata))
+        write_arrays(path, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:

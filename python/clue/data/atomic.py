@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 #: What a write fails with where no more fits.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -18,6 +22,24 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write under a temporary name beside ``path``, flush to disk, rename; an existing file is replaced."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, whole or not at all; the same arrays and metadata give the same bytes.
+
+    The library writes the metadata's keys in the order of a hash map, another in every process.
+    """
+    from safetensors.numpy import save
+
+    content = save(dict(arrays), dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(content)[end:])
 
 
 @contextmanager

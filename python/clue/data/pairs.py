@@ -22,7 +22,7 @@ import numpy as np
 
 from ..config import DataSettings, LocalizeSettings
 from ..errors import ClueError, RecordError
-from .atomic import write_atomically
+from .atomic import write_arrays
 from .encoding import Example, encode, special_prefix
 from .records import Record, RecordSet
 
@@ -90,11 +90,9 @@ class Pairs:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; kinds, sources and the digest are in its metadata."""
-        from safetensors.numpy import save
-
         metadata = {"format": "clue.pairs/1", "kind": json.dumps(self.kind), "sources": json.dumps(self.sources),
                     "sha256": self.sha256}
-        write_atomically(path, save(self._arrays(), metadata))
+        write_arrays(path, self._arrays(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Pairs:
