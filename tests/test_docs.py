@@ -17,7 +17,7 @@ from .unlearn.test_sparse import random_plan
 def test_every_snippet(tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs" / "training_stacks.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     model = tiny("llama", torch.float32, vocab_size=40)
     plan = random_plan(model)
     names: dict[str, object] = {"model": model, "plan": plan, "dataset": rows(), "arguments": arguments(tmp_path)}

@@ -5,19 +5,45 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from .weights import parameter_of, view_of
+
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from .plan import Plan
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the model's parameters and buffers: names, shapes, dtypes and bytes."""
-    import torch
-
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def unplanned(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """SHA-256 of the bytes of every parameter and buffer, planned weights taken as zeros: what a training must leave alone."""
+    import torch
+
+    planned: dict[str, list[str]] = {}
+    for name in plan.parameters():
+        planned.setdefault(parameter_of(name), []).append(name)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        rest = tensor.detach().clone() if name in planned else tensor
+        for part in planned.get(name, ()):
+            for s in plan.slices:
+                if s.parameter == part:
+                    view_of(rest, part).index_fill_(s.axis, torch.from_numpy(s.index).to(rest.device), 0)
+        found[name] = hashlib.sha256(_bytes(rest)).hexdigest()
+    return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
 def versions() -> dict[str, str]:

@@ -398,6 +398,19 @@ def test_log_survives_saving(tmp_path: Path) -> None:
         UnlearnLog.load(tmp_path / "log.json")
 
 
+def test_weights_that_somebody_else_moves_are_found(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    model = make_model()
+    model.register_buffer("count", torch.zeros(1))
+
+    def meddle(entry: dict[str, Any]) -> None:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[3, 0] += 1  # next to planned rows
+            model.count += 1
+
+    with pytest.raises(ModelError, match=r"count changed outside the plan .*, and 1 more did: something else"):
+        unlearn(model, tokenizer, sets["forget"], sets["retain"], mixed_plan(model), replace(PLAIN, steps=1), on_step=meddle)
+
+
 def test_sources_are_those_of_localize(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
                                        bits: Any) -> None:
     settings = replace(PLAIN, steps=1)

@@ -33,7 +33,7 @@ from ..model.anatomy import check_weights
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..processes import agreed
-from ..provenance import fingerprint
+from ..provenance import fingerprint, unplanned
 from ..types import Role
 from .checkpoint import Checkpoint, identity
 from .log import SERIES, UnlearnLog
@@ -62,8 +62,9 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
             checkpoint: str | os.PathLike[str] | None = None, every: int = 0) -> UnlearnLog:
     """Train the planned weights of a model in place; every other weight keeps every bit.
 
-    Dropout stays off. Where the model has activation checkpointing enabled, it is used. The same inputs, seed and
-    machine give the same bits. The model's mode and ``requires_grad`` flags are restored at the end, also after an error.
+    That is checked at the end, unless the model is sharded. Dropout stays off. Where the model has activation checkpointing
+    enabled, it is used. The same inputs, seed and machine give the same bits. The model's mode and ``requires_grad`` flags
+    are restored at the end, also after an error.
 
     Args:
         model, tokenizer: a Hugging Face causal LM and its tokenizer.
@@ -91,7 +92,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         RecordError: a source cannot be read, the forget set is empty, or a retain set is needed and missing or empty, or a
             plain text is to be refused, or a record has no corrupted twin and the objective needs it.
         ClueError: a setting is out of range, or the objective is none.
-        ModelError: loss or gradient were NaN or infinite in ``bad_steps`` steps running.
+        ModelError: loss or gradient were NaN or infinite in ``bad_steps`` steps running, or something else moved weights
+            outside the plan meanwhile.
         RunError: the checkpoint is damaged, or of a training with another model, plan, setting or record.
     """
     settings, data = settings or UnlearnSettings(), data or DataSettings()
@@ -148,9 +150,17 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
     training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, twins, retain_examples,
                          pad_id(tokenizer), on_step, keeper)
+    sharded = any(map(is_sharded, model.parameters()))
+    others = {} if sharded else unplanned(model, plan)
     with restored(model), _checkpointed(model):
         model.eval()
         log = training.run(stages)
+        changed = [] if sharded else [key for key, digest in unplanned(model, plan).items() if digest != others[key]]
+        if changed:
+            raise ModelError(f"{changed[0]} changed outside the plan while the model was trained"
+                             + (f", and {len(changed) - 1} more did" if len(changed) > 1 else "")
+                             + ": something else moves its weights (a hook, on_step, another optimizer); load the model again"
+                               " and leave that out")
         return replace(log, objective=name, tuning=None if tuning is None else tuning.to_json())
 
 
