@@ -145,7 +145,8 @@ def test_robustness_is_that_of_the_model_where_training_ended(world: Path, tmp_p
     assert reference["int8.probability"] == pytest.approx(reference["forget.probability"], abs=0.05)
 
 
-def test_forget_quality_is_against_gold_also_in_cells_made_later(world: Path, tmp_path: Path) -> None:
+def test_forget_quality_is_against_gold_also_in_cells_made_later(world: Path, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     for names in ("all", "all,random"):  # the second time gold is not measured again
         assert main([*command(world, out, "--localization", names, "--gold", str(world / "model"), "--ratio", "0.3"),
@@ -161,6 +162,7 @@ def test_forget_quality_is_against_gold_also_in_cells_made_later(world: Path, tm
                           "--reference", str(world / "model"), "--ratio", "0.001"), "--steps", "3", "--lrs", "1e-3"]) == 0
     other = cells(again)
     assert other["memflex-npo-at-0.001"]["points"] == []
+    assert "no plan" in capsys.readouterr().out and "no plan" in (again / "compare.html").read_text()
     assert "memflex finds nothing that fits" in other["memflex-npo-at-0.001"]["failed"]["0.001"]
     measures, mine = (kept["points"][0]["measures"] for kept in (found["all-npo-at-0.3"], other["all-npo-at-0.001"]))
     assert mine["forget_quality"] == measures["forget_quality"] and "mia.reference.auc" in mine

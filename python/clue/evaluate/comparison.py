@@ -72,7 +72,7 @@ class Cell:
         row: name of the localization, and of the step where it is not its own (``wagle+metric``).
         weights, parameters: how many weights may move, and how many the model has.
         points: of all learning rates.
-        failed: learning rates at which training diverged, with the reason.
+        failed: learning rates at which training diverged, with the reason; all of them where no weights could be chosen.
         localize_seconds: processor time of choosing the weights.
         peak_bytes: most memory the process held while choosing and training; None where the system does not say.
     """
@@ -216,6 +216,11 @@ class RowSummary:
     tuning_seconds: float
     peak_bytes: int | None
     curve: tuple[tuple[float, float], ...]
+
+    @property
+    def failure(self) -> str:
+        """Why a row without seeds has no numbers."""
+        return "diverged" if self.weights else "no plan"
 
 
 def summarise(cells: Sequence[Cell], level: float, levels: Sequence[float], *, reference: str = "clue") -> list[RowSummary]:

@@ -33,7 +33,7 @@ def _lines(group: Group, level: float) -> list[str]:
              _line("", ["weights", "forgotten", "retain", "95%", "to clue", "95%", "p"], _WIDE)]
     for row in group.rows:
         kept, apart = row.measures.get(HEADLINE), (row.against or {}).get(HEADLINE)
-        cells = [percent(row.share), "diverged" if not row.seeds else percent(row.forgotten) + _mark(row),
+        cells = [percent(row.share), row.failure if not row.seeds else percent(row.forgotten) + _mark(row),
                  _value(kept), _span(kept), _value(apart, signed=True), _span(apart, signed=True),
                  "" if apart is None or apart.p is None else f"{apart.p:.3f}"]
         lines.append(_line(row.row, cells, _WIDE))
