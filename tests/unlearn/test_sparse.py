@@ -192,7 +192,8 @@ def test_a_layer_takes_its_input_by_name_too() -> None:
     model = tiny("llama/biased", torch.float32)
     layer = model.get_submodule(UPPER.rstrip(".")).up_proj
     x = torch.randn(2, layer.in_features)
-    with SparseGradients(model, small_plan(model, NEURONS), (Role.FORGET, Role.CONFLICT)):
+    with SparseGradients(model, small_plan(model, NEURONS), (Role.FORGET, Role.CONFLICT)) as sparse:
+        sparse.split(forget=1, retain=1, seq=1)
         assert torch.equal(layer(input=x), layer(x))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -203,16 +204,23 @@ def test_masters_are_no_state_of_a_slice_that_was_never_stepped(make: Any, make_
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
     callback.on_optimizer_step(None, None, None)  # nothing was stepped
-    saved = optimizer.state_dict()
-    assert all(set(state) == {"master"} for state in saved["state"].values()) and len(saved["state"]) > 0
-    again = make([p for p in model.parameters() if p.requires_grad])
-    again.load_state_dict(saved)
-    callback.release(model)
-    callback.on_train_begin(None, None, None, model=model, optimizer=again)
-    assert not again.state
+    assert not optimizer.state_dict()["state"]
     row = rows()[0]["input_ids"][None]
     model(input_ids=row, labels=row).loss.backward()
-    again.step()
+    optimizer.step()
+    callback.on_optimizer_step(None, None, None)
+    saved = copy.deepcopy(optimizer.state_dict())  # as a file would keep it
+    masters = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    assert all("master" in state for state in saved["state"].values()) and len(saved["state"]) == len(masters)
+    assert not any("master" in state for state in optimizer.state.values())
+    callback.release(model)
+    again = make([p for group in optimizer.param_groups for p in group["params"]])
+    again.load_state_dict(saved)
+    for master in again.param_groups[0]["params"]:
+        master.data.zero_()  # as if made from rounded weights
+    callback.on_train_begin(None, None, None, model=model, optimizer=again)
+    assert all(torch.equal(p, m) for p, m in zip(again.param_groups[0]["params"], masters, strict=True))
+    assert not any("master" in state for state in again.state.values())
     callback.release(model)
 
 

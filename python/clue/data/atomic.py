@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 #: What a write fails with where no more fits.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -52,14 +52,18 @@ class SliceParameters(nn.Module):
     def send_masters(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Let the masters of half-precision weights travel in the optimizer's ``state_dict``: a model's checkpoint rounds them.
 
-        In its state itself they would be taken for that of a parameter that was stepped before.
+        In its state itself they would be taken for that of a parameter that was stepped before; of one that was not, the master
+        is the weight, and stays out.
         """
         def add(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             order = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
             for slices, parameter in self._planned:
-                if slices.parameter.dtype != slices.dtype and id(parameter) in order:
-                    known = state["state"].get(order[id(parameter)], {})
-                    state["state"][order[id(parameter)]] = {**known, "master": parameter.detach()}
+                number = order.get(id(parameter))
+                if slices.parameter.dtype == slices.dtype or number is None:
+                    continue
+                known, master = state["state"].get(number, {}), parameter.detach()
+                if known or not torch.equal(master, _read(slices).to(master.dtype)):
+                    state["state"][number] = {**known, "master": master}
 
         return optimizer.register_state_dict_post_hook(add)
 
