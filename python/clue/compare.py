@@ -202,11 +202,9 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
         run.update(data={**recorded, task.name: dict(task.sha256)})
         references[task.name], gold = _reference(run, task, settings, tuning, progress)
         match = "clue" if ratio is None and any(row.localization == "clue" for row in rows) else None
-        # Without a plan to match, baselines move other weights, so that both kinds of cells fit into one run.
-        budget = "" if match else f"-at-{ratio or RATIO:g}"
         for row in rows:
             for objective in objectives:
-                stage = f"cell-{task.name}-{row.name}-{objective}{budget}"
+                stage = f"cell-{task.name}-{row.name}-{objective}{_budget(match, ratio)}"
                 if run.has(stage):
                     cell = Cell.from_json(json.loads((run.path(stage) / "cell.json").read_text()))
                 else:
@@ -242,12 +240,17 @@ def _reference(run: Run, task: Task, settings: Settings, tuning: Tuning,
     return json.loads((run.path(stage) / "reference.json").read_text()), Evaluation.load(gold) if gold.exists() else None
 
 
+def _budget(match: str | None, ratio: float | None) -> str:
+    """Part of a folder's name: without a plan to match, baselines move other weights, and both kinds fit into one run."""
+    return "" if match else f"-at-{ratio or RATIO:g}"
+
+
 def _plan(run: Run, task: Task, localization: str, settings: Settings, ratio: float | None,
           match: str | None) -> tuple[Plan, float, int | None]:
     """The plan of a localization, its processor time, and the most memory the process held meanwhile."""
     from . import baselines
 
-    stage = f"plan-{task.name}-{localization}" + ("" if match or localization == "clue" else f"-at-{ratio or RATIO:g}")
+    stage = f"plan-{task.name}-{localization}" + ("" if localization == "clue" else _budget(match, ratio))
     if run.has(stage):
         cost = json.loads((run.path(stage) / "cost.json").read_text())
         return Plan.load(run.path(stage)), cost["cpu_seconds"], cost["peak_bytes"]

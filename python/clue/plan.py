@@ -243,6 +243,13 @@ class Plan:
             raise PlanError(f"the plan in {folder} is damaged ({error!r}): make it again with `clue localize`") from None
 
 
+def require_plan(given: Any) -> Plan:
+    """What was given, if it is a plan; :class:`PlanError` otherwise."""
+    if not isinstance(given, Plan):
+        raise PlanError(f"plan is a {type(given).__name__}: give a Plan, from clue.localize or Plan.load")
+    return given
+
+
 @dataclass(frozen=True)
 class Verification:
     """What a bit-by-bit comparison of two models found.

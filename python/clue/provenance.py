@@ -10,7 +10,7 @@ from .weights import parameter_of, view_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .plan import Plan
+    from .plan import Plan, Slice
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -26,16 +26,14 @@ def unplanned(model: nn.Module, plan: Plan) -> dict[str, str]:
     """SHA-256 of the bytes of every parameter and buffer, planned weights taken as zeros: what a training must leave alone."""
     import torch
 
-    planned: dict[str, list[str]] = {}
-    for name in plan.parameters():
-        planned.setdefault(parameter_of(name), []).append(name)
+    planned: dict[str, list[Slice]] = {}
+    for s in plan.slices:
+        planned.setdefault(parameter_of(s.parameter), []).append(s)
     found = {}
     for name, tensor in model.state_dict().items():
         rest = tensor.detach().clone() if name in planned else tensor
-        for part in planned.get(name, ()):
-            for s in plan.slices:
-                if s.parameter == part:
-                    view_of(rest, part).index_fill_(s.axis, torch.from_numpy(s.index).to(rest.device), 0)
+        for s in planned.get(name, ()):
+            view_of(rest, s.parameter).index_fill_(s.axis, torch.from_numpy(s.index).to(rest.device), 0)
         found[name] = hashlib.sha256(_bytes(rest)).hexdigest()
     return found
 

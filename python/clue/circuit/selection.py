@@ -27,8 +27,8 @@ from .graph import Bools, Circuit, Floats, Graph, Ints, on_path, sort_edges
 _Bytes = npt.NDArray[np.uint8]
 _Columns = tuple[Ints, Ints, _Bytes, _Bytes, Floats, Floats]
 
-#: Share of its target that a faithfulness may lack: rounding alone keeps the whole model, whose faithfulness is 1, from 1.
-SLACK = 1e-4
+#: No more than this is asked of the whole model: its faithfulness is 1, but for rounding.
+WHOLE = 1 - 1e-4
 #: Numbers of edges tried, evenly spread in their logarithm, where all edges miss the faithfulness target.
 TRIED = 20
 
@@ -72,7 +72,7 @@ def build_circuit(scores: Scores, settings: LocalizeSettings, *,
         def reaches(count: int) -> bool:
             circuit = cut(count)
             found[count] = faithful(circuit) if len(circuit) else 0.0
-            return found[count] >= settings.faithfulness * (1 - SLACK)
+            return found[count] >= min(settings.faithfulness, WHOLE)
 
         low, high = 0, available
         if not reaches(high):

@@ -81,12 +81,7 @@ class Pairs:
             if length > body.context:
                 raise RecordError(f"{name}: the sequences have {length} tokens, the model's context {body.context}; shorten"
                                   " them (max_length)")
-            ids = np.concatenate((clean, corrupted))
-            vocabulary = int(getattr(body.embed, "num_embeddings", ids.max() + 1))
-            unknown = ids[(ids < 0) | (ids >= vocabulary)]
-            if len(unknown):
-                raise RecordError(f"{name}: the tokenizer yields token {unknown[0]}, the model knows {vocabulary} tokens: use"
-                                  " the tokenizer that belongs to this model")
+            _check_tokens(np.concatenate((clean, corrupted)), name, body)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; kinds, sources and the digest are in its metadata."""
@@ -165,7 +160,17 @@ def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: Localiz
     examples = encode_set(records, tokenizer, body, data, append_eos=False)
     pairs = make_pairs(examples, tokenizer, corruption=settings.corruption, chat=data.chat, seed=seed, limit=settings.limit)
     pairs.check(body)
+    for example in examples:  # those beyond the limit too, which training will run
+        _check_tokens(example.input_ids, example.record.source, body)
     return pairs
+
+
+def _check_tokens(ids: np.ndarray, name: str, body: Anatomy) -> None:
+    vocabulary = int(getattr(body.embed, "num_embeddings", ids.max() + 1))
+    unknown = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(unknown):
+        raise RecordError(f"{name}: the tokenizer yields token {unknown[0]}, the model knows {vocabulary} tokens: use the"
+                          " tokenizer that belongs to this model")
 
 
 class _Maker:

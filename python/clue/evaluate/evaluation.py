@@ -148,8 +148,9 @@ class SetResult:
     def solved(self) -> float:
         """Share of records that were answered well: multiple choice where every record of a skill has wrong answers to choose
         from (nobody asks whether a model ends its answer after the letter), else exact match."""
-        chosen = self.purpose == "skill" and self.truth_n == self.n and self.choice_accuracy is not None
-        return self.choice_accuracy if chosen and self.choice_accuracy is not None else self.accuracy
+        if self.purpose == "skill" and self.truth_n == self.n and self.choice_accuracy is not None:
+            return self.choice_accuracy
+        return self.accuracy
 
 
 @dataclass(frozen=True)

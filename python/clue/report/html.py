@@ -185,10 +185,11 @@ def _summary(columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
         rows = []
         for name in _set_names(columns, purpose):
             found = [(c, c.evaluation.detail.get(name)) for c in columns]
-            shown = {_label(name, columns): [None if r is None else r.solved for _, r in found]}
-            if purpose == "forget" and any(r is not None and r.choice_accuracy is not None for _, r in found):
-                shown[f"{_label(name, columns)}, multiple choice"] = [
-                    None if r is None else r.choice_accuracy for _, r in found]
+            label = _label(name, columns)
+            shown = {label: [None if r is None else r.solved for _, r in found]}
+            choices = [None if r is None else r.choice_accuracy for _, r in found]
+            if purpose == "forget" and any(value is not None for value in choices):
+                shown[f"{label}, multiple choice"] = choices
             n = max(r.n for _, r in found if r is not None)
             for label, values in shown.items():
                 strip = dumbbell([(c.name, c.style, v) for (c, _), v in zip(found, values, strict=True) if v is not None],

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..errors import ClueError, PlanError
-from ..plan import Plan
+from ..plan import Plan, require_plan
 from ..types import Role
 from ..weights import member_of, parameter_of, view_of
 from .optimizer import MaskedAdamW, planned_parameters
@@ -35,6 +35,8 @@ from .sparse import SparseGradients
 
 #: Name of the planned slices among the model's modules while they are trained.
 MODULE = "planned_slices"
+SHARDED = ("PlanCallback does not train a model that is sharded over processes: train with DistributedDataParallel, or with"
+           " MaskedAdamW in a loop of your own")
 
 
 class PlanCallback(TrainerCallback):
@@ -53,9 +55,7 @@ class PlanCallback(TrainerCallback):
     """
 
     def __init__(self, plan: Plan, roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> None:
-        if not isinstance(plan, Plan):
-            raise PlanError(f"plan is a {type(plan).__name__}: give a Plan, from clue.localize or Plan.load")
-        self._plan = plan
+        self._plan = require_plan(plan)
         self._roles = tuple(roles)
         self._sparse: SparseGradients | None = None
         self._slices: SliceParameters | None = None
@@ -104,6 +104,10 @@ class PlanCallback(TrainerCallback):
         planned = self._freeze(model)
         # What it leaves alone needs no keeping, but clipping counts the whole gradient.
         keeps = not isinstance(inner, MaskedAdamW)
+        if any(map(is_sharded, planned.values())):
+            if keeps:
+                raise PlanError(SHARDED)
+            return
         for name, parameter in planned.items():
             slices = [s for s in self._plan.slices if s.parameter == name and s.role in self._roles]
             self._keep(parameter, name, slices[0].axis, np.concatenate([s.index for s in slices]), bits=keeps)
@@ -139,8 +143,7 @@ class PlanCallback(TrainerCallback):
         """Make the planned slices parameters, if they all belong to layers whose gradients are computed by slices."""
         planned = planned_parameters(model, self._plan, self._roles)
         if any(is_sharded(parameter) for parameter in planned.values()):
-            raise PlanError("PlanCallback does not train a model that is sharded over processes: train with"
-                            " DistributedDataParallel, or with MaskedAdamW in a loop of your own")
+            raise PlanError(SHARDED)
         sparse = SparseGradients(model, self._plan, self._roles)
         if sparse.dense:
             return False
@@ -195,8 +198,6 @@ class PlanCallback(TrainerCallback):
 
     def _keep(self, parameter: nn.Parameter, name: str, axis: int, moving: npt.NDArray[np.int64], *, bits: bool) -> None:
         """Of everything along an axis but the indices that move, keep the gradient at zero, and remember the ``bits``."""
-        if is_sharded(parameter):
-            return
         weight = view_of(parameter.detach(), name)
         free = torch.ones(weight.shape[axis], dtype=torch.bool)
         free[torch.from_numpy(moving)] = False

@@ -31,7 +31,7 @@ from ..data.records import read_sets
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..model.anatomy import check_weights
 from ..model.answers import answer_logits
-from ..plan import Plan
+from ..plan import Plan, require_plan
 from ..processes import agreed
 from ..provenance import fingerprint, unplanned
 from ..types import Role
@@ -98,8 +98,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
     """
     settings, data = settings or UnlearnSettings(), data or DataSettings()
     check(settings)
-    if not isinstance(plan, Plan):
-        raise PlanError(f"plan is a {type(plan).__name__}: give a Plan, from clue.localize or Plan.load")
+    require_plan(plan)
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
     sets = read_sets(forget, retain, required=False)

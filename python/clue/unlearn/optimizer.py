@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ClueError, PlanError
-from ..plan import Plan
+from ..plan import Plan, require_plan
 from ..types import Role
 from ..weights import parameter_of
 from .shards import Shard, add_up, reshard, shard_of
@@ -32,10 +32,8 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
             embeddings), where a planned slice would also change its other use.
     """
-    if not isinstance(plan, Plan):
-        raise PlanError(f"plan is a {type(plan).__name__}: give a Plan, from clue.localize or Plan.load")
     reshard(model)  # a name means the shard, not what a forward pass has gathered for a while
-    plan.check(model)
+    require_plan(plan).check(model)
     found: dict[str, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))

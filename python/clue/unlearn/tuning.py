@@ -127,8 +127,8 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
     forget, retain = sets.pop("forget"), sets
     settings = replace(settings, objective=suited(settings.objective, forget, retain))
     objective = objective_of(settings.objective if objective is None else objective)
-    plan = made_for(model, plan)  # before the trials move it
     weights = ReferenceWeights(model, plan)
+    plan = made_for(model, plan)  # before the trials move it
     start = weights.now()
     lr = settings.lr or agreed(_first_lr(start))
     try:
