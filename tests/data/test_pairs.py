@@ -155,7 +155,8 @@ def test_tokens_that_the_model_does_not_know_are_refused_in_corrupted_prompts_to
     with pytest.raises(RecordError, match=r"told\.jsonl:1: the tokenizer yields token .* use the tokenizer that belongs"):
         corrupt(told, tokenizer, body, LocalizeSettings(), DataSettings(), 0)  # type: ignore[arg-type]
     # Of records beyond the limit too: no pair is made of them, but training runs them.
-    odd = RecordSet("odd", (Record("abc", "abc", corrupted="abb"), Record("ab\x7f", "abc", corrupted="abb", source="odd.jsonl:2")))
-    with pytest.raises(RecordError, match=r"odd\.jsonl:2: the tokenizer yields token"):
-        for seed in range(8):  # whichever of the two is drawn
+    odd = RecordSet("odd", (Record("abc", "abc", corrupted="abb"),
+                            Record("ab\x7f", "abc", corrupted="abb", source="odd.jsonl:2")))
+    for seed in range(4):  # whichever of the two is drawn
+        with pytest.raises(RecordError, match=r"odd\.jsonl:2: the tokenizer yields token"):
             corrupt(odd, tokenizer, body, LocalizeSettings(limit=1), DataSettings(), seed)  # type: ignore[arg-type]
