@@ -18,19 +18,22 @@ rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 """
 
-# Nobody leaves while another still works: whoever made the group keeps its store.
+# Nobody leaves while another still works: whoever made the group keeps its store. A sharded model's group outlives its end in
+# torch, and its threads the interpreter, which torch now and then aborts over: all is done, so leave before that.
 EPILOGUE = """
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
-def run(program: str, *arguments: str, count: int = 2, preamble: str = PREAMBLE) -> list[str]:
+def run(program: str, *arguments: str, count: int = 2, preamble: str = PREAMBLE, epilogue: str = EPILOGUE) -> list[str]:
     """``program`` finds its number in ``rank`` and its group made; returns what each process printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    text = preamble + textwrap.dedent(program) + (EPILOGUE if preamble else "")
+    text = preamble + textwrap.dedent(program) + epilogue
     here = str(Path(__file__).parent.parent)
     workers = [subprocess.Popen(
         [sys.executable, "-c", text, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here,

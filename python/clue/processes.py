@@ -63,6 +63,10 @@ def joined(device: str) -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or place()[1] > 1:
         yield place()[0] == 0
         return
+    # Its functions keep the group that there is when it is imported, as a default argument: imported later (models do), the
+    # group would outlive its end, and its threads the interpreter, which torch now and then aborts over.
+    import torch.distributed.nn.functional
+
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
