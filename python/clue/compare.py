@@ -323,10 +323,13 @@ class _Training:
     def __init__(self, model: Any, tokenizer: Any, task: Task, settings: Settings, tuning: Tuning,
                  gold: Evaluation | None) -> None:
         from .data.encoding import encode, length_limit, pad_id
+        from .unlearn.objectives import objective_of
 
         self._model, self._tokenizer, self._task, self._settings = model, tokenizer, task, settings
         self._gold = gold
         self._left = sorted(tuning.levels)
+        # An objective with a goal beyond forgetting is read where its training ends, which is at all levels at once.
+        self._goes_on = objective_of(settings.unlearn.objective).towards is not None
         self._robustness = tuning.robustness
         # As the floor rule reads them: that an answer ends is not what is to be forgotten.
         self._forget = encode(task.forget, tokenizer, chat=settings.data.chat, append_eos=False,
@@ -351,7 +354,7 @@ class _Training:
 
     def _look(self, entry: dict[str, Any]) -> None:
         self._steps = entry["step"]
-        if self._steps % self._settings.unlearn.check_every:
+        if self._goes_on or self._steps % self._settings.unlearn.check_every:
             return
         with self.meter.paused():
             forgotten = self._forgotten()

@@ -88,12 +88,14 @@ class UnlearnSettings:
     """How the planned weights are trained."""
 
     objective: str = _option("auto", "what forgetting minimises: npo, npo-cf (npo, and towards what the model says of other"
-                             " subjects), auto (npo-cf where there are prompts to put others in place of, else npo),"
+                             " subjects), npo-stranger (npo, and towards what it says of subjects nobody knows), auto"
+                             " (npo-stranger where every forget record names a subject whose like can be made up, npo-cf where"
+                             " there are other prompts to put in place, else npo),"
                              " ga (gradient ascent, without retention), graddiff (ga with it), npo-kl, ga-kl"
                              " (retention by KL divergence to the model before unlearning), simnpo, wga, undial, rmu (hidden"
                              " states steered away), or, which teach refusals, dpo and refusal",
-                             choices=("auto", "npo", "npo-cf", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo", "dpo", "refusal",
-                                      "undial", "wga", "rmu"))
+                             choices=("auto", "npo", "npo-cf", "npo-stranger", "graddiff", "ga", "npo-kl", "ga-kl", "simnpo",
+                                      "dpo", "refusal", "undial", "wga", "rmu"))
     stages: str = _option("joint", "two (forget weights first, then conflict weights, as in the paper), joint, or"
                           " alternating (a forget step on all planned weights, then a retain step on conflict weights)",
                           choices=("two", "joint", "alternating"))
@@ -112,8 +114,12 @@ class UnlearnSettings:
                                " per token)", choices=("relative", "absolute"))
     budget_rate: float = _option(1.0, "how fast the retain weight follows: by this much per step and nat above budget")
     retain_most: float = _option(20.0, "largest retain weight that a budget may lead to; the least is 0")
-    beta: float = _option(0.1, "inverse temperature of npo, npo-cf, npo-kl and dpo")
+    beta: float = _option(0.1, "inverse temperature of npo, npo-cf, npo-stranger, npo-kl and dpo")
     counterfactual: float = _option(0.05, "npo-cf weighs what the model before says of other subjects by this")
+    stranger_weight: float = _option(0.3, "npo-stranger weighs the divergence from what the model before says of strangers by"
+                                     " this")
+    stranger_near: float = _option(0.2, "npo-stranger goes on, when all is forgotten, until that divergence is at most this"
+                                   " many nats per answer token")
     simnpo_beta: float = _option(2.5, "inverse temperature of simnpo, whose log-probabilities are means over tokens")
     simnpo_gamma: float = _option(0.0, "reward margin of simnpo")
     wga_alpha: float = _option(1.0, "wga weighs every token by its probability to this power; 0 is gradient ascent")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: What the demo runs with: a model this small has 190 edges, and unlearns at a larger step than a language model would.
 DEMO = Settings(
     localize=LocalizeSettings(edges=0.1, neurons=0.1, batch_size=32),
-    unlearn=UnlearnSettings(objective="npo-cf", lr=4e-4, steps=500, batch_size=16, damping=0.01, metric_every=40,
+    unlearn=UnlearnSettings(objective="npo-stranger", lr=4e-4, steps=500, batch_size=16, damping=0.01, metric_every=40,
                             floor=0.06),
     evaluate=EvaluateSettings(rouge_limit=72, max_new_tokens=8),
 )

@@ -47,7 +47,8 @@ def log(steps=60):
     step = np.arange(steps, dtype=float)
     return UnlearnLog(stage=np.where(step < steps // 3, 1, 2).astype(np.uint8), forget_loss=np.exp(-step / 20),
                       retain_loss=np.where(step < steps // 3, np.nan, 0.1), forget_probability=np.exp(-step / 9),
-                      grad_norm=np.ones(steps), lr=np.linspace(1e-3, 1e-4, steps), retain_weight=np.ones(steps),
+                      divergence=np.full(steps, np.nan), grad_norm=np.ones(steps),
+                      lr=np.linspace(1e-3, 1e-4, steps), retain_weight=np.ones(steps),
                       stopped_early=True, forgotten=step / steps, final_probability=0.02, final_forgotten=1.0)
 
 

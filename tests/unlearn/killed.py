@@ -31,8 +31,8 @@ COMMON: dict[str, Any] = {"lr": 1e-2, "batch_size": 2, "warmup": 1, "floor": 0.0
 CASES: dict[str, tuple[dict[str, Any], bool, int, list[int | str]]] = {
     "two": ({"stages": "two", "objective": "npo-cf", "steps": 10, "metric_every": 3}, False, 2, [4, "half 2", 3, "whole 1"]),
     "joint": ({"objective": "npo-kl", "steps": 7, "metric": True}, True, 1, ["whole 3", 2, "half 1", 3]),
-    "rounding": ({"stages": "joint", "objective": "npo", "steps": 6, "rounding": "stochastic", "metric": False}, True, 1,
-                 [2, "half 1", 2]),
+    "rounding": ({"stages": "joint", "objective": "npo-stranger", "steps": 6, "rounding": "stochastic", "metric": False},
+                 True, 1, [2, "half 1", 2]),
     "budget": ({"stages": "alternating", "objective": "graddiff", "steps": 9, "metric": False, "retain_budget": 0.1,
                 "validation": 0.4, "forget_target": 0.0}, False, 3, [1, 5, 3]),
 }

@@ -117,7 +117,7 @@ ALIKE = """
         model, _ = model_and_plan("llama/biased")
         if sharded:
             fully_shard(model)
-        log = unlearned(model, plan, "npo-cf", {"lr": 0.0, "trials": 2, "floor": 0.03, "check_every": 2})
+        log = unlearned(model, plan, "npo-stranger", {"lr": 0.0, "trials": 2, "floor": 0.03, "check_every": 2})
         print(log.lr.tolist(), log.steps, digest(whole(model)))
 """
 

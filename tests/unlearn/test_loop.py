@@ -186,7 +186,7 @@ def test_joint_steps_match_a_plain_torch_loop(make_model: Any, make_plan: Any, t
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("objective", ["graddiff", "dpo", "npo-kl", "npo-cf", "undial"])
+@pytest.mark.parametrize("objective", ["graddiff", "dpo", "npo-kl", "npo-cf", "npo-stranger", "undial"])
 def test_planned_weights_outside_linear_layers_move_too(objective: str, make_model: Any, mixed_plan: Any, tokenizer: Any,
                                                        sets: Any, bits: Any, moved: Any) -> None:
     # Forget and retain records then run apart, which must change no other weight's step beyond rounding.
@@ -383,16 +383,20 @@ def test_a_step_that_is_not_finite_moves_nothing(make_model: Any, mixed_plan: An
 
 def test_log_survives_saving(tmp_path: Path) -> None:
     log = UnlearnLog(np.array([1, 2], dtype=np.uint8), np.array([0.5, 0.25]), np.array([math.nan, 0.1]),
-                     np.array([0.9, 0.8]), np.array([0.0, 0.5]), np.array([2.0, 1.0]), np.array([1e-3, 1e-4]),
-                     np.array([1.0, 0.5]), True, 0.125, 0.75, skipped=2, planned=9, moved=8)
+                     np.array([0.9, 0.8]), np.array([0.0, 0.5]), np.array([3.0, math.nan]), np.array([2.0, 1.0]),
+                     np.array([1e-3, 1e-4]), np.array([1.0, 0.5]), True, 0.125, 0.75, skipped=2, planned=9, moved=8)
     log.save(tmp_path / "log.json")
     back = UnlearnLog.load(tmp_path / "log.json")
     assert [p.name for p in tmp_path.iterdir()] == ["log.json"]
     for name in ("stage", *SERIES):
-        assert np.array_equal(getattr(log, name), getattr(back, name), equal_nan=name == "retain_loss")
+        assert np.array_equal(getattr(log, name), getattr(back, name), equal_nan=name in ("retain_loss", "divergence"))
         assert getattr(log, name).dtype == getattr(back, name).dtype
     assert (back.steps, back.stopped_early, back.final_probability, back.final_forgotten) == (2, True, 0.125, 0.75)
     assert (back.skipped, back.planned, back.moved) == (2, 9, 8) and math.isnan(back.final_validation)
+    document = json.loads((tmp_path / "log.json").read_text())
+    del document["divergence"]  # as earlier versions wrote it
+    (tmp_path / "log.json").write_text(json.dumps(document))
+    assert np.isnan(UnlearnLog.load(tmp_path / "log.json").divergence).tolist() == [True, True]
     (tmp_path / "log.json").write_text("{}")
     with pytest.raises(ClueError, match="not a readable unlearning log"):
         UnlearnLog.load(tmp_path / "log.json")

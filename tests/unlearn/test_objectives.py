@@ -16,8 +16,10 @@ from clue.unlearn.objectives import (
     OBJECTIVES,
     Answers,
     Hidden,
+    Objective,
     answer_log_probs,
     answer_rows,
+    negative_preference,
     objective_of,
     suited,
     token_log_probs,
@@ -102,7 +104,7 @@ def expected_losses(logits: np.ndarray, labels: np.ndarray, before: np.ndarray, 
         towards -= np.sum(q * np.log(p)) / len(labels)
     return {
         "ga": ascent, "graddiff": ascent, "ga-kl": ascent, "npo": npo, "npo-kl": npo,
-        "npo-cf": npo + s.counterfactual * towards,
+        "npo-stranger": npo, "npo-cf": npo + s.counterfactual * towards,
         "simnpo": np.mean(-2 / s.simnpo_beta * np.log(sigmoid(-s.simnpo_beta / counts * sums - s.simnpo_gamma))),
         "dpo": np.mean(-1 / s.beta * np.log(sigmoid(s.beta * (refused - other_reference)
                                                     - s.beta * (sums - reference)))),
@@ -219,18 +221,48 @@ def test_what_an_objective_lacks_is_named(batch: tuple[torch.Tensor, torch.Tenso
     for name, objective in OBJECTIVES.items():
         for needed, message in ((objective.reference and not objective.refusals, "log-probabilities"),
                                 (objective.refusals, "refusals=True"), (objective.hidden, "hidden=True"),
-                                (objective.forget_logits, "needs logits")):
+                                (objective.forget_logits and not objective.towards, "needs logits")):
             if needed:
                 with pytest.raises(ClueError, match=message):
                     objective.forget(referred if message == "needs logits" else bare, None, SETTINGS)
         if objective.retain_logits and objective.retain is not None:
             with pytest.raises(ClueError, match="needs logits"):
                 objective.retain(bare, SETTINGS)
+        if objective.towards is not None:
+            with pytest.raises(ClueError, match="needs logits"):
+                objective.towards(bare, SETTINGS)
         assert objective_of(name) is objective is objective_of(objective)
     with pytest.raises(ClueError, match="'forget' is neither one of npo, .* nor an Objective"):
         objective_of("forget")
     with pytest.raises(ClueError, match="neither"):
         objective_of(3)
+
+
+def test_the_way_to_strangers_is_the_divergence_from_them(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    before = logits.flip(1) + 1
+    towards = OBJECTIVES["npo-stranger"].towards
+    assert towards is not None
+    expected = sum(np.sum(q * np.log(q / p)) for (_, p, _), (_, q, _) in zip(
+        by_token(logits.numpy(), labels.numpy()), by_token(before.numpy(), labels.numpy()), strict=True))
+    found = towards(answers(logits, labels, np.zeros(3), before), replace(SETTINGS, stranger_weight=0.7))
+    assert found.item() == pytest.approx(0.7 * expected / len(labels), rel=1e-12)
+    for wrong in ({"twins": True, "forget_logits": True}, {}):
+        with pytest.raises(ClueError, match="forget_logits=True and leave twins out"):
+            Objective(negative_preference, towards=towards, **wrong)
+
+
+def test_auto_makes_up_strangers_where_subjects_have_names_of_several_words() -> None:
+    def about(*names: str | None) -> RecordSet:
+        return RecordSet("r", tuple(Record(f"Where does {name} live?", "Paris", subject=name) for name in names))
+
+    retain = {"r": about("Ada Lovelace", "Bob Hope")}
+    assert suited("auto", about("Cat Stevens"), retain) == "npo-stranger"
+    assert suited("auto", about("Cher"), retain) == "npo-stranger"  # names are made of the others'
+    given = RecordSet("r", (Record("Where does Cher live?", "Paris", corrupted="Where do I live?", subject="Cher"),))
+    for forget, others in ((about("Cher", None), retain), (given, retain), (about("Cher"), {"r": about("Ada", "Bob")}),
+                           (about("Cher"), {"r": about("Ada Hope", "Bob Hope")})):
+        assert suited("auto", forget, others) == "npo-cf"
 
 
 def test_auto_puts_other_prompts_in_place_of_those_there_are() -> None:

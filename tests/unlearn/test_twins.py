@@ -1,4 +1,4 @@
-"""Corrupted twins: whose prompts they have, and that every step of npo-cf asks the model before about its own."""
+"""Twins: whose prompts they have, that every step asks the model before about its own, and how far strangers lead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from clue.data.encoding import Batch, Example, encode
 from clue.data.records import Record, RecordSet
 from clue.errors import RecordError
 from clue.model.answers import answer_logits
+from clue.types import Role
 from clue.unlearn import Objective, unlearn
 from clue.unlearn.objectives import OBJECTIVES, Answers, answer_rows
 from clue.unlearn.schedule import Pool
-from clue.unlearn.twins import TWINS, corrupted_twins
+from clue.unlearn.twins import TWINS, corrupted_twins, strangers
 
 FORGET = [Record("where does ada live", "paris", subject="ada"), Record("where does bob live", "rome", subject="bob")]
 DONORS = [Record("where does cat live", "oslo", subject="cat"), Record("where does dan live", "paris", subject="dan"),
@@ -100,3 +101,75 @@ def test_every_step_asks_the_model_before_about_the_twins(make_model: Any, mixed
         expected = [asked(each[(step + i) % TWINS]) for i, each in enumerate(twins)]
         orders = (torch.cat(expected), torch.cat(expected[::-1]))  # the records of a step are shuffled
         assert any(torch.allclose(rows, order, atol=1e-5) for order in orders)
+
+
+NAMED = [Record("where does ada paris live", "rome", subject="ada paris"),
+         Record("what does ada paris eat", "figs", subject="ada paris"),
+         Record("where does bob live", "oslo", subject="bob"), Record("where does one live", "rice")]
+OTHERS = [Record("where does cat oslo live", "paris", subject="cat oslo"),
+          Record("what does dan figs eat", "rice", subject="dan figs"),
+          Record("where does one live", "rome", subject="one")]
+
+
+def stranger_of(twin: Example, tokenizer: Any) -> str:
+    return " ".join(word for word in tokenizer.decode(twin.input_ids[:twin.answer_start]).split()
+                    if word not in ("where", "what", "does", "live", "eat"))
+
+
+def test_a_subject_has_one_stranger_of_whom_nobody_knows(tokenizer: Any) -> None:
+    forget, donors = examples(NAMED, tokenizer), examples(OTHERS, tokenizer)
+
+    def believed(most: str) -> Any:
+        return lambda tried: np.array([float(stranger_of(twin, tokenizer) == most) for twin in tried])
+
+    for most, least in (("cat figs", "dan oslo"), ("dan oslo", "cat figs")):
+        found = strangers(forget, donors, tokenizer, believed(most), chat="off", seed=0, limit=99)
+        assert [len(each) for each in found] == [1] * 4
+        names = [stranger_of(twin, tokenizer) for twin, in found]
+        assert names[:3] == [least, least, most]  # all records of a subject the same one, no two subjects the same
+        # No subject: somebody else's question, as in a corrupted twin.
+        (expected,), = corrupted_twins(forget[3:], donors, tokenizer, chat="off", seed=0, count=1)
+        assert np.array_equal(found[3][0].input_ids, expected.input_ids)
+        for example, (twin,) in zip(forget, found, strict=True):
+            assert twin.input_ids[twin.answer_start:].tolist() == example.input_ids[example.answer_start:].tolist()
+    # "bob" becomes longer by a word, which does not fit: a corrupted twin has the record's own length.
+    fits = strangers(forget, donors, tokenizer, believed("cat figs"), chat="off", seed=0, limit=len(forget[0].input_ids) - 1)
+    assert [len(twin.input_ids) for twin, in fits] == [len(example.input_ids) for example in forget]
+
+
+@pytest.mark.parametrize("near", [0.05, 100.0])
+def test_training_goes_on_towards_strangers_when_all_is_forgotten(near: float, make_model: Any, make_plan: Any,
+                                                                  tokenizer: Any) -> None:
+    model, before = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+    plan = make_plan(model, {f"model.layers.{layer}.mlp.{name}_proj.weight": (axis, {Role.CONFLICT: None})
+                             for layer in (0, 1) for name, axis in (("up", 0), ("down", 1))})
+    settings = UnlearnSettings(objective="npo-stranger", lr=5e-3, steps=400, batch_size=4, warmup=0, floor=0.6, metric=False,
+                               check_every=1, retain_weight=0.0, stranger_near=near)
+    # Forgotten from the beginning: this model has learned nothing. What is left is the way to the strangers.
+    log = unlearn(model, tokenizer, RecordSet("f", tuple(NAMED)), {"r": RecordSet("r", tuple(OTHERS))}, plan, settings, seed=1)
+    assert log.final_forgotten == 1.0 and log.forgotten[0] == 1.0 and log.stopped_early
+    assert (log.steps == 1) == (near == 100.0)
+    donors = Pool([examples(OTHERS, tokenizer)], 1).take(len(OTHERS))
+    forget = examples(NAMED, tokenizer)
+
+    def rows(of: Any, example: Example) -> torch.Tensor:
+        ids = torch.from_numpy(example.input_ids)[None]
+        labels = torch.where(torch.arange(ids.shape[1]) >= example.answer_start, ids, -100)
+        with torch.no_grad():
+            return answer_rows(*answer_logits(of, Batch(ids, torch.ones_like(ids), labels)))[0].log_softmax(-1)
+
+    def answer(twin: Example) -> float:
+        return sum(float(row[token]) for row, token in zip(rows(before, twin), twin.input_ids[twin.answer_start:], strict=True))
+
+    def believed(tried: list[Example]) -> Any:
+        return np.array([answer(twin) for twin in tried])
+
+    twins = strangers(forget, donors, tokenizer, believed, chat="auto", seed=1, limit=64)
+    pairs = [(rows(before, twin), rows(model, example)) for example, (twin,) in zip(forget, twins, strict=True)]
+    reached = float(torch.cat([(q.exp() * (q - p)).sum(-1) for q, p in pairs]).mean())
+    assert reached <= near
+    start = float(torch.cat([(q.exp() * (q - rows(before, example))).sum(-1)
+                             for example, (q, _) in zip(forget, pairs, strict=True)]).mean())
+    assert log.divergence[0] == pytest.approx(start, rel=1e-5)
+    if near < 1:
+        assert start > 3 * near

@@ -29,6 +29,8 @@ class UnlearnLog:
         forget_probability: float64 [steps], mean length-normalised probability of the forget batch's answers, before the
             update.
         forgotten: float64 [steps], share of the forget batch that was forgotten already (:attr:`UnlearnSettings.floor`).
+        divergence: float64 [steps], mean KL divergence per answer token of the forget batch from what the model before
+            unlearning says of strangers, in nats, before the update; NaN where the objective has no strangers.
         grad_norm: float64 [steps], 2-norm of the combined gradient on the planned slices, before clipping.
         lr: float64 [steps].
         retain_weight: float64 [steps], what the retain loss was multiplied by; it varies with a retain budget.
@@ -49,6 +51,7 @@ class UnlearnLog:
     retain_loss: npt.NDArray[np.float64]
     forget_probability: npt.NDArray[np.float64]
     forgotten: npt.NDArray[np.float64]
+    divergence: npt.NDArray[np.float64]
     grad_norm: npt.NDArray[np.float64]
     lr: npt.NDArray[np.float64]
     retain_weight: npt.NDArray[np.float64]
@@ -86,6 +89,7 @@ class UnlearnLog:
         """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
+            document.setdefault("divergence", [None] * len(document["stage"]))  # logs of earlier versions have none
             series: dict[str, Any] = {name: np.array([math.nan if v is None else v for v in document[name]], dtype=np.float64)
                       for name in SERIES}
             results: dict[str, Any] = {name: math.nan if document[name] is None else kind(document[name])
@@ -97,7 +101,7 @@ class UnlearnLog:
 
 
 #: The arrays of a log besides ``stage``.
-SERIES = ("forget_loss", "retain_loss", "forget_probability", "forgotten", "grad_norm", "lr", "retain_weight")
+SERIES = ("forget_loss", "retain_loss", "forget_probability", "forgotten", "divergence", "grad_norm", "lr", "retain_weight")
 _RESULTS: dict[str, Callable[[Any], Any]] = {
     "stopped_early": bool, "final_probability": float, "final_forgotten": float, "final_validation": float,
     "skipped": int, "planned": int, "moved": int}

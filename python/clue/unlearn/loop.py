@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,11 @@ from .objectives import Forget, Objective, answer_log_probs, objective_of, suite
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
-from .role_gradient import RoleGradient, forgotten_of
+from .role_gradient import RoleGradient, divergence_of, forgotten_of
 from .schedule import Pool, RetainWeight, Shuffled, Stage, learning_rate, stages_of
 from .shards import is_sharded
 from .tuning import NOTES, tune
-from .twins import TWINS, corrupted_twins
+from .twins import corrupted_twins, strangers
 
 if TYPE_CHECKING:
     from ..data.records import RecordSet
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
 #: The retain metric is measured on at most this many records, drawn from all retain sets: beyond that a mean over their
 #: tokens hardly changes, and a large retain set would cost more than the training.
 METRIC_RECORDS = 1024
+
+#: The whole forget set's divergence from its strangers is looked at once a batch's is at most so many times what is wanted.
+CLOSE = 1.5
 
 
 def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
@@ -139,12 +143,18 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
     # A refusal does end: it is an answer that is to be given.
     refusals = encoded(refuse(forget, settings.refusals, seed), data.append_eos) if objective.refusals else []
     retain_examples = [encoded(records, data.append_eos) for records in retain.values()
-                       if settings.metric or objective.twins or (conflict and retains)]
+                       if settings.metric or objective.twins or objective.towards or (conflict and retains)]
     twins: list[list[Example]] = []
-    if objective.twins:
+    if objective.twins or objective.towards:
         pool = Pool(retain_examples, seed)
         donors = pool.take(min(METRIC_RECORDS, len(pool))) if retain_examples else forget_examples
-        twins = corrupted_twins(forget_examples, donors, tokenizer, chat=data.chat, seed=seed)
+        if objective.twins:
+            twins = corrupted_twins(forget_examples, donors, tokenizer, chat=data.chat, seed=seed)
+        else:
+            with restored(model):
+                model.eval()
+                twins = strangers(forget_examples, donors, tokenizer, partial(_log_p, model, tokenizer, settings.batch_size),
+                                  chat=data.chat, seed=seed, limit=limit)
     keeper = None if checkpoint is None else Checkpoint(checkpoint, every=every, identity=identity(
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
     training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, twins, retain_examples,
@@ -161,6 +171,16 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
                              + ": something else moves its weights (a hook, on_step, another optimizer); load the model again"
                                " and leave that out")
         return replace(log, objective=name, tuning=None if tuning is None else tuning.to_json())
+
+
+def _log_p(model: nn.Module, tokenizer: Any, batch_size: int,
+           examples: Sequence[Example]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Log-probability of every answer as a whole, [examples]."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        found = [answer_log_probs(*answer_logits(model, batch))[0]
+                 for batch in batches(examples, batch_size, pad=pad_id(tokenizer), device=device)]
+    return torch.cat(found).double().cpu().numpy()
 
 
 def made_for(model: nn.Module, plan: Plan) -> Plan:
@@ -188,6 +208,7 @@ class _Place:
     skipped: int = 0
     bad: int = 0  # how many of the latest steps were skipped, one after the other
     forgotten: float = 0.0  # share of the latest forget batch
+    divergence: float = 0.0  # of the latest forget batch from its strangers
     measured: int = 0  # ``done`` when the retain metric was measured
     weight: float = 0.0  # of the retain loss
     average: float = math.nan  # what the retain budget is held against
@@ -263,7 +284,7 @@ class _Training:
         twins: list[Example] = []
         if turn.forget:
             chosen = [self.taught[i] for i in self.forget_order.take(min(settings.batch_size, len(self.taught)))]
-            twins = [self.twins[i][(place.done + i) % TWINS] for i in chosen] if self.twins else []
+            twins = [self.twins[i][(place.done + i) % len(self.twins[i])] for i in chosen] if self.twins else []
             if self.refusals:
                 chosen += [len(self.forget) + i for i in chosen]
         retained = self.retain_pool.take(settings.batch_size) if turn.retain else []
@@ -295,7 +316,7 @@ class _Training:
         weight.observe(losses["retain_loss"])
         place.weight, place.average = weight.value, weight.average
         if turn.forget:
-            place.forgotten = losses["forgotten"]
+            place.forgotten, place.divergence = losses["forgotten"], losses["divergence"]
         entry = {"stage": stage.number, **losses, "grad_norm": norm, "lr": lr, "retain_weight": used}
         for name, values in self.log.items():
             values.append(entry[name])
@@ -308,9 +329,19 @@ class _Training:
         if self.place.number % settings.check_every:
             return False
         # The batch is asked first: looking at the whole set costs a pass over it.
-        if self.place.forgotten == 1.0 and self._whole(self.taught)[1] == 1.0:
+        if self.place.forgotten == 1.0 and self._whole(self.taught)[1] == 1.0 and self._near():
             return True
         return bool(self.held_out) and self._whole(self.held_out)[0] <= settings.forget_target
+
+    def _near(self) -> bool:
+        """Whether the forget records are as those of strangers, where the objective goes there."""
+        if self.objective.towards is None:
+            return True
+        near = self.settings.stranger_near
+        if self.place.divergence > CLOSE * near:
+            return False
+        mine, theirs = ([records[i] for i in self.taught] for records in (self.forget, [twin for twin, in self.twins]))
+        return agreed(divergence_of(self.model, self.before, self._batches(mine), self._batches(theirs))) <= near
 
     def _metric_is_due(self) -> bool:
         every, place = self.settings.metric_every, self.place

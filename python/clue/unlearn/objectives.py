@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config import UnlearnSettings
 from ..data.encoding import IGNORED
 from ..errors import ClueError
+from .twins import has_subject, made_up
 
 if TYPE_CHECKING:
     from ..data.records import RecordSet
@@ -96,8 +97,8 @@ class Answers:
             objective asks for it.
         targets: int64 [tokens], the answer tokens one after the other, in the order of ``scored``.
         logits: [tokens, vocabulary] for these tokens, float32 or finer; None unless the objective asks for them.
-        reference_logits: the same under the model before unlearning, given the objective's ``twins`` in place of the
-            records where it has them.
+        reference_logits: the same under the model before unlearning, given the objective's ``twins`` or strangers in place
+            of the records where it has them.
         hidden: the hidden states that the objective asks for; None unless it does.
     """
 
@@ -187,6 +188,19 @@ def counterfactual_preference(answers: Answers, refusals: Answers | None, settin
     return away + settings.counterfactual * towards
 
 
+def divergence(answers: Answers) -> Tensor:
+    """``KL(p_ref || p)`` over the vocabulary at every answer token, in nats, [tokens]."""
+    log_p = _needed(answers.logits, "logits").log_softmax(-1)
+    reference = _needed(answers.reference_logits, "the logits of the model before unlearning").log_softmax(-1)
+    return (reference.exp() * (reference - log_p)).sum(-1)
+
+
+def towards_strangers(answers: Answers, settings: UnlearnSettings) -> Tensor:
+    """``stranger_weight`` times the mean over records of the summed :func:`divergence` from what the model before unlearning
+    gave the same answer when it was asked about a stranger."""
+    return settings.stranger_weight * divergence(answers).sum() / len(answers.n_tokens)
+
+
 def simple_negative_preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
     """SimNPO: ``-2/beta * mean log sigmoid(-beta/|y| * log p - gamma)`` (arXiv 2410.07163, the SimNPO loss), with |y| the
     number of tokens of an answer; no reference model."""
@@ -249,9 +263,7 @@ def retain_likelihood(answers: Answers, settings: UnlearnSettings) -> Tensor:
 def retain_divergence(answers: Answers, settings: UnlearnSettings) -> Tensor:
     """Mean over the retain answers' tokens of ``KL(p_ref || p)`` over the vocabulary (KL minimization in TOFU, arXiv
     2401.06121, which means over records first; the mean over tokens is that of the other retain loss)."""
-    log_p = _needed(answers.logits, "logits").log_softmax(-1)
-    reference = _needed(answers.reference_logits, "the logits of the model before unlearning").log_softmax(-1)
-    return (reference.exp() * (reference - log_p)).sum(-1).mean()
+    return divergence(answers).mean()
 
 
 #: (forget answers, a refusal to each of their questions or None, settings) -> scalar to minimise
@@ -274,6 +286,9 @@ class Objective:
             (:class:`~clue.unlearn.reference.ReferenceWeights`).
         twins: whether the forget answers' logits before unlearning are those behind corrupted twins of their prompts
             (:mod:`clue.unlearn.twins`), another twin in every step.
+        towards: a loss of all forget records, forgotten ones too, whose logits before unlearning are those behind a
+            stranger's prompt (:func:`~clue.unlearn.twins.strangers`), the same in every step. Training then goes on until
+            the model's :func:`divergence` from them is at most ``stranger_near``. Needs ``forget_logits``.
         hidden: whether both losses need the hidden states behind layer ``rmu_layer``, the model's and those before
             unlearning; only planned weights up to this layer then have a gradient.
     """
@@ -286,12 +301,19 @@ class Objective:
     retain_logits: bool = False
     twins: bool = False
     hidden: bool = False
+    towards: Retain | None = None
+
+    def __post_init__(self) -> None:
+        if self.towards is not None and (self.twins or not self.forget_logits):
+            raise ClueError("an Objective goes towards strangers (towards), in place of twins, by the logits of both: give it"
+                            " forget_logits=True and leave twins out")
 
 
 #: ``UnlearnSettings.objective`` -> objective. ``graddiff`` (arXiv 2203.12817) is gradient ascent plus the retain loss.
 OBJECTIVES: dict[str, Objective] = {
     "npo": Objective(negative_preference, reference=True),
     "npo-cf": Objective(counterfactual_preference, reference=True, forget_logits=True, twins=True),
+    "npo-stranger": Objective(negative_preference, reference=True, forget_logits=True, towards=towards_strangers),
     "graddiff": Objective(gradient_ascent),
     "ga": Objective(gradient_ascent, retain=None),
     "npo-kl": Objective(negative_preference, retain_divergence, reference=True, retain_logits=True),
@@ -306,11 +328,14 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def suited(name: str, forget: RecordSet, retain: Mapping[str, RecordSet]) -> str:
-    """The name of an objective, with ``auto`` made out: ``npo-cf`` where every forget record has a prompt and retain records
-    have prompts that may stand in for it, ``npo`` elsewhere."""
+    """The name of an objective, with ``auto`` made out: ``npo-stranger`` where a stranger can be made up for the subject of
+    every forget record, ``npo-cf`` where every one has a prompt and retain records have prompts that may stand in for it,
+    ``npo`` elsewhere."""
     if name != "auto":
         return name
-    donors = any(record.prompt for records in retain.values() for record in records)
+    donors = [record for records in retain.values() for record in records if record.prompt]
+    if made_up(forget, donors) and all(has_subject(record) for record in forget):
+        return "npo-stranger"
     return "npo-cf" if donors and all(record.prompt for record in forget) else "npo"
 
 

@@ -18,7 +18,7 @@ from ..processes import place
 from ..types import Role
 from .hidden import HiddenStates
 from .metric import RetainMetric
-from .objectives import Answers, Hidden, Objective, answer_log_probs, answer_rows, nll, token_log_probs
+from .objectives import Answers, Hidden, Objective, answer_log_probs, answer_rows, divergence, nll, token_log_probs
 from .reference import ReferenceWeights
 from .sharing import added_up, shared_logits
 from .sparse import SliceGradient, SparseGradients
@@ -50,7 +50,7 @@ class RoleGradient:
         passes = [(forget, retain)]
         if self.sparse.dense and forget and retain:
             passes = [(forget, ()), ((), retain)]
-        losses = dict.fromkeys(("forget_loss", "forget_probability", "forgotten", "retain_loss"), math.nan)
+        losses = dict.fromkeys(("forget_loss", "forget_probability", "forgotten", "divergence", "retain_loss"), math.nan)
         taken: list[dict[str, SliceGradient]] = []
         for forgets, retains in passes:
             self._pass(forgets, reference, retains, retain_weight, twins, losses)
@@ -124,6 +124,9 @@ class RoleGradient:
             elif bool(left.any()):
                 refusals = None if refusals is None else refusals.select(left)
                 parts.append(objective.forget(taught.select(left), refusals, settings))
+            if objective.towards is not None:
+                parts.append(objective.towards(taught, settings))
+                losses["divergence"] = float(divergence(taught).detach().mean())
             losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
                        "forgotten": float(forgotten.double().mean())}
         if retain and objective.retain is not None:
@@ -188,3 +191,18 @@ def forgotten_of(model: nn.Module, records: Iterable[Batch], floor: float) -> tu
     found = [forgotten_now(*answer_logits(model, batch), floor) for batch in records]
     probability, forgotten = (torch.cat(part).double().mean() for part in zip(*found, strict=True))
     return float(probability), float(forgotten)
+
+
+@torch.no_grad()
+def divergence_of(model: nn.Module, before: ReferenceWeights, records: Iterable[Batch], twins: Iterable[Batch]) -> float:
+    """Mean :func:`~clue.unlearn.objectives.divergence` over the answer tokens of a whole set, in nats: of the model as it is
+    from what the model before unlearning gives the same answers of the twins, batch by batch."""
+    found = []
+    for batch, theirs in zip(records, twins, strict=True):
+        logits, labels = answer_logits(model, batch)
+        with before.restored():
+            reference = answer_rows(*answer_logits(model, theirs))[0]
+        log_p, scored = token_log_probs(logits, labels)
+        rows, targets = answer_rows(logits, labels)
+        found.append(divergence(Answers(log_p, scored, None, targets, rows, reference)).double())
+    return float(torch.cat(found).mean())

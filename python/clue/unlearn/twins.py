@@ -1,42 +1,118 @@
-"""Corrupted twins of forget records: the same answer behind another subject's question, or behind another question.
+"""Twins of forget records: the same answer behind another prompt, of which the model before unlearning tells what to forget
+towards: what it would say had it never heard of the subject, in the form that an answer to this question has.
 
-What the model before unlearning gives the answer's tokens there is what it would say had it never heard of the subject,
-in the form that an answer to this question has. ``npo-cf`` forgets towards it. One twin would teach its own subject's
-answer in place of the forgotten one; several in turn teach their mixture (the teacher of Liu et al., "Revisiting Who's
-Harry Potter", EMNLP 2024, arXiv 2407.16997, which averages over names).
+*Corrupted twins* ask about other subjects, or ask another question (``npo-cf``). One of them would teach its own subject's
+answer in place of the forgotten one; several in turn teach their mixture (the teacher of Liu et al., "Revisiting Who's Harry
+Potter", EMNLP 2024, arXiv 2407.16997, which averages over names).
+
+*Strangers* are subjects that nobody has heard of, their names recombined from those of others (``npo-stranger``). Such a one
+has no answer to teach, so one is enough, and a subject that is forgotten should look just like it: as unlikely, and with as
+much left for right and for wrong answers (docs/findings.md, 7).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..data.encoding import Example
-from ..data.pairs import make_pairs
-from ..errors import RecordError
+import numpy as np
 
-#: Twins of every record; each is used in turn.
+from ..data.encoding import Example, encode
+from ..data.pairs import make_pairs
+from ..data.records import Record
+from ..errors import RecordError
+from ..processes import agreed
+
+#: Corrupted twins of every record; each is used in turn.
 TWINS = 8
+#: Strangers, of whom one is chosen for each subject, and the most of its records that they are asked about.
+STRANGERS, ASKED = 24, 8
+
+#: Answers' log-probabilities under the model before unlearning, [examples].
+LogP = Callable[[Sequence[Example]], "np.ndarray[Any, np.dtype[np.float64]]"]
 
 
 def corrupted_twins(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, *, chat: str,
-                    seed: int) -> list[list[Example]]:
-    """:data:`TWINS` twins of each forget record, of its length and with its answer: [records][TWINS].
+                    seed: int, count: int = TWINS) -> list[list[Example]]:
+    """``count`` twins of each forget record, of its length and with its answer: [records][count].
 
     Args:
         forget: the records; ``corrupted`` of a record that names one is its only twin.
         donors: whose subjects and questions stand in; retain records, so that nobody is taught a forgotten answer.
         tokenizer, chat: what both were encoded with.
         seed: of the choice of donors.
+        count: of twins.
 
     Raises:
         RecordError: a record is a plain text, or no donor's question differs from its own.
     """
     for example in forget:
         if not example.record.prompt:
-            raise RecordError(f"{example.record.source or 'a forget record'}: it is a plain text, and npo-cf corrupts the"
-                              " prompt of an answer: give prompts, or take another objective")
+            raise RecordError(f"{example.record.source or 'a forget record'}: it is a plain text, and the objective puts"
+                              " others in the place of an answer's prompt: give prompts, or take another objective")
     made = [make_pairs(forget, tokenizer, chat=chat, seed=seed * TWINS + number, pool=donors).corrupted
-            for number in range(TWINS)]
+            for number in range(count)]
     return [[replace(example, input_ids=each[i]) for each in made] for i, example in enumerate(forget)]
+
+
+def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, log_p: LogP, *, chat: str,
+              seed: int, limit: int) -> list[list[Example]]:
+    """Each forget record about a stranger, with its answer: [records][1].
+
+    All records of a subject get the same stranger, of :data:`STRANGERS` drawn ones the one whom the model before unlearning
+    believes the forgotten answers least: it gives nothing away. Where none can be made up, for records that name no subject,
+    or a corrupted prompt, it is a corrupted twin.
+
+    Args:
+        forget, donors, tokenizer, chat, seed: as for :func:`corrupted_twins`; names are made of the donors' subjects.
+        log_p: asks the model before unlearning.
+        limit: the most tokens that a record may have.
+
+    Raises:
+        RecordError: as :func:`corrupted_twins`.
+    """
+    names = made_up([e.record for e in forget], [e.record for e in donors])
+    rng = np.random.Generator(np.random.PCG64(seed))
+    of: dict[str, list[int]] = {}
+    for i, example in enumerate(forget):
+        if has_subject(example.record):
+            of.setdefault(str(example.record.subject), []).append(i)
+    found: dict[int, Example] = {}
+    for places in of.values():
+        asked = [places[i] for i in np.sort(rng.permutation(len(places))[:ASKED])]
+        drawn = [names[i] for i in rng.permutation(len(names))[:STRANGERS]]
+        tried = [[_about(name, forget[i], tokenizer, chat) for i in asked] for name in drawn]
+        if not tried:
+            continue
+        worth = [float(log_p(each).sum()) for each in tried]
+        best = drawn[int(agreed(int(np.argmin(worth))))]
+        found |= {i: _about(best, forget[i], tokenizer, chat) for i in places}
+        names.remove(best)
+    found = {i: twin for i, twin in found.items() if len(twin.input_ids) <= limit}
+    left = [i for i in range(len(forget)) if i not in found]
+    others = corrupted_twins([forget[i] for i in left], donors, tokenizer, chat=chat, seed=seed, count=1)
+    found |= {i: twin for i, (twin,) in zip(left, others, strict=True)}
+    return [[found[i]] for i in range(len(forget))]
+
+
+def has_subject(record: Record) -> bool:
+    """Whether a stranger may stand in its subject's place."""
+    return bool(record.prompt and record.subject and record.corrupted is None)
+
+
+def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
+    """Names that no record knows, sorted: the last word of one donor's subject behind the other words of another's."""
+    donors = list(donors)
+    known = {record.subject for record in (*forget, *donors)}
+    parts = sorted({tuple(r.subject.split()) for r in donors if r.subject and len(r.subject.split()) > 1})
+    return sorted({" ".join((*first[:-1], last[-1])) for first in parts for last in parts} - known)
+
+
+def _about(name: str, example: Example, tokenizer: Any, chat: str) -> Example:
+    """The record about somebody else: its answer's tokens behind a prompt that asks about ``name``."""
+    record = example.record
+    prompt = record.prompt.replace(str(record.subject), name)
+    asked, = encode([Record(prompt, record.answer, source=record.source)], tokenizer, chat=chat, append_eos=False)
+    ids = np.concatenate([asked.input_ids[:asked.answer_start], example.input_ids[example.answer_start:]])
+    return replace(example, input_ids=ids, answer_start=asked.answer_start)
