@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clue.data.records import RecordSet
 from clue.plan import Plan, Slice
 from clue.types import Role
 from clue.unlearn import MaskedAdamW, SparseGradients, curvature, metric, sharing
@@ -117,7 +119,11 @@ def unlearned(model: nn.Module, plan: Plan, objective: str, settings: dict[str, 
     from clue.unlearn import unlearn
 
     settings = {"steps": STEPS, "batch_size": 3, "lr": 1e-2, "warmup": 0, "floor": 0.0} | (settings or {})
-    return unlearn(model, build_tokenizer(), records("forget", WORDS), {"retain": records("retain", RETAIN)}, plan,
+    forget, retain = (tuple(records(name, pairs)) for name, pairs in (("forget", WORDS), ("retain", RETAIN)))
+    if objective == "npo-stranger":  # the last two words of a question are a name, of which "cat eat" and "dan live" are made
+        forget, retain = (tuple(replace(record, subject=" ".join(record.prompt.split()[-2:])) if i in named else record
+                                for i, record in enumerate(part)) for part, named in ((forget, (0, 1)), (retain, (0, 2))))
+    return unlearn(model, build_tokenizer(), RecordSet("forget", forget), {"retain": RecordSet("retain", retain)}, plan,
                    UnlearnSettings(objective=objective, **settings),
                    data=DataSettings(append_eos=False), **keywords)
 
