@@ -8,6 +8,7 @@ A run directory holds ``pairs``, ``scores``, ``circuits``, ``editability`` (wher
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -151,8 +152,8 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
             trial = f"trial {step['trial']} of at most {settings.unlearn.trials}, " if "trial" in step else ""
             progress(f"unlearn    {trial}step {step['step']} of at most {step['steps']}: " + ", ".join(
                 f"{name.replace('_', ' ')} {step[name]:.3f}" for name in ("forget_loss", "retain_loss",
-                                                                         "forget_probability", "forgotten")
-                if step.get(name) is not None))
+                                                                         "forget_probability", "forgotten", "divergence")
+                if not math.isnan(step[name])))
 
     plan = Plan.load(run.folder)
     checkpoint = run.path(".training")  # so that a killed job goes on at the step it came to

@@ -18,7 +18,7 @@ from clue.types import Role
 from clue.unlearn import Objective, unlearn
 from clue.unlearn.objectives import OBJECTIVES, Answers, answer_rows
 from clue.unlearn.schedule import Pool
-from clue.unlearn.twins import TWINS, corrupted_twins, strangers
+from clue.unlearn.twins import TWINS, corrupted_twins, made_up, strangers
 
 FORGET = [Record("where does ada live", "paris", subject="ada"), Record("where does bob live", "rome", subject="bob")]
 DONORS = [Record("where does cat live", "oslo", subject="cat"), Record("where does dan live", "paris", subject="dan"),
@@ -109,6 +109,16 @@ NAMED = [Record("where does ada paris live", "rome", subject="ada paris"),
 OTHERS = [Record("where does cat oslo live", "paris", subject="cat oslo"),
           Record("what does dan figs eat", "rice", subject="dan figs"),
           Record("where does one live", "rome", subject="one")]
+
+
+def test_names_are_made_of_a_sample_where_there_are_many() -> None:
+    donors = [Record(f"q a{i:03} b{i:03}", "x", subject=f"a{i:03} b{i:03}") for i in range(1000)]
+    known = [Record("q a000 b016", "x", subject="a000 b016")]
+    names = made_up(known, donors)
+    assert len(names) == len(set(names)) == 63 * 62 - 1 and "a000 b016" not in names  # of every 16th of the thousand
+    assert not set(names) & {record.subject for record in donors}
+    assert made_up(known, donors[:1]) == made_up(known, []) == []
+    assert made_up(known, donors[:2]) == ["a000 b001", "a001 b000"]
 
 
 def stranger_of(twin: Example, tokenizer: Any) -> str:

@@ -28,6 +28,8 @@ from ..processes import agreed
 TWINS = 8
 #: Strangers, of whom one is chosen for each subject, and the most of its records that they are asked about.
 STRANGERS, ASKED = 24, 8
+#: Names are made of at most so many, which is thousands of them.
+PARTS = 64
 
 #: Answers' log-probabilities under the model before unlearning, [examples].
 LogP = Callable[[Sequence[Example]], "np.ndarray[Any, np.dtype[np.float64]]"]
@@ -106,6 +108,7 @@ def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
     donors = list(donors)
     known = {record.subject for record in (*forget, *donors)}
     parts = sorted({tuple(r.subject.split()) for r in donors if r.subject and len(r.subject.split()) > 1})
+    parts = parts[::-(-len(parts) // PARTS) or 1]
     return sorted({" ".join((*first[:-1], last[-1])) for first in parts for last in parts} - known)
 
 
