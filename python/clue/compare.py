@@ -343,11 +343,14 @@ class _Training:
         """Train until every level is reached or the steps run out."""
         from .unlearn.loop import unlearn
 
+        at_goal = True
         with self.meter, suppress(_Enough):
-            unlearn(self._model, self._tokenizer, self._task.forget, self._task.retain, plan, self._settings.unlearn,
-                    data=self._settings.data, seed=self._task.seed, on_step=self._look)
+            log = unlearn(self._model, self._tokenizer, self._task.forget, self._task.retain, plan, self._settings.unlearn,
+                          data=self._settings.data, seed=self._task.seed, on_step=self._look)
+            at_goal = log.stopped_early or not self._goes_on
         if not self.points or self.points[-1].steps != self._steps:
             self._measure(self._forgotten())
+            self.points[-1] = replace(self.points[-1], at_goal=at_goal)
         if self._robustness:  # now that the model is itself again: relearning moves all its weights
             stood = _stood(self._model, self._tokenizer, self._task, self._settings)
             self.points[-1] = replace(self.points[-1], measures={**self.points[-1].measures, **stood})

@@ -49,6 +49,12 @@ def test_equal_validation_takes_probability_and_then_the_smaller_learning_rate()
     assert likelier.at(1.0) == likelier.points[1]
 
 
+def test_a_learning_rate_that_reaches_the_goal_goes_before_one_that_keeps_more() -> None:
+    short, there = replace(point(1e-4, 50, 1.0, 0.99), at_goal=False), point(2e-4, 20, 1.0, 0.9)
+    assert cell(short, there).at(1.0) == there
+    assert cell(short, point(4e-4, 50, 0.9, 0.95)).at(1.0) == short
+
+
 def test_a_cell_that_does_not_get_there_is_read_where_it_forgot_most() -> None:
     found = cell(point(1, 10, 0.6, 0.9), point(2, 10, 0.7, 0.1))
     assert found.at(0.9) == found.points[1]

@@ -53,6 +53,8 @@ class Point:
         validation: mean over validation sets of (accuracy, probability), compared in this order.
         measures: everything measured on test records, by ``set.field``; see :func:`measures_of`.
         cpu_seconds: processor time of training so far, without looks and measurements.
+        at_goal: whether its objective's goal beyond forgetting, where it has one, was reached before the steps ran out; a
+            learning rate with which it was goes before one with which it was not.
     """
 
     lr: float
@@ -61,6 +63,7 @@ class Point:
     validation: tuple[float, float]
     measures: Mapping[str, float]
     cpu_seconds: float
+    at_goal: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Cell:
         """The cell's point at a level of forgetting; None where every learning rate diverged."""
         first: dict[float, Point] = {}
         for point in self.points:
-            if point.forgotten >= level and (point.lr not in first or point.steps < first[point.lr].steps):
+            if point.at_goal and point.forgotten >= level and (point.lr not in first or point.steps < first[point.lr].steps):
                 first[point.lr] = point
         if first:
             return max(first.values(), key=lambda point: (point.validation, -point.lr))
