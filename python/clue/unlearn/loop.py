@@ -338,7 +338,7 @@ class _Training:
         if self.objective.towards is None:
             return True
         near = self.settings.stranger_near
-        if self.place.divergence > CLOSE * near:
+        if agreed(self.place.divergence) > CLOSE * near:
             return False
         mine, theirs = ([records[i] for i in self.taught] for records in (self.forget, [twin for twin, in self.twins]))
         return agreed(divergence_of(self.model, self.before, self._batches(mine), self._batches(theirs))) <= near

@@ -126,7 +126,8 @@ class RoleGradient:
                 parts.append(objective.forget(taught.select(left), refusals, settings))
             if objective.towards is not None:
                 parts.append(objective.towards(taught, settings))
-                losses["divergence"] = float(divergence(taught).detach().mean())
+                with torch.no_grad():
+                    losses["divergence"] = float(divergence(taught).mean())
             losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
                        "forgotten": float(forgotten.double().mean())}
         if retain and objective.retain is not None:
