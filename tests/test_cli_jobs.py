@@ -100,8 +100,8 @@ def test_torchrun_starts_processes_that_share_a_job(world: Path, localized: Path
     assert both.nodes == alone.nodes and np.array_equal(both.role, alone.role)
 
     one, two = (shutil.copytree(localized, tmp_path / name) for name in ("one", "two"))
-    assert main(["unlearn", str(one), "--lr", "0.01"]) == 0
-    done = started("unlearn", str(two), "--lr", "0.01")
+    assert main(["unlearn", str(one), "--lr", "0.01", "--objective", "npo"]) == 0
+    done = started("unlearn", str(two), "--lr", "0.01", "--objective", "npo")
     assert done.stdout.strip() == str(two / "model")
     assert done.stderr.count("verify     exact:") == 1
     assert Run.open(two).manifest["verification"].startswith("exact:")

@@ -50,9 +50,9 @@ def loss_of(model: nn.Module, rows: list[int]) -> Tensor:
     return forget_loss(log_p[:first]) + retain_loss(log_p[first:])
 
 
-def reference(family: str) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[dict[str, Tensor], Any]]:
+def reference(family: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, tuple[dict[str, Tensor], Any]]]:
     """What a process alone makes of the whole batch: all weights after dense gradients of half the loss, after gradients
-    of slices, and after CLUE's own loop, with its log."""
+    of slices, and after CLUE's own loop, with its log, by objective."""
     rows = list(range(len(IDS)))
     model, plan = model_and_plan(family)
     optimizer = MaskedAdamW(model, plan, lr=1e-2, weight_decay=0.1)
@@ -60,18 +60,18 @@ def reference(family: str) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[
         loss_of(model, rows).backward()
         optimizer.step(grad_scale=0.5)
         optimizer.zero_grad()
-    of_slices, of_loop = model_and_plan(family)[0], model_and_plan(family)[0]
+    of_slices, of_loops = model_and_plan(family)[0], {name: model_and_plan(family)[0] for name in ("npo", "npo-stranger")}
     modules = (sharing, metric, curvature)
     together = sharing.place
     try:
         for module in modules:
             module.place = lambda: (0, 1)  # type: ignore[attr-defined]
         train_sparsely(of_slices, plan, rows)
-        log = unlearned(of_loop, plan, "npo")
+        logs = {objective: unlearned(of_loop, plan, objective) for objective, of_loop in of_loops.items()}
     finally:
         for module in modules:
             module.place = together  # type: ignore[attr-defined]
-    return whole(model), whole(of_slices), (whole(of_loop), log)
+    return whole(model), whole(of_slices), {name: (whole(of_loop), logs[name]) for name, of_loop in of_loops.items()}
 
 
 def train_sparsely(model: nn.Module, plan: Plan, rows: list[int]) -> MaskedAdamW:
