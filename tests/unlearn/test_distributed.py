@@ -174,7 +174,7 @@ def test_processes_go_on_together_from_one_checkpoint(tmp_path: Path) -> None:
 def test_two_processes_train_what_one_does(family: str) -> None:
     printed = run(PROGRAM, family)
     assert printed[0] == printed[1]
-    assert printed[0].count("\n") == 6 + 2 + 2 + 2 + 4
+    assert printed[0].count("\n") == 6 + 2 + 2 + 3 + 4
 
 
 def test_processes_share_the_metric_and_choose_alike() -> None:
