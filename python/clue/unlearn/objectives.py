@@ -188,17 +188,22 @@ def counterfactual_preference(answers: Answers, refusals: Answers | None, settin
     return away + settings.counterfactual * towards
 
 
-def divergence(answers: Answers) -> Tensor:
-    """``KL(p_ref || p)`` over the vocabulary at every answer token, in nats, [tokens]."""
-    log_p = _needed(answers.logits, "logits").log_softmax(-1)
-    reference = _needed(answers.reference_logits, "the logits of the model before unlearning").log_softmax(-1)
+def divergence(logits: Tensor, before: Tensor) -> Tensor:
+    """``KL(p_before || p)`` over the vocabulary at every token, in nats, [tokens]; both logits [tokens, vocabulary]."""
+    log_p, reference = logits.log_softmax(-1), before.log_softmax(-1)
     return (reference.exp() * (reference - log_p)).sum(-1)
+
+
+def from_before(answers: Answers) -> Tensor:
+    """:func:`divergence` of the model from the model before unlearning at every answer token, [tokens]."""
+    return divergence(_needed(answers.logits, "logits"),
+                      _needed(answers.reference_logits, "the logits of the model before unlearning"))
 
 
 def towards_strangers(answers: Answers, settings: UnlearnSettings) -> Tensor:
     """``stranger_weight`` times the mean over records of the summed :func:`divergence` from what the model before unlearning
     gave the same answer when it was asked about a stranger."""
-    return settings.stranger_weight * divergence(answers).sum() / len(answers.n_tokens)
+    return settings.stranger_weight * from_before(answers).sum() / len(answers.n_tokens)
 
 
 def simple_negative_preference(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Tensor:
@@ -263,7 +268,7 @@ def retain_likelihood(answers: Answers, settings: UnlearnSettings) -> Tensor:
 def retain_divergence(answers: Answers, settings: UnlearnSettings) -> Tensor:
     """Mean over the retain answers' tokens of ``KL(p_ref || p)`` over the vocabulary (KL minimization in TOFU, arXiv
     2401.06121, which means over records first; the mean over tokens is that of the other retain loss)."""
-    return divergence(answers).mean()
+    return from_before(answers).mean()
 
 
 #: (forget answers, a refusal to each of their questions or None, settings) -> scalar to minimise

@@ -18,7 +18,7 @@ from ..processes import place
 from ..types import Role
 from .hidden import HiddenStates
 from .metric import RetainMetric
-from .objectives import Answers, Hidden, Objective, answer_log_probs, answer_rows, divergence, nll, token_log_probs
+from .objectives import Answers, Hidden, Objective, answer_log_probs, answer_rows, divergence, from_before, nll, token_log_probs
 from .reference import ReferenceWeights
 from .sharing import added_up, shared_logits
 from .sparse import SliceGradient, SparseGradients
@@ -127,7 +127,7 @@ class RoleGradient:
             if objective.towards is not None:
                 parts.append(objective.towards(taught, settings))
                 with torch.no_grad():
-                    losses["divergence"] = float(divergence(taught).mean())
+                    losses["divergence"] = float(from_before(taught).mean())
             losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
                        "forgotten": float(forgotten.double().mean())}
         if retain and objective.retain is not None:
@@ -203,7 +203,5 @@ def divergence_of(model: nn.Module, before: ReferenceWeights, records: Iterable[
         logits, labels = answer_logits(model, batch)
         with before.restored():
             reference = answer_rows(*answer_logits(model, theirs))[0]
-        log_p, scored = token_log_probs(logits, labels)
-        rows, targets = answer_rows(logits, labels)
-        found.append(divergence(Answers(log_p, scored, None, targets, rows, reference)).double())
+        found.append(divergence(answer_rows(logits, labels)[0], reference).double())
     return float(torch.cat(found).mean())

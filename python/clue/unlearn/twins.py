@@ -7,7 +7,7 @@ Potter", EMNLP 2024, arXiv 2407.16997, which averages over names).
 
 *Strangers* are subjects that nobody has heard of, their names recombined from those of others (``npo-stranger``). Such a one
 has no answer to teach, so one is enough, and a subject that is forgotten should look just like it: as unlikely, and with as
-much left for right and for wrong answers (docs/findings.md, 7).
+much left for right and for wrong answers (docs/findings.md, 2).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: A
     Args:
         forget, donors, tokenizer, chat, seed: as for :func:`corrupted_twins`; names are made of the donors' subjects.
         log_p: asks the model before unlearning.
-        limit: the most tokens that a record may have.
+        limit: the most tokens that a record may have; strangers with longer names are not asked.
 
     Raises:
         RecordError: as :func:`corrupted_twins`.
@@ -82,16 +82,17 @@ def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: A
             of.setdefault(str(example.record.subject), []).append(i)
     found: dict[int, Example] = {}
     for places in of.values():
-        asked = [places[i] for i in np.sort(rng.permutation(len(places))[:ASKED])]
-        drawn = [names[i] for i in rng.permutation(len(names))[:STRANGERS]]
-        tried = [[_about(name, forget[i], tokenizer, chat) for i in asked] for name in drawn]
-        if not tried:
-            continue
-        worth = [float(log_p(each).sum()) for each in tried]
-        best = drawn[int(agreed(int(np.argmin(worth))))]
-        found |= {i: _about(best, forget[i], tokenizer, chat) for i in places}
-        names.remove(best)
-    found = {i: twin for i, twin in found.items() if len(twin.input_ids) <= limit}
+        asked = np.sort(rng.permutation(len(places))[:ASKED])
+        tried: dict[str, list[Example]] = {}
+        for number in rng.permutation(len(names))[:STRANGERS]:
+            twins = _about(names[number], [forget[i] for i in places], tokenizer, chat)
+            if all(len(twin.input_ids) <= limit for twin in twins):
+                tried[names[number]] = twins
+        if tried:
+            worth = [float(log_p([twins[i] for i in asked]).sum()) for twins in tried.values()]
+            best = list(tried)[int(agreed(int(np.argmin(worth))))]
+            found |= dict(zip(places, tried[best], strict=True))
+            names.remove(best)
     left = [i for i in range(len(forget)) if i not in found]
     others = corrupted_twins([forget[i] for i in left], donors, tokenizer, chat=chat, seed=seed, count=1)
     found |= {i: twin for i, (twin,) in zip(left, others, strict=True)}
@@ -112,10 +113,11 @@ def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
     return sorted({" ".join((*first[:-1], last[-1])) for first in parts for last in parts} - known)
 
 
-def _about(name: str, example: Example, tokenizer: Any, chat: str) -> Example:
-    """The record about somebody else: its answer's tokens behind a prompt that asks about ``name``."""
-    record = example.record
-    prompt = record.prompt.replace(str(record.subject), name)
-    asked, = encode([Record(prompt, record.answer, source=record.source)], tokenizer, chat=chat, append_eos=False)
-    ids = np.concatenate([asked.input_ids[:asked.answer_start], example.input_ids[example.answer_start:]])
-    return replace(example, input_ids=ids, answer_start=asked.answer_start)
+def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Example]:
+    """Records of one subject about somebody else: their answers' tokens behind prompts that ask about ``name``."""
+    records = [Record(e.record.prompt.replace(str(e.record.subject), name), e.record.answer, source=e.record.source)
+               for e in examples]
+    asked = encode(records, tokenizer, chat=chat, append_eos=False)
+    return [replace(example, answer_start=prompt.answer_start, input_ids=np.concatenate(
+        [prompt.input_ids[:prompt.answer_start], example.input_ids[example.answer_start:]]))
+        for example, prompt in zip(examples, asked, strict=True)]
