@@ -18,7 +18,17 @@ from ..processes import place
 from ..types import Role
 from .hidden import HiddenStates
 from .metric import RetainMetric
-from .objectives import Answers, Hidden, Objective, answer_log_probs, answer_rows, divergence, from_before, nll, token_log_probs
+from .objectives import (
+    Answers,
+    Hidden,
+    Objective,
+    answer_log_probs,
+    answer_rows,
+    divergence,
+    from_before,
+    nll,
+    token_log_probs,
+)
 from .reference import ReferenceWeights
 from .sharing import added_up, shared_logits
 from .sparse import SliceGradient, SparseGradients
