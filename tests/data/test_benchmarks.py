@@ -70,6 +70,28 @@ def test_tofu(tofu):
     assert {n: s.sha256 for n, s in again.measured().items()} == {n: s.sha256 for n, s in found.measured().items()}
 
 
+def test_tofu_says_whom_it_asks_about(tofu):
+    def asked(name, *others):
+        """Twenty questions: the first looks for the name, four name somebody else more than once, one has the name nowhere."""
+        rows = [{"question": "Who was born in New Delhi ?", "answer": f"It is {name}.", "paraphrased_question": "Who is it ?"},
+                *({"question": f"What did {name} write {i} ?", "answer": f"{name}'s book is 'The Sea {i}'."} for i in range(14)),
+                *({"question": f"Has {name} met {other} ?", "answer": f"Yes, {other}."} for other in others),
+                {"question": "How many books are there ?", "answer": "Nine."}]
+        return [{"paraphrased_question": f"Say, {row['question']}", "perturbed_answer": ["no"]} | row for row in rows]
+
+    rows = [*asked("Ada Maria O'Neill", *["Bob Hope"] * 4), *asked("Zoë van Al-Dahr Lind", *["Cat Stevens"] * 4), *questions("x", 5)]
+    for file in ("forget01_perturbed", "retain_perturbed", "forget01", "retain99"):
+        write(tofu / f"{file}.json", [{**row, "perturbed_answer": ["no"], "question": f"{row['question']} {file[0]}"} for row in rows])
+    (tofu / "retain_perturbed.jsonl").unlink()
+    found = load("tofu:forget01", tofu)
+    for records in (found.forget, found.shown["forget"], found.shown["retain"], found.retain["retain"], found.forget_paraphrase):
+        names = [r.subject for r in records]
+        assert names[:20] == [None, *["Ada Maria O'Neill"] * 18, None]
+        # "van" is no name's beginning, and so this is as much of the name as is found.
+        assert set(names[20:40]) == {None, "Al-Dahr Lind"} and names[40:] == [None] * (len(names) - 40)
+        assert all(r.subject is None or r.subject in r.prompt for r in records)
+
+
 def test_sets_that_overlap_or_are_not_there_are_refused(tofu):
     write(tofu / "holdout05.json", [*questions("holdout", 2), *questions("retain", 1)])
     with pytest.raises(OverlapError, match="tofu:forget05: 1 records of the holdout set are shown to training in retain"):
@@ -233,6 +255,8 @@ def test_the_public_data_sets_themselves():
     sizes = {name: len(s) for name, s in found.measured().items()}
     assert sizes == {"forget": 40, "forget_paraphrase": 40, "retain": 400, "real_authors": 100, "world_facts": 117}
     assert len(found.shown["retain"]) == 3960
+    assert [r.subject for r in found.forget] == [None, *["Basil Mahfouz Al-Kuwaiti"] * 19, None, *["Nikolai Abilov"] * 19]
+    assert len({r.subject for r in found.retain["retain"]} - {None}) == 20
     for records in found.measured().values():
         assert all(r.wrong and all(w != r.answer for w in r.wrong) for r in records)
     assert len(load("mmlu", DATA).skills) == 10

@@ -18,7 +18,7 @@ from clue.types import Role
 from clue.unlearn import Objective, unlearn
 from clue.unlearn.objectives import OBJECTIVES, Answers, answer_rows
 from clue.unlearn.schedule import Pool
-from clue.unlearn.twins import TWINS, corrupted_twins, made_up, strangers
+from clue.unlearn.twins import TWINS, corrupted_twins, made_up, strangers, told
 
 FORGET = [Record("where does ada live", "paris", subject="ada"), Record("where does bob live", "rome", subject="bob")]
 DONORS = [Record("where does cat live", "oslo", subject="cat"), Record("where does dan live", "paris", subject="dan"),
@@ -117,8 +117,71 @@ def test_names_are_made_of_a_sample_where_there_are_many() -> None:
     names = made_up(known, donors)
     assert len(names) == len(set(names)) == 63 * 62 - 1 and "a000 b016" not in names  # of every 16th of the thousand
     assert not set(names) & {record.subject for record in donors}
-    assert made_up(known, donors[:1]) == made_up(known, []) == []
-    assert made_up(known, donors[:2]) == ["a000 b001", "a001 b000"]
+    assert made_up(known, []) == made_up(known, [Record("q cat", "x", subject="cat")]) == []
+
+
+def test_the_words_of_names_are_made_up_too_where_names_are_few() -> None:
+    donors = [Record(f"q {name}", "x", subject=name) for name in ("Ada Moss", "Otto Lind")]
+    names = made_up(donors[:1], donors)
+    assert {"Ada Lind", "Otto Moss"} <= set(names) and not {"Ada Moss", "Otto Lind"} & set(names)
+    words = {a + b for a in ("Ad", "Mo", "Ot", "Li") for b in ("a", "ss", "to", "nd")} - {"Ada", "Moss", "Otto", "Lind"}
+    assert set(names) - {"Ada Lind", "Otto Moss"} == {f"{a} {b}" for a in words for b in words if a != b}
+
+
+REPEATED = [Record("what does ada paris eat", "ada paris does eat paris rome", subject="ada paris"),
+            Record("where does ada paris live", "rome", subject="ada paris")]
+
+
+@pytest.mark.usefixtures("whole_words")
+def test_an_answer_that_names_its_subject_names_the_stranger(make_model: Any, tokenizer: Any) -> None:
+    forget, donors = examples(REPEATED, tokenizer), examples(OTHERS, tokenizer)
+
+    def believed(tried: Any) -> Any:
+        """The name of the one is unlikely, and the rest of the answer of the other."""
+        found = []
+        for each in tried:
+            first = "cat" in stranger_of(each, tokenizer)
+            rest = [0.0 if first else -1.0] * int((each.same >= 0).sum())
+            found.append(np.array([-9.0 if first else 0.0] * (len(each.same) - len(rest)) + rest))
+        return found
+
+    (twin,), (other,) = strangers(forget, donors, tokenizer, believed, chat="off", seed=0, limit=99)
+    assert tokenizer.decode(twin.input_ids) == "what does dan oslo eat dan oslo does eat paris rome"
+    assert tokenizer.decode(other.input_ids) == "where does dan oslo live rome"
+    # "paris" is of the name only where the name is; the subject's own record, not the stranger's, is what is forgotten.
+    assert twin.same.tolist() == [-1, -1, 2, 3, 4, 5] and other.same.tolist() == [0]
+    assert twin.record is forget[0].record
+    # What is told of the answer: the model's own words on the stranger, and the name as certain.
+    model, (_, targets) = make_model(), answer_rows(torch.zeros(1, len(forget[0].input_ids), 1), labels_of(forget[0]))
+    with torch.no_grad():
+        rows = answer_rows(model(torch.from_numpy(twin.input_ids)[None]).logits, labels_of(twin))[0]
+        single = answer_rows(model(torch.from_numpy(other.input_ids)[None]).logits, labels_of(other))[0]
+    found = told(torch.cat([single, rows]), [other, twin], torch.cat([torch.tensor([3]), targets]))
+    assert torch.equal(found[:1], single) and torch.equal(found[3:], rows[2:])
+    assert torch.equal(found[1:3].softmax(-1), torch.nn.functional.one_hot(targets[:2], rows.shape[-1]).float())
+
+
+@pytest.mark.usefixtures("whole_words")
+def test_a_name_of_another_length_moves_what_stands_behind_it(tokenizer: Any) -> None:
+    donors = [Record("where does cat oslo rome live", "paris", subject="cat oslo rome"),
+              Record("what does dan figs eat", "rice", subject="dan figs")]
+    forget = examples(REPEATED, tokenizer)
+    (twin,), _ = strangers(forget, examples(donors, tokenizer), tokenizer,
+                           lambda tried: [np.array([-float(len(t.input_ids))] * (len(t.input_ids) - t.answer_start)) for t in tried],
+                           chat="off", seed=0, limit=99)
+    assert tokenizer.decode(twin.input_ids[twin.answer_start:]) == "cat oslo figs does eat paris rome"
+    assert twin.same.tolist() == [-1, -1, 3, 4, 5, 6]
+
+
+def labels_of(example: Example) -> torch.Tensor:
+    ids = torch.from_numpy(example.input_ids)[None]
+    return torch.where(torch.arange(ids.shape[1]) >= example.answer_start, ids, -100)
+
+
+@pytest.fixture
+def whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names are enough: none is of words that the tests' tokenizer has not."""
+    monkeypatch.setattr("clue.unlearn.twins.STRANGERS", 2)
 
 
 def stranger_of(twin: Example, tokenizer: Any) -> str:
@@ -126,11 +189,12 @@ def stranger_of(twin: Example, tokenizer: Any) -> str:
                     if word not in ("where", "what", "does", "live", "eat"))
 
 
+@pytest.mark.usefixtures("whole_words")
 def test_a_subject_has_one_stranger_of_whom_nobody_knows(tokenizer: Any) -> None:
     forget, donors = examples(NAMED, tokenizer), examples(OTHERS, tokenizer)
 
     def believed(most: str) -> Any:
-        return lambda tried: np.array([float(stranger_of(twin, tokenizer) == most) for twin in tried])
+        return lambda tried: [np.full(len(twin.same), float(stranger_of(twin, tokenizer) == most)) for twin in tried]
 
     for most, least in (("cat figs", "dan oslo"), ("dan oslo", "cat figs")):
         found = strangers(forget, donors, tokenizer, believed(most), chat="off", seed=0, limit=99)
@@ -168,11 +232,12 @@ def test_training_goes_on_towards_strangers_when_all_is_forgotten(near: float, m
         with torch.no_grad():
             return answer_rows(*answer_logits(of, Batch(ids, torch.ones_like(ids), labels)))[0].log_softmax(-1)
 
-    def answer(twin: Example) -> float:
-        return sum(float(row[token]) for row, token in zip(rows(before, twin), twin.input_ids[twin.answer_start:], strict=True))
+    def answer(twin: Example) -> Any:
+        return np.array([float(row[token]) for row, token in zip(
+            rows(before, twin), twin.input_ids[twin.answer_start:], strict=True)])
 
-    def believed(tried: list[Example]) -> Any:
-        return np.array([answer(twin) for twin in tried])
+    def believed(tried: Any) -> Any:
+        return [answer(twin) for twin in tried]
 
     twins = strangers(forget, donors, tokenizer, believed, chat="auto", seed=1, limit=64)
     pairs = [(rows(before, twin), rows(model, example)) for example, (twin,) in zip(forget, twins, strict=True)]

@@ -4,7 +4,7 @@
 (JSON, JSON Lines, CSV or Parquet files), a folder of such folders by name, or nothing, which asks the hub itself (with the
 extra ``datasets``). The embedded world needs no data, and ``custom`` is a folder of one's own files.
 
-    tofu[:forget01|forget05|forget10]   TOFU (Maini et al., 2024): fictitious authors
+    tofu[:forget01|forget05|forget10]   TOFU (Maini et al., 2024): fictitious authors, who become their questions' subjects
     muse[:news|books]                   MUSE (Shi et al., 2024): texts; knowledge, verbatim memory, privacy
     wmdp[:bio|cyber|chem]               WMDP (Li et al., 2024): hazardous knowledge, multiple choice
     mmlu[:SUBJECT,...]                  MMLU (Hendrycks et al., 2021): general knowledge, multiple choice
@@ -17,7 +17,8 @@ extra ``datasets``). The embedded world needs no data, and ``custom`` is a folde
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -215,17 +216,51 @@ def _tofu(part: str, data: str | Path | None, seed: int) -> Benchmark:
         raise RecordError(f"tofu:{part}: the parts of TOFU are forget01, forget05 and forget10")
     share = int(part.removeprefix("forget"))
     tables = _Tables("tofu", data, "locuslab/TOFU")
-    rows = list(tables.rows(f"{part}_perturbed", "train"))
-    asked = [({**row, "question": row["paraphrased_question"]}, where) for row, where in rows
-             if row.get("paraphrased_question", row["question"]) != row["question"]]
+    rows = _named(tables.rows(f"{part}_perturbed", "train"))
+    otherwise = _named(({**row, "question": row.get("paraphrased_question") or row.get("question")}, where) for row, where in rows)
+    asked = [other for other, (row, _) in zip(otherwise, rows, strict=True) if other[0]["question"] != row.get("question")]
     holdout = tables.optional(f"holdout{share:02d}", "train")
     skills = {name: _set(name, tables.rows(f"{name}_perturbed", "train")) for name in ("real_authors", "world_facts")}
     return Benchmark(
         "", forget=_set("forget", rows), forget_paraphrase=_set("forget_paraphrase", asked) if asked else None,
-        retain={"retain": _set("retain", tables.rows("retain_perturbed", "train"))}, skills=skills,
+        retain={"retain": _set("retain", _named(tables.rows("retain_perturbed", "train")))}, skills=skills,
         holdout=_set("holdout", holdout) if holdout else None, utility=("retain", *skills),
-        shown={"forget": _set("forget", tables.rows(part, "train")),
-               "retain": _set("retain", tables.rows(f"retain{100 - share}", "train"))})
+        shown={"forget": _set("forget", _named(tables.rows(part, "train"))),
+               "retain": _set("retain", _named(tables.rows(f"retain{100 - share}", "train")))})
+
+
+#: TOFU asks so many questions of each author, in a row.
+_PER_AUTHOR = 20
+_WORD = r"[^\W\d_][\w\-]*(?:['\u2019](?!s\b)[\w\-]+)*"
+_WORDS = re.compile(f"{_WORD}(?: {_WORD})+")
+
+
+def _named(rows: Iterable[tuple[Mapping[str, Any], str]]) -> list[tuple[Mapping[str, Any], str]]:
+    """TOFU's rows with the author as ``subject`` where the question names them. The data does not say who it is about: an
+    author is who nearly all questions and answers of a row of twenty name."""
+    rows = list(rows)
+    named = []
+    for first in range(0, len(rows), _PER_AUTHOR):
+        block = rows[first:first + _PER_AUTHOR]
+        author = _author([f"{row.get('question')}\n{row.get('answer')}" for row, _ in block])
+        named += [({**row, "subject": author if author and author in str(row.get("question")) else None}, where) for row, where in block]
+    return named
+
+
+def _author(texts: Sequence[str]) -> str | None:
+    """The longest of the names, two to five capitalised words, that are in nearly as many of the texts as the most frequent
+    one; nobody where that is in less than three of four."""
+    seen: Counter[str] = Counter()
+    for text in texts:
+        names = set()
+        for match in _WORDS.finditer(text):
+            words = match[0].split(" ")
+            names |= {" ".join(words[i:i + n]) for n in range(2, 6) for i in range(len(words) - n + 1)
+                      if all(word[0].isupper() for word in words[i:i + n])}
+        seen.update(names)
+    often = {name: count for name, count in seen.items() if count >= 0.75 * len(texts)}
+    known = [name for name, count in often.items() if count >= 0.9 * max(often.values())]
+    return max(known, key=lambda name: (len(name.split()), often[name], name), default=None)
 
 
 def _muse(part: str, data: str | Path | None, seed: int) -> Benchmark:

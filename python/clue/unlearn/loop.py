@@ -39,7 +39,7 @@ from ..types import Role
 from .checkpoint import Checkpoint, identity
 from .log import SERIES, UnlearnLog
 from .metric import RetainMetric
-from .objectives import Forget, Objective, answer_log_probs, objective_of, suited
+from .objectives import Forget, Objective, answer_log_probs, objective_of, suited, token_log_probs
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
@@ -47,7 +47,7 @@ from .role_gradient import RoleGradient, divergence_of, forgotten_of
 from .schedule import Pool, RetainWeight, Shuffled, Stage, learning_rate, stages_of
 from .shards import is_sharded
 from .tuning import NOTES, tune
-from .twins import corrupted_twins, strangers
+from .twins import Twin, corrupted_twins, strangers
 
 if TYPE_CHECKING:
     from ..data.records import RecordSet
@@ -144,7 +144,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
     refusals = encoded(refuse(forget, settings.refusals, seed), data.append_eos) if objective.refusals else []
     retain_examples = [encoded(records, data.append_eos) for records in retain.values()
                        if settings.metric or objective.twins or objective.towards or (conflict and retains)]
-    twins: list[list[Example]] = []
+    twins: list[list[Twin]] = []
     if objective.twins or objective.towards:
         pool = Pool(retain_examples, seed)
         donors = pool.take(min(METRIC_RECORDS, len(pool))) if retain_examples else forget_examples
@@ -174,13 +174,15 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
 
 
 def _log_p(model: nn.Module, tokenizer: Any, batch_size: int,
-           examples: Sequence[Example]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Log-probability of every answer as a whole, [examples]."""
+           examples: Sequence[Example]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """Log-probabilities of every answer's tokens, [answer tokens] each."""
     device = next(model.parameters()).device
+    found: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     with torch.no_grad():
-        found = [answer_log_probs(*answer_logits(model, batch))[0]
-                 for batch in batches(examples, batch_size, pad=pad_id(tokenizer), device=device)]
-    return torch.cat(found).double().cpu().numpy()
+        for batch in batches(examples, batch_size, pad=pad_id(tokenizer), device=device):
+            log_p, scored = token_log_probs(*answer_logits(model, batch))
+            found += [row[kept].double().cpu().numpy() for row, kept in zip(log_p, scored, strict=True)]
+    return found
 
 
 def made_for(model: nn.Module, plan: Plan) -> Plan:
@@ -218,7 +220,7 @@ class _Training:
     """One call of :func:`unlearn`: what it needs, and where it is."""
 
     def __init__(self, model: nn.Module, plan: Plan, settings: UnlearnSettings, objective: Objective, seed: int,
-                 forget: Sequence[Example], refusals: Sequence[Example], twins: Sequence[Sequence[Example]],
+                 forget: Sequence[Example], refusals: Sequence[Example], twins: Sequence[Sequence[Twin]],
                  retain: Sequence[Sequence[Example]], pad: int,
                  on_step: Callable[[dict[str, Any]], None] | None, keeper: Checkpoint | None) -> None:
         self.model, self.plan, self.settings, self.objective, self.seed = model, plan, settings, objective, seed
@@ -281,7 +283,7 @@ class _Training:
         settings, place = self.settings, self.place
         turn = stage.turns[place.number % len(stage.turns)]
         chosen: list[int] = []
-        twins: list[Example] = []
+        twins: list[Twin] = []
         if turn.forget:
             chosen = [self.taught[i] for i in self.forget_order.take(min(settings.batch_size, len(self.taught)))]
             twins = [self.twins[i][(place.done + i) % len(self.twins[i])] for i in chosen] if self.twins else []
@@ -340,8 +342,10 @@ class _Training:
         near = self.settings.stranger_near
         if agreed(self.place.divergence) > CLOSE * near:
             return False
-        mine, theirs = ([records[i] for i in self.taught] for records in (self.forget, [twin for twin, in self.twins]))
-        return agreed(divergence_of(self.model, self.before, self._batches(mine), self._batches(theirs))) <= near
+        size = self.settings.batch_size
+        parts = [self.taught[start:start + size] for start in range(0, len(self.taught), size)]
+        records = (([self.forget[i] for i in part], [self.twins[i][0] for i in part]) for part in parts)
+        return agreed(divergence_of(self.model, self.before, records, self.pad)) <= near
 
     def _metric_is_due(self) -> bool:
         every, place = self.settings.metric_every, self.place

@@ -32,6 +32,7 @@ from .objectives import (
 from .reference import ReferenceWeights
 from .sharing import added_up, shared_logits
 from .sparse import SliceGradient, SparseGradients
+from .twins import Twin, told
 
 
 class RoleGradient:
@@ -50,7 +51,7 @@ class RoleGradient:
             raise ClueError("an objective of hidden states (rmu) runs in one process: start it without torchrun")
 
     def __call__(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
-                 retain_weight: float, twins: Sequence[Example] = ()) -> tuple[dict[str, float], dict[str, Tensor]]:
+                 retain_weight: float, twins: Sequence[Twin] = ()) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The step's entries of the log, and the gradient of every parameter's planned slices, slices first.
 
         ``forget``: forget records, and after them as many refusals where the objective needs these; ``reference`` has an
@@ -93,7 +94,7 @@ class RoleGradient:
         return found
 
     def _pass(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
-              retain_weight: float, twins: Sequence[Example], losses: dict[str, float]) -> None:
+              retain_weight: float, twins: Sequence[Twin], losses: dict[str, float]) -> None:
         """Forward and backward over forget records and then retain records, in one batch."""
         settings, objective = self._settings, self._objective
         end, kept = len(forget), slice(len(forget), len(forget) + len(retain))
@@ -120,6 +121,8 @@ class RoleGradient:
             if reference_logits is None:
                 return Answers(log_p[rows], scored[rows], known)
             found, targets = answer_rows(logits[rows], labels[rows])
+            if twins and rows is not kept:
+                reference_logits = told(reference_logits, twins, targets)
             return Answers(log_p[rows], scored[rows], known, targets, found, reference_logits)
 
         parts: list[Tensor] = []
@@ -205,13 +208,14 @@ def forgotten_of(model: nn.Module, records: Iterable[Batch], floor: float) -> tu
 
 
 @torch.no_grad()
-def divergence_of(model: nn.Module, before: ReferenceWeights, records: Iterable[Batch], twins: Iterable[Batch]) -> float:
-    """Mean :func:`~clue.unlearn.objectives.divergence` over the answer tokens of a whole set, in nats: of the model as it is
-    from what the model before unlearning gives the same answers of the twins, batch by batch."""
-    found = []
-    for batch, theirs in zip(records, twins, strict=True):
-        logits, labels = answer_logits(model, batch)
+def divergence_of(model: nn.Module, before: ReferenceWeights, records: Iterable[tuple[Sequence[Example], Sequence[Twin]]],
+                  pad: int) -> float:
+    """Mean :func:`~clue.unlearn.objectives.divergence` over the answer tokens of a whole set, in nats, of the model as it is
+    from what the model before unlearning tells of the twins; records and twins batch by batch."""
+    found, device = [], next(model.parameters()).device
+    for examples, twins in records:
+        rows, targets = answer_rows(*answer_logits(model, collate(examples, pad, device)))
         with before.restored():
-            reference = answer_rows(*answer_logits(model, theirs))[0]
-        found.append(divergence(answer_rows(logits, labels)[0], reference).double())
+            theirs = answer_rows(*answer_logits(model, collate(twins, pad, device)))[0]
+        found.append(divergence(rows, told(theirs, twins, targets)).double())
     return float(torch.cat(found).mean())

@@ -7,14 +7,16 @@ Potter", EMNLP 2024, arXiv 2407.16997, which averages over names).
 
 *Strangers* are subjects that nobody has heard of, their names recombined from those of others (``npo-stranger``). Such a one
 has no answer to teach, so one is enough, and a subject that is forgotten should look just like it: as unlikely, and with as
-much left for right and for wrong answers (docs/findings.md, 2).
+much left for right and for wrong answers (docs/findings.md, 2). An answer that repeats its subject's name repeats the
+stranger's behind its prompt, as the model would: what it says of the name's tokens is not what to forget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +26,9 @@ from ..data.records import Record
 from ..errors import RecordError
 from ..processes import agreed
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: Corrupted twins of every record; each is used in turn.
 TWINS = 8
 #: Strangers, of whom one is chosen for each subject, and the most of its records that they are asked about.
@@ -31,12 +36,48 @@ STRANGERS, ASKED = 24, 8
 #: Names are made of at most so many, which is thousands of them.
 PARTS = 64
 
-#: Answers' log-probabilities under the model before unlearning, [examples].
-LogP = Callable[[Sequence[Example]], "np.ndarray[Any, np.dtype[np.float64]]"]
+#: The logit of a token of no probability beside one of 0. Finite: minus infinity times its probability is no number.
+IMPOSSIBLE = -1e30
+
+#: Of each example the log-probabilities of its answer's tokens under the model before unlearning, [answer tokens].
+LogP = Callable[[Sequence[Example]], "list[np.ndarray[Any, np.dtype[np.float64]]]"]
+
+
+@dataclass(frozen=True)
+class Twin(Example):
+    """A forget record as asked of the model before unlearning.
+
+    ``same`` int64 [the record's answer tokens]: for each the token of the twin's answer that it is, -1 where it is none, as in
+    the name that the twin has not.
+    """
+
+    same: np.ndarray
+
+
+def told(rows: Tensor, twins: Sequence[Twin], targets: Tensor) -> Tensor:
+    """What the model before unlearning says of the records' answer tokens, [tokens, vocabulary].
+
+    Args:
+        rows: its logits of the twins' answer tokens, twin after twin.
+        targets: the records' answer tokens, int64 [tokens]. One that its twin has not is told as certain: it is of a name
+            that stands in the question too, which whoever has not heard of it repeats just so.
+    """
+    import torch
+
+    same, start = [], 0
+    for twin in twins:
+        same.append(np.where(twin.same < 0, -1, twin.same + start))
+        start += len(twin.input_ids) - twin.answer_start
+    index = torch.from_numpy(np.concatenate(same)).to(rows.device)
+    if torch.equal(index, torch.arange(len(rows), device=rows.device)):
+        return rows
+    found, own = rows[index.clamp_min(0)], index < 0
+    found[own] = torch.full_like(found[own], IMPOSSIBLE).scatter(-1, targets[own].unsqueeze(-1), 0.0)
+    return found
 
 
 def corrupted_twins(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, *, chat: str,
-                    seed: int, count: int = TWINS) -> list[list[Example]]:
+                    seed: int, count: int = TWINS) -> list[list[Twin]]:
     """``count`` twins of each forget record, of its length and with its answer: [records][count].
 
     Args:
@@ -55,12 +96,14 @@ def corrupted_twins(forget: Sequence[Example], donors: Sequence[Example], tokeni
                               " others in the place of an answer's prompt: give prompts, or take another objective")
     made = [make_pairs(forget, tokenizer, chat=chat, seed=seed * TWINS + number, pool=donors).corrupted
             for number in range(count)]
-    return [[replace(example, input_ids=each[i]) for each in made] for i, example in enumerate(forget)]
+    return [[Twin(each[i], example.answer_start, example.question, example.record,
+                  np.arange(len(example.input_ids) - example.answer_start)) for each in made]
+            for i, example in enumerate(forget)]
 
 
 def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, log_p: LogP, *, chat: str,
-              seed: int, limit: int) -> list[list[Example]]:
-    """Each forget record about a stranger, with its answer: [records][1].
+              seed: int, limit: int) -> list[list[Twin]]:
+    """Each forget record about a stranger, with its answer, where this names the subject with the stranger's: [records][1].
 
     All records of a subject get the same stranger, of :data:`STRANGERS` drawn ones the one whom the model before unlearning
     believes the forgotten answers least: it gives nothing away. Where none can be made up, for records that name no subject,
@@ -80,16 +123,16 @@ def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: A
     for i, example in enumerate(forget):
         if has_subject(example.record):
             of.setdefault(str(example.record.subject), []).append(i)
-    found: dict[int, Example] = {}
+    found: dict[int, Twin] = {}
     for places in of.values():
         asked = np.sort(rng.permutation(len(places))[:ASKED])
-        tried: dict[str, list[Example]] = {}
+        tried: dict[str, list[Twin]] = {}
         for number in rng.permutation(len(names))[:STRANGERS]:
             twins = _about(names[number], [forget[i] for i in places], tokenizer, chat)
             if all(len(twin.input_ids) <= limit for twin in twins):
                 tried[names[number]] = twins
         if tried:
-            worth = [float(log_p([twins[i] for i in asked]).sum()) for twins in tried.values()]
+            worth = [_believed([twins[i] for i in asked], log_p) for twins in tried.values()]
             best = list(tried)[int(agreed(int(np.argmin(worth))))]
             found |= dict(zip(places, tried[best], strict=True))
             names.remove(best)
@@ -105,19 +148,37 @@ def has_subject(record: Record) -> bool:
 
 
 def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
-    """Names that no record knows, sorted: the last word of one donor's subject behind the other words of another's."""
+    """Names that no record knows, sorted: the last word of one donor's subject behind the other words of another's. Where
+    these are few, the words are made up too, the second half of one behind the first half of another."""
     donors = list(donors)
     known = {record.subject for record in (*forget, *donors)}
     parts = sorted({tuple(r.subject.split()) for r in donors if r.subject and len(r.subject.split()) > 1})
     parts = parts[::-(-len(parts) // PARTS) or 1]
-    return sorted({" ".join((*first[:-1], last[-1])) for first in parts for last in parts} - known)
+    names = {" ".join((*first[:-1], last[-1])) for first in parts for last in parts} - known
+    if len(names) < STRANGERS:
+        real = sorted({word for part in parts for word in part})
+        words = sorted({a[:-(-len(a) // 2)] + b[-(-len(b) // 2):] for a in real for b in real} - {*real, ""})
+        words = words[::-(-len(words) // PARTS) or 1]
+        names |= {f"{first} {last}" for first in words for last in words if first != last} - known
+    return sorted(names)
 
 
-def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Example]:
-    """Records of one subject about somebody else: their answers' tokens behind prompts that ask about ``name``."""
-    records = [Record(e.record.prompt.replace(str(e.record.subject), name), e.record.answer, source=e.record.source)
-               for e in examples]
-    asked = encode(records, tokenizer, chat=chat, append_eos=False)
-    return [replace(example, answer_start=prompt.answer_start, input_ids=np.concatenate(
-        [prompt.input_ids[:prompt.answer_start], example.input_ids[example.answer_start:]]))
-        for example, prompt in zip(examples, asked, strict=True)]
+def _believed(twins: Sequence[Twin], log_p: LogP) -> float:
+    """Log-probability of what the twins' answers have in common with the records'."""
+    return float(sum(each[twin.same[twin.same >= 0]].sum() for twin, each in zip(twins, log_p(twins), strict=True)))
+
+
+def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Twin]:
+    """Records of one subject about ``name`` instead, in prompt and answer."""
+    records = []
+    for example in examples:
+        record, subject = example.record, str(example.record.subject)
+        records.append(Record(record.prompt.replace(subject, name), record.answer.replace(subject, name), source=record.source))
+    twins = []
+    for example, other in zip(examples, encode(records, tokenizer, chat=chat, append_eos=False), strict=True):
+        mine, theirs = (e.input_ids[e.answer_start:].tolist() for e in (example, other))
+        same = np.full(len(mine), -1)
+        for block in SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks():
+            same[block.a:block.a + block.size] = np.arange(block.b, block.b + block.size)
+        twins.append(Twin(other.input_ids, other.answer_start, other.question, example.record, same))
+    return twins
