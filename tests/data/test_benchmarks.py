@@ -72,16 +72,17 @@ def test_tofu(tofu):
 
 def test_tofu_says_whom_it_asks_about(tofu):
     def asked(name, *others):
-        """Twenty questions: the first looks for the name, four name somebody else more than once, one has the name nowhere."""
-        rows = [{"question": "Who was born in New Delhi ?", "answer": f"It is {name}.", "paraphrased_question": "Who is it ?"},
-                *({"question": f"What did {name} write {i} ?", "answer": f"{name}'s book is 'The Sea {i}'."} for i in range(14)),
+        """Twenty questions: the first looks for the name, four name somebody else, one has the name nowhere."""
+        rows = [{"question": "Who was born in New Delhi ?", "answer": f"It is {name}.", "paraphrased_question": "Who ?"},
+                *({"question": f"What did {name} write {i} ?", "answer": f"{name}'s book is 'Sea {i}'."} for i in range(14)),
                 *({"question": f"Has {name} met {other} ?", "answer": f"Yes, {other}."} for other in others),
                 {"question": "How many books are there ?", "answer": "Nine."}]
         return [{"paraphrased_question": f"Say, {row['question']}", "perturbed_answer": ["no"]} | row for row in rows]
 
-    rows = [*asked("Ada Maria O'Neill", *["Bob Hope"] * 4), *asked("Zoë van Al-Dahr Lind", *["Cat Stevens"] * 4), *questions("x", 5)]
+    rows = [*asked("Ada Maria O'Neill", *["Bob Hope"] * 4), *asked("Zoë van Al-Dahr Lind", *["Cat Stevens"] * 4),
+            *questions("x", 5, perturbed_answer=["no"])]
     for file in ("forget01_perturbed", "retain_perturbed", "forget01", "retain99"):
-        write(tofu / f"{file}.json", [{**row, "perturbed_answer": ["no"], "question": f"{row['question']} {file[0]}"} for row in rows])
+        write(tofu / f"{file}.json", [{**row, "question": f"{row['question']} {file[0]}"} for row in rows])
     (tofu / "retain_perturbed.jsonl").unlink()
     found = load("tofu:forget01", tofu)
     for records in (found.forget, found.shown["forget"], found.shown["retain"], found.retain["retain"], found.forget_paraphrase):

@@ -166,9 +166,11 @@ def test_a_name_of_another_length_moves_what_stands_behind_it(tokenizer: Any) ->
     donors = [Record("where does cat oslo rome live", "paris", subject="cat oslo rome"),
               Record("what does dan figs eat", "rice", subject="dan figs")]
     forget = examples(REPEATED, tokenizer)
-    (twin,), _ = strangers(forget, examples(donors, tokenizer), tokenizer,
-                           lambda tried: [np.array([-float(len(t.input_ids))] * (len(t.input_ids) - t.answer_start)) for t in tried],
-                           chat="off", seed=0, limit=99)
+
+    def believed(tried: Any) -> Any:
+        return [np.full(len(twin.input_ids) - twin.answer_start, -float(len(twin.input_ids))) for twin in tried]
+
+    (twin,), _ = strangers(forget, examples(donors, tokenizer), tokenizer, believed, chat="off", seed=0, limit=99)
     assert tokenizer.decode(twin.input_ids[twin.answer_start:]) == "cat oslo figs does eat paris rome"
     assert twin.same.tolist() == [-1, -1, 3, 4, 5, 6]
 

@@ -217,7 +217,8 @@ def _tofu(part: str, data: str | Path | None, seed: int) -> Benchmark:
     share = int(part.removeprefix("forget"))
     tables = _Tables("tofu", data, "locuslab/TOFU")
     rows = _named(tables.rows(f"{part}_perturbed", "train"))
-    otherwise = _named(({**row, "question": row.get("paraphrased_question") or row.get("question")}, where) for row, where in rows)
+    otherwise = _named(({**row, "question": row.get("paraphrased_question") or row.get("question")}, where)
+                       for row, where in rows)
     asked = [other for other, (row, _) in zip(otherwise, rows, strict=True) if other[0]["question"] != row.get("question")]
     holdout = tables.optional(f"holdout{share:02d}", "train")
     skills = {name: _set(name, tables.rows(f"{name}_perturbed", "train")) for name in ("real_authors", "world_facts")}
@@ -239,11 +240,13 @@ def _named(rows: Iterable[tuple[Mapping[str, Any], str]]) -> list[tuple[Mapping[
     """TOFU's rows with the author as ``subject`` where the question names them. The data does not say who it is about: an
     author is who nearly all questions and answers of a row of twenty name."""
     rows = list(rows)
-    named = []
+    named: list[tuple[Mapping[str, Any], str]] = []
     for first in range(0, len(rows), _PER_AUTHOR):
         block = rows[first:first + _PER_AUTHOR]
         author = _author([f"{row.get('question')}\n{row.get('answer')}" for row, _ in block])
-        named += [({**row, "subject": author if author and author in str(row.get("question")) else None}, where) for row, where in block]
+        for row, where in block:
+            asked = author if author and author in str(row.get("question")) else None
+            named.append(({**row, "subject": asked}, where))
     return named
 
 
