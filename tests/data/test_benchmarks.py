@@ -85,11 +85,10 @@ def test_tofu_says_whom_it_asks_about(tofu):
         write(tofu / f"{file}.json", [{**row, "question": f"{row['question']} {file[0]}"} for row in rows])
     (tofu / "retain_perturbed.jsonl").unlink()
     found = load("tofu:forget01", tofu)
-    for records in (found.forget, found.shown["forget"], found.shown["retain"], found.retain["retain"], found.forget_paraphrase):
+    for records in (found.forget, found.forget_paraphrase, found.retain["retain"], *found.shown.values()):
         names = [r.subject for r in records]
         assert names[:20] == [None, *["Ada Maria O'Neill"] * 18, None]
-        # "van" is no name's beginning, and so this is as much of the name as is found.
-        assert set(names[20:40]) == {None, "Al-Dahr Lind"} and names[40:] == [None] * (len(names) - 40)
+        assert set(names[20:40]) == {None, "Zoë van Al-Dahr Lind"} and names[40:] == [None] * (len(names) - 40)
         assert all(r.subject is None or r.subject in r.prompt for r in records)
 
 

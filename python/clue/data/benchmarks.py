@@ -251,15 +251,16 @@ def _named(rows: Iterable[tuple[Mapping[str, Any], str]]) -> list[tuple[Mapping[
 
 
 def _author(texts: Sequence[str]) -> str | None:
-    """The longest of the names, two to five capitalised words, that are in nearly as many of the texts as the most frequent
-    one; nobody where that is in less than three of four."""
+    """The longest of the names, two to five capitalised words and what may stand between them (van, de, bin), that are in
+    nearly as many of the texts as the most frequent one; nobody where that is in less than three of four."""
     seen: Counter[str] = Counter()
     for text in texts:
         names = set()
         for match in _WORDS.finditer(text):
             words = match[0].split(" ")
             names |= {" ".join(words[i:i + n]) for n in range(2, 6) for i in range(len(words) - n + 1)
-                      if all(word[0].isupper() for word in words[i:i + n])}
+                      if words[i][0].isupper() and words[i + n - 1][0].isupper()
+                      and all(word[0].isupper() or len(word) < 4 for word in words[i:i + n])}
         seen.update(names)
     often = {name: count for name, count in seen.items() if count >= 0.75 * len(texts)}
     known = [name for name, count in often.items() if count >= 0.9 * max(often.values())]
