@@ -323,13 +323,14 @@ class _Training:
     def __init__(self, model: Any, tokenizer: Any, task: Task, settings: Settings, tuning: Tuning,
                  gold: Evaluation | None) -> None:
         from .data.encoding import encode, length_limit, pad_id
-        from .unlearn.objectives import objective_of
+        from .unlearn.objectives import objective_of, suited
 
         self._model, self._tokenizer, self._task, self._settings = model, tokenizer, task, settings
         self._gold = gold
         self._left = sorted(tuning.levels)
         # An objective with a goal beyond forgetting is read where its training ends, which is at all levels at once.
-        self._goes_on = objective_of(settings.unlearn.objective).towards is not None
+        objective = objective_of(suited(settings.unlearn.objective, task.forget, task.retain))
+        self._goes_on = objective.towards is not None
         self._robustness = tuning.robustness
         # As the floor rule reads them: that an answer ends is not what is to be forgotten.
         self._forget = encode(task.forget, tokenizer, chat=settings.data.chat, append_eos=False,

@@ -90,6 +90,12 @@ def test_tofu_says_whom_it_asks_about(tofu):
         assert names[:20] == [None, *["Ada Maria O'Neill"] * 18, None]
         assert set(names[20:40]) == {None, "Zoë van Al-Dahr Lind"} and names[40:] == [None] * (len(names) - 40)
         assert all(r.subject is None or r.subject in r.prompt for r in records)
+    # A row of less than twenty tells of nobody, and a subject that is given stays.
+    write(tofu / "forget01.json", [{"question": "What is New York ?", "answer": "New York is a city."}] * 19)
+    assert {r.subject for r in load("tofu:forget01", tofu).shown["forget"]} == {None}
+    given = [{**row, "subject": "met Bob"} if "met Bob" in row["question"] else row for row in rows]
+    write(tofu / "forget01.json", given)
+    assert [r.subject for r in load("tofu:forget01", tofu).shown["forget"]].count("met Bob") == 4
 
 
 def test_sets_that_overlap_or_are_not_there_are_refused(tofu):

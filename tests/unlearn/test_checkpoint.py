@@ -21,7 +21,7 @@ from clue.data.records import RecordSet
 from clue.errors import ClueError, RunError
 from clue.types import Role
 from clue.unlearn import unlearn
-from clue.unlearn.objectives import OBJECTIVES
+from clue.unlearn.objectives import OBJECTIVES, Answers
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = UnlearnSettings(objective="npo", lr=1e-2, steps=6, batch_size=2, warmup=0, floor=0.0)
@@ -111,6 +111,29 @@ def test_the_clock_decides_where_nobody_does(tmp_path: Path, make_model: Any, mi
     assert (tmp_path / "now" / "training.safetensors").exists()
 
 
+def test_a_training_killed_before_its_first_step_that_moved_keeps_its_retain_weight(
+        tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    calls: list[int] = []
+
+    def forget(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        loss = OBJECTIVES["npo"].forget(answers, refusals, settings)
+        return loss * float("nan") if len(calls) < 3 else loss
+
+    def train() -> Any:
+        model = make_model()
+        return unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model),
+                       replace(SETTINGS, retain_weight=0.7, bad_steps=5), objective=replace(OBJECTIVES["npo"], forget=forget),
+                       checkpoint=tmp_path, every=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    log = train()
+    assert log.skipped == 2 and log.retain_weight.tolist() == [0.7] * 4
+
+
 def test_another_training_is_refused(tmp_path: Path, make_model: Any, mixed_plan: Any, make_plan: Any, tokenizer: Any,
                                      sets: Any, bits: Any) -> None:
     retain = {"retain": sets["retain"]}
@@ -130,8 +153,11 @@ def test_another_training_is_refused(tmp_path: Path, make_model: Any, mixed_plan
         "another model": (make_model(1), plan), "another plan": (make_model(), other),
         "lr = 0.01 instead of 0.1": (make_model(), plan, replace(SETTINGS, lr=0.1)),
         "another records": (make_model(), plan, SETTINGS, RecordSet("f", sets["forget"].records[:2])),
+        # Whose tokens are the same: its subject decides what stands in for it.
+        "another records ": (make_model(), plan, SETTINGS, RecordSet("f", tuple(
+            replace(r, subject=r.prompt.split()[0]) for r in sets["forget"]))),
     }.items():
-        with pytest.raises(RunError, match=f"training.safetensors is of a training with {text}: go on with"):
+        with pytest.raises(RunError, match=f"training.safetensors is of a training with {text.strip()}: go on with"):
             again(*arguments)
     for name in ("retain", "retain_logits"):
         changed = replace(OBJECTIVES["npo"], **{name: OBJECTIVES["npo-kl"].retain if name == "retain" else True})

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from clue.config import UnlearnSettings
 from clue.data.held_back import hold_back
-from clue.data.records import RecordSet
+from clue.data.records import Record, RecordSet
 from clue.errors import ModelError, RunError
 from clue.unlearn import UnlearnLog, tune, unlearn
 from clue.unlearn.tuning import FACTOR, LEAST, NOTES, Trial, search
@@ -45,6 +45,31 @@ def test_search_returns_the_best_of_the_trials_it_paid_for(start: float, needed:
     within = abs(math.log(start / needed)) / math.log(FACTOR)
     if budget >= within + 3:  # enough to walk there
         assert best.forgotten == 1.0
+
+
+def test_search_looks_for_the_goal_beyond_forgetting() -> None:
+    """All is forgotten at every learning rate, and the least keeps most; only the larger ones get where they should."""
+    made: list[Trial] = []
+
+    def attempt(lr: float, retain_weight: float) -> Trial:
+        made.append(Trial(lr, retain_weight, min(300, math.ceil(0.06 / lr)), 1.0, 1 - 10 * lr, at_goal=lr >= 2e-4))
+        return made[-1]
+
+    for start in (5e-5, 1e-4, 4e-4):
+        best = search(attempt, start, 1.0, 4, 300, lambda trial: False)
+        assert best is not None and best.at_goal and best.lr < 1e-3
+
+
+def test_a_trial_says_whether_it_got_to_the_strangers(make_model: Any, mixed_plan: Any, tokenizer: Any) -> None:
+    forget, retain = (RecordSet(name, tuple(Record(f"where does {who} live", "rome", subject=who) for who in people))
+                      for name, people in (("f", ["ada paris"]), ("r", ["cat oslo", "dan figs", "bob rice"])))
+    for near in (0.0, 100.0):
+        model = make_model()
+        settings = replace(QUICK, objective="ga", trials=1, check_every=1, stranger_near=near)
+        found = tune(model, tokenizer, forget, {"r": retain}, mixed_plan(model), settings, objective="auto")
+        assert found.settings.objective == "npo-stranger"
+        assert [trial.at_goal for trial in found.trials] == [near == 100.0]
+        assert found.to_json()["trials"][0]["at_goal"] == (near == 100.0)
 
 
 def test_no_trials_are_none() -> None:

@@ -16,9 +16,9 @@ from clue.errors import RecordError
 from clue.model.answers import answer_logits
 from clue.types import Role
 from clue.unlearn import Objective, unlearn
-from clue.unlearn.objectives import OBJECTIVES, Answers, answer_rows
+from clue.unlearn.objectives import OBJECTIVES, Answers, answer_rows, divergence
 from clue.unlearn.schedule import Pool
-from clue.unlearn.twins import TWINS, corrupted_twins, made_up, strangers, told
+from clue.unlearn.twins import TWINS, Twin, _about, corrupted_twins, made_up, strangers, told
 
 FORGET = [Record("where does ada live", "paris", subject="ada"), Record("where does bob live", "rome", subject="bob")]
 DONORS = [Record("where does cat live", "oslo", subject="cat"), Record("where does dan live", "paris", subject="dan"),
@@ -132,47 +132,85 @@ REPEATED = [Record("what does ada paris eat", "ada paris does eat paris rome", s
             Record("where does ada paris live", "rome", subject="ada paris")]
 
 
+def about_strangers(forget: list[Example], tokenizer: Any, believed: Any, donors: list[Record] | None = None,
+                    limit: int = 99) -> list[Twin]:
+    """Of each record the one twin; the model believes what ``believed(tokens of the answer, the stranger's name)`` says, and
+    its likeliest tokens have e^-1 for everybody, unless that says too."""
+    donors = OTHERS if donors is None else donors
+
+    def beliefs(tried: Any) -> Any:
+        answers = [tokenizer.decode(twin.input_ids[twin.answer_start:]).split() for twin in tried]
+        found = [np.array(believed(answer, stranger_of(twin, tokenizer)), dtype=float)
+                 for answer, twin in zip(answers, tried, strict=True)]
+        return [np.stack((each, np.full(len(each), -1.0)), axis=1) if each.ndim == 1 else each for each in found]
+
+    found = strangers(forget, examples(donors, tokenizer), tokenizer, beliefs, people=donors, chat="off", seed=0, limit=limit)
+    assert [len(each) for each in found] == [1] * len(forget)
+    return [twin for twin, in found]
+
+
 @pytest.mark.usefixtures("whole_words")
 def test_an_answer_that_names_its_subject_names_the_stranger(make_model: Any, tokenizer: Any) -> None:
-    forget, donors = examples(REPEATED, tokenizer), examples(OTHERS, tokenizer)
+    forget = examples(REPEATED, tokenizer)
 
-    def believed(tried: Any) -> Any:
+    def believed(answer: list[str], name: str) -> list[float]:
         """The name of the one is unlikely, and the rest of the answer of the other."""
-        found = []
-        for each in tried:
-            first = "cat" in stranger_of(each, tokenizer)
-            rest = [0.0 if first else -1.0] * int((each.same >= 0).sum())
-            found.append(np.array([-9.0 if first else 0.0] * (len(each.same) - len(rest)) + rest))
-        return found
+        return [(-9.0 if word in name.split() else 0.0) if "cat" in name else (0.0 if word in name.split() else -1.0)
+                for word in answer]
 
-    (twin,), (other,) = strangers(forget, donors, tokenizer, believed, chat="off", seed=0, limit=99)
+    twin, other = about_strangers(forget, tokenizer, believed)
     assert tokenizer.decode(twin.input_ids) == "what does dan oslo eat dan oslo does eat paris rome"
     assert tokenizer.decode(other.input_ids) == "where does dan oslo live rome"
-    # "paris" is of the name only where the name is; the subject's own record, not the stranger's, is what is forgotten.
-    assert twin.same.tolist() == [-1, -1, 2, 3, 4, 5] and other.same.tolist() == [0]
-    assert twin.record is forget[0].record
-    # What is told of the answer: the model's own words on the stranger, and the name as certain.
-    model, (_, targets) = make_model(), answer_rows(torch.zeros(1, len(forget[0].input_ids), 1), labels_of(forget[0]))
+    assert twin.at.tolist() == [0, 1, 2, 3, 4, 5] and other.at.tolist() == [0] and twin.record is forget[0].record
+    # What is told of the answer: the model's own words on the stranger, and of the name what it says of the stranger's.
+    model, mine = make_model(), torch.from_numpy(forget[0].input_ids[forget[0].answer_start:])
     with torch.no_grad():
-        rows = answer_rows(model(torch.from_numpy(twin.input_ids)[None]).logits, labels_of(twin))[0]
-        single = answer_rows(model(torch.from_numpy(other.input_ids)[None]).logits, labels_of(other))[0]
-    found = told(torch.cat([single, rows]), [other, twin], torch.cat([torch.tensor([3]), targets]))
+        rows, theirs = answer_rows(model(torch.from_numpy(twin.input_ids)[None]).logits, labels_of(twin))
+        single, rome = answer_rows(model(torch.from_numpy(other.input_ids)[None]).logits, labels_of(other))
+    found = told(torch.cat([single, rows]), [other, twin], torch.cat([rome, mine]))
     assert torch.equal(found[:1], single) and torch.equal(found[3:], rows[2:])
-    assert torch.equal(found[1:3].softmax(-1), torch.nn.functional.one_hot(targets[:2], rows.shape[-1]).float())
+    for before, after, a, b in zip(rows[:2], found[1:3], mine[:2], theirs[:2], strict=True):
+        assert a != b and after[a] == before[b] and after[b] == before[a]
+        assert torch.equal(after.sort().values, before.sort().values)
 
 
 @pytest.mark.usefixtures("whole_words")
 def test_a_name_of_another_length_moves_what_stands_behind_it(tokenizer: Any) -> None:
+    forget = examples(REPEATED, tokenizer)
     donors = [Record("where does cat oslo rome live", "paris", subject="cat oslo rome"),
               Record("what does dan figs eat", "rice", subject="dan figs")]
-    forget = examples(REPEATED, tokenizer)
+    longer, _ = about_strangers(forget, tokenizer, lambda answer, name: [-float(len(name.split()))] * len(answer), donors)
+    assert tokenizer.decode(longer.input_ids[longer.answer_start:]) == "cat oslo figs does eat paris rome"
+    assert longer.at.tolist() == [0, 1, 3, 4, 5, 6]
+    named = [replace(r, prompt=r.prompt.replace("paris", "rice one"), answer=r.answer.replace("ada paris", "ada rice one"),
+                     subject="ada rice one") for r in REPEATED]
+    forget = examples(named, tokenizer)
+    shorter, _ = about_strangers(forget, tokenizer, lambda answer, name: [0.0] * len(answer))
+    assert tokenizer.decode(shorter.input_ids[shorter.answer_start:]).endswith("does eat paris rome")
+    assert shorter.at.tolist() == [0, 1, -1, 2, 3, 4, 5]
+    # A name that is begun goes on: the third word of it is certain, for whoever reads the first two.
+    targets = torch.from_numpy(forget[0].input_ids[forget[0].answer_start:])
+    found = told(torch.randn(6, 40), [shorter], targets)
+    assert torch.equal(found[2].softmax(-1), torch.nn.functional.one_hot(targets[2], 40).float())
+    assert torch.isfinite(divergence(torch.randn(7, 40), found)).all()
 
-    def believed(tried: Any) -> Any:
-        return [np.full(len(twin.input_ids) - twin.answer_start, -float(len(twin.input_ids))) for twin in tried]
 
-    (twin,), _ = strangers(forget, examples(donors, tokenizer), tokenizer, believed, chat="off", seed=0, limit=99)
-    assert tokenizer.decode(twin.input_ids[twin.answer_start:]) == "cat oslo figs does eat paris rome"
-    assert twin.same.tolist() == [-1, -1, 3, 4, 5, 6]
+def test_a_subject_is_not_looked_for_inside_other_words(tokenizer: Any) -> None:
+    def about(prompt: str, answer: str) -> str:
+        (example,) = examples([Record(prompt, answer, subject="ada")], tokenizer)
+        seen: list[Record] = []
+
+        def encoding(records: Any, *rest: Any, **options: Any) -> Any:
+            seen.extend(records)
+            return encode(records, *rest, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("clue.unlearn.twins.encode", encoding)
+            _about("bob", [example], tokenizer, "off")
+        return f"{seen[0].prompt}|{seen[0].answer}"
+
+    assert about("does ada live in canada ?", "ada's canadian adas") == "does bob live in canada ?|bob's canadian adas"
+    assert about("xadax ?", "canada ada") == "xbobx ?|canada bob"  # nowhere alone in the prompt, as without spaces
 
 
 def labels_of(example: Example) -> torch.Tensor:
@@ -195,22 +233,62 @@ def stranger_of(twin: Example, tokenizer: Any) -> str:
 def test_a_subject_has_one_stranger_of_whom_nobody_knows(tokenizer: Any) -> None:
     forget, donors = examples(NAMED, tokenizer), examples(OTHERS, tokenizer)
 
-    def believed(most: str) -> Any:
-        return lambda tried: [np.full(len(twin.same), float(stranger_of(twin, tokenizer) == most)) for twin in tried]
-
     for most, least in (("cat figs", "dan oslo"), ("dan oslo", "cat figs")):
-        found = strangers(forget, donors, tokenizer, believed(most), chat="off", seed=0, limit=99)
-        assert [len(each) for each in found] == [1] * 4
-        names = [stranger_of(twin, tokenizer) for twin, in found]
+        def believed(answer: list[str], name: str, most: str = most) -> list[float]:
+            return [float(name == most)] * len(answer)
+
+        found = about_strangers(forget, tokenizer, believed)
+        names = [stranger_of(twin, tokenizer) for twin in found]
         assert names[:3] == [least, least, most]  # all records of a subject the same one, no two subjects the same
         # No subject: somebody else's question, as in a corrupted twin.
         (expected,), = corrupted_twins(forget[3:], donors, tokenizer, chat="off", seed=0, count=1)
-        assert np.array_equal(found[3][0].input_ids, expected.input_ids)
-        for example, (twin,) in zip(forget, found, strict=True):
+        assert np.array_equal(found[3].input_ids, expected.input_ids)
+        for example, twin in zip(forget, found, strict=True):
             assert twin.input_ids[twin.answer_start:].tolist() == example.input_ids[example.answer_start:].tolist()
+        anyhow = about_strangers(forget, tokenizer, believed, limit=0)
+        assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(anyhow, found, strict=True))
     # "bob" becomes longer by a word, which does not fit: a corrupted twin has the record's own length.
-    fits = strangers(forget, donors, tokenizer, believed("cat figs"), chat="off", seed=0, limit=len(forget[0].input_ids) - 1)
-    assert [len(twin.input_ids) for twin, in fits] == [len(example.input_ids) for example in forget]
+    fits = about_strangers(forget, tokenizer, believed, limit=len(forget[0].input_ids) - 1)
+    assert [len(twin.input_ids) for twin in fits] == [len(example.input_ids) for example in forget]
+
+
+@pytest.mark.usefixtures("whole_words")
+def test_somebody_whom_the_model_knows_is_no_stranger(tokenizer: Any) -> None:
+    """It believes the forgotten answers of such a one least of all, as it is sure of others."""
+    def beliefs(answer: list[str], name: str) -> list[tuple[float, float]]:
+        return [(-9.0, -0.1) if name == "cat figs" else (-2.0, -1.0)] * len(answer)
+
+    twin, _ = about_strangers(examples(REPEATED, tokenizer), tokenizer, beliefs)
+    assert stranger_of(twin, tokenizer) == "dan oslo"
+
+
+def test_names_are_made_of_all_retain_records(make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the few that the metric is measured on: they may have no names, and real people would pass for strangers."""
+    asked: list[list[Record]] = []
+
+    def watched(*given: Any, people: Any, **options: Any) -> Any:
+        asked.append(list(people))
+        return strangers(*given, people=people, **options)
+
+    monkeypatch.setattr("clue.unlearn.loop.strangers", watched)
+    monkeypatch.setattr("clue.unlearn.loop.METRIC_RECORDS", 1)
+    model, retain = make_model(), {"a": RecordSet("a", tuple(OTHERS[:1])), "b": RecordSet("b", tuple(OTHERS[1:]))}
+    unlearn(model, tokenizer, RecordSet("f", tuple(NAMED)), retain, mixed_plan(model),
+            UnlearnSettings(objective="npo-stranger", lr=1e-3, steps=1, batch_size=2, warmup=0), seed=1)
+    assert asked == [OTHERS]
+
+
+@pytest.mark.parametrize("near", [0.0, 100.0])
+def test_forgotten_held_out_records_do_not_end_the_way_to_strangers(near: float, make_model: Any, mixed_plan: Any,
+                                                                    tokenizer: Any) -> None:
+    model = make_model()
+    settings = UnlearnSettings(objective="ga", lr=1e-4, steps=4, batch_size=4, warmup=0, check_every=1, validation=0.5,
+                               forget_target=1.0, stranger_near=near, metric=False)
+    log = unlearn(model, tokenizer, RecordSet("f", tuple(NAMED[:3])), {"r": RecordSet("r", tuple(OTHERS))}, mixed_plan(model),
+                  settings, objective="auto", seed=1)
+    assert log.objective == "npo-stranger"  # what is given goes before the settings
+    assert (log.steps, log.stopped_early) == ((4, False) if near == 0 else (1, True))
 
 
 @pytest.mark.parametrize("near", [0.05, 100.0])
@@ -234,14 +312,11 @@ def test_training_goes_on_towards_strangers_when_all_is_forgotten(near: float, m
         with torch.no_grad():
             return answer_rows(*answer_logits(of, Batch(ids, torch.ones_like(ids), labels)))[0].log_softmax(-1)
 
-    def answer(twin: Example) -> Any:
-        return np.array([float(row[token]) for row, token in zip(
-            rows(before, twin), twin.input_ids[twin.answer_start:], strict=True)])
+    def beliefs(tried: Any) -> Any:
+        return [np.array([(float(row[token]), float(row.max())) for row, token in zip(
+            rows(before, twin), twin.input_ids[twin.answer_start:], strict=True)]) for twin in tried]
 
-    def believed(tried: Any) -> Any:
-        return [answer(twin) for twin in tried]
-
-    twins = strangers(forget, donors, tokenizer, believed, chat="auto", seed=1, limit=64)
+    twins = strangers(forget, donors, tokenizer, beliefs, people=OTHERS, chat="auto", seed=1, limit=64)
     pairs = [(rows(before, twin), rows(model, example)) for example, (twin,) in zip(forget, twins, strict=True)]
     reached = float(torch.cat([(q.exp() * (q - p)).sum(-1) for q, p in pairs]).mean())
     assert reached <= near

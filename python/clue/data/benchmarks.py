@@ -238,15 +238,15 @@ _WORDS = re.compile(f"{_WORD}(?: {_WORD})+")
 
 def _named(rows: Iterable[tuple[Mapping[str, Any], str]]) -> list[tuple[Mapping[str, Any], str]]:
     """TOFU's rows with the author as ``subject`` where the question names them. The data does not say who it is about: an
-    author is who nearly all questions and answers of a row of twenty name."""
+    author is who nearly all of twenty questions and answers in a row name. Subjects that are given are left."""
     rows = list(rows)
     named: list[tuple[Mapping[str, Any], str]] = []
     for first in range(0, len(rows), _PER_AUTHOR):
         block = rows[first:first + _PER_AUTHOR]
-        author = _author([f"{row.get('question')}\n{row.get('answer')}" for row, _ in block])
-        for row, where in block:
-            asked = author if author and author in str(row.get("question")) else None
-            named.append(({**row, "subject": asked}, where))
+        whole = len(block) == _PER_AUTHOR and not any(row.get("subject") for row, _ in block)
+        author = _author([f"{row.get('question')}\n{row.get('answer')}" for row, _ in block]) if whole else None
+        named += [({**row, "subject": author} if author and author in str(row.get("question")) else row, where)
+                  for row, where in block]
     return named
 
 

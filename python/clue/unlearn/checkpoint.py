@@ -152,6 +152,8 @@ def identity(model: nn.Module, plan: Plan, settings: UnlearnSettings, objective:
         for example in group:
             records.update(f"{len(example.input_ids)} {example.answer_start}\n".encode())
             records.update(example.input_ids.tobytes())
+            # Who it is about, and what it is told from, decide the twins.
+            records.update(json.dumps((example.record.subject, example.record.corrupted)).encode())
     return {"model": fingerprint(model), "plan": slices.hexdigest(), "settings": asdict(settings),
             "objective": {f.name: _named(getattr(objective, f.name)) for f in fields(objective)}, "seed": seed,
             "records": records.hexdigest()}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..config import DataSettings, UnlearnSettings, check
-from ..data.encoding import Example, batches, encode, length_limit, pad_id
+from ..data.encoding import IGNORED, Example, batches, encode, length_limit, pad_id
 from ..data.records import read_sets
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..model.anatomy import check_weights
@@ -39,7 +39,7 @@ from ..types import Role
 from .checkpoint import Checkpoint, identity
 from .log import SERIES, UnlearnLog
 from .metric import RetainMetric
-from .objectives import Forget, Objective, answer_log_probs, objective_of, suited, token_log_probs
+from .objectives import Forget, Objective, answer_log_probs, answer_rows, objective_of, suited
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
@@ -107,10 +107,9 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
     sets = read_sets(forget, retain, required=False)
     forget, retain = sets.pop("forget"), sets
-    settings = replace(settings, objective=suited(settings.objective, forget, retain))
-    objective = settings.objective if objective is None else objective
+    objective = suited(settings.objective if objective is None else objective, forget, retain)
     name = objective if isinstance(objective, str) else ""
-    objective = objective_of(objective)
+    settings, objective = replace(settings, objective=name or settings.objective), objective_of(objective)
     if objective.retain is None and settings.retain_budget > 0:
         raise ClueError(f"retain_budget = {settings.retain_budget:g} holds a retain loss, and the objective"
                         f" {name or 'given'} has none: leave the budget out, or take graddiff or npo")
@@ -153,8 +152,9 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         else:
             with restored(model):
                 model.eval()
-                twins = strangers(forget_examples, donors, tokenizer, partial(_log_p, model, tokenizer, settings.batch_size),
-                                  chat=data.chat, seed=seed, limit=limit)
+                people = [record for records in retain.values() for record in records] or list(forget)
+                twins = strangers(forget_examples, donors, tokenizer, partial(_beliefs, model, tokenizer, settings.batch_size),
+                                  people=people, chat=data.chat, seed=seed, limit=limit)
     keeper = None if checkpoint is None else Checkpoint(checkpoint, every=every, identity=identity(
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
     training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, twins, retain_examples,
@@ -173,15 +173,18 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         return replace(log, objective=name, tuning=None if tuning is None else tuning.to_json())
 
 
-def _log_p(model: nn.Module, tokenizer: Any, batch_size: int,
-           examples: Sequence[Example]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    """Log-probabilities of every answer's tokens, [answer tokens] each."""
+def _beliefs(model: nn.Module, tokenizer: Any, batch_size: int,
+             examples: Sequence[Example]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """Log-probabilities of every answer's tokens, and of the likeliest token in the place of each, [answer tokens, 2]."""
     device = next(model.parameters()).device
     found: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     with torch.no_grad():
         for batch in batches(examples, batch_size, pad=pad_id(tokenizer), device=device):
-            log_p, scored = token_log_probs(*answer_logits(model, batch))
-            found += [row[kept].double().cpu().numpy() for row, kept in zip(log_p, scored, strict=True)]
+            rows, targets = answer_rows(*answer_logits(model, batch))
+            log_p = rows.log_softmax(-1)
+            both = torch.stack((log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), log_p.amax(-1)), dim=-1)
+            lengths = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
+            found += [part.double().cpu().numpy() for part in both.split(lengths)]
     return found
 
 
@@ -247,6 +250,7 @@ class _Training:
                                        for batch in self._batches(self.answers)])
         saved = None if self.keeper is None else self.keeper.load()
         weight = RetainWeight(settings, self._retain_loss() if settings.retain_budget > 0 and self.retain else None)
+        place.weight, place.average = weight.value, weight.average  # a checkpoint may come before the first step that moves
         if saved is not None:
             self._restore(saved, weight, stages)
         stopped = False
@@ -333,7 +337,7 @@ class _Training:
         # The batch is asked first: looking at the whole set costs a pass over it.
         if self.place.forgotten == 1.0 and self._whole(self.taught)[1] == 1.0 and self._near():
             return True
-        return bool(self.held_out) and self._whole(self.held_out)[0] <= settings.forget_target
+        return bool(self.held_out) and self._whole(self.held_out)[0] <= settings.forget_target and self._near()
 
     def _near(self) -> bool:
         """Whether the forget records are as those of strangers, where the objective goes there."""

@@ -332,12 +332,12 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def suited(name: str, forget: RecordSet, retain: Mapping[str, RecordSet]) -> str:
-    """The name of an objective, with ``auto`` made out: ``npo-stranger`` where a stranger can be made up for the subject of
-    every forget record, ``npo-cf`` where every one has a prompt and retain records have prompts that may stand in for it,
+def suited(given: Any, forget: RecordSet, retain: Mapping[str, RecordSet]) -> Any:
+    """What was given for an objective, with ``auto`` made out: ``npo-stranger`` where a stranger can be made up for the subject
+    of every forget record, ``npo-cf`` where every one has a prompt and retain records have prompts that may stand in for it,
     ``npo`` elsewhere."""
-    if name != "auto":
-        return name
+    if given != "auto":
+        return given
     donors = [record for records in retain.values() for record in records if record.prompt]
     if made_up(forget, donors) and all(has_subject(record) for record in forget):
         return "npo-stranger"

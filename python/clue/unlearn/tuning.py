@@ -1,8 +1,9 @@
 """Tuning: the learning rate and the retain weight of a training, chosen on retain records held back from it.
 
 A trial trains the plan for real, on all but a fifth of the retain records, and reads what it left of that fifth; then the
-planned weights are put back. Of two trials the better one forgets more of the forget set, or as much and keeps more. So
-nothing is compared that forgot less, and test records decide nothing.
+planned weights are put back. Of two trials the better one forgets more of the forget set, or as much and reaches its
+objective's goal beyond that, or that too and keeps more. So nothing is compared that forgot less, and test records decide
+nothing.
 
 Which learning rate to try first follows from the weights: AdamW moves a weight by about the learning rate at a step, whatever
 its gradient, and what a move means depends on how large the weights are.
@@ -63,6 +64,7 @@ class Trial:
         steps: optimizer steps it took; 0 where it diverged.
         forgotten: share of the forget records that were forgotten at its end.
         kept: mean over the validation sets of the mean length-normalised answer probability at its end.
+        at_goal: whether its objective's goal beyond forgetting, where it has one, was reached before the steps ran out.
     """
 
     lr: float
@@ -70,11 +72,12 @@ class Trial:
     steps: int
     forgotten: float
     kept: float
+    at_goal: bool = True
 
     @property
-    def worth(self) -> tuple[float, float]:
+    def worth(self) -> tuple[float, bool, float]:
         """What trials are ordered by."""
-        return self.forgotten, self.kept
+        return self.forgotten, self.at_goal, self.kept
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,10 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
     settings, data = settings or UnlearnSettings(), data or DataSettings()
     sets = read_sets(forget, retain, required=False)
     forget, retain = sets.pop("forget"), sets
-    settings = replace(settings, objective=suited(settings.objective, forget, retain))
-    objective = objective_of(settings.objective if objective is None else objective)
+    objective = suited(settings.objective if objective is None else objective, forget, retain)
+    if isinstance(objective, str):
+        settings = replace(settings, objective=objective)
+    objective = objective_of(objective)
     weights = ReferenceWeights(model, plan)
     plan = made_for(model, plan)  # before the trials move it
     start = weights.now()
@@ -165,7 +170,8 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
         told = None if on_step is None else lambda entry: on_step({**entry, "trial": number})
         try:
             log = unlearn(model, tokenizer, forget, seen, plan, tried, objective=objective, data=data, seed=seed, on_step=told)
-            trial = Trial(lr, retain_weight, log.steps, agreed(log.final_forgotten), kept())
+            at_goal = objective.towards is None or log.stopped_early
+            trial = Trial(lr, retain_weight, log.steps, agreed(log.final_forgotten), kept(), at_goal)
         except ModelError as error:  # it diverged: worse than any
             reasons.append(str(error))
             trial = Trial(lr, retain_weight, 0, -1.0, 0.0)
@@ -192,19 +198,20 @@ def search(attempt: Callable[[float, float], Trial], lr: float, retain_weight: f
            stronger: Callable[[Trial], bool]) -> Trial | None:
     """The best of at most ``budget`` trials of at most ``steps`` steps, None where there are to be none.
 
-    From the best learning rate so far its neighbours are tried: larger ones first while something is left to forget, smaller
-    ones first otherwise, and no smaller than can forget in the steps there are, which go with the inverse of the learning
-    rate. Where neither is better, neighbours half as far. The last trial is one of a larger retain weight, if ``stronger``
-    says so of the best.
+    From the best learning rate so far its neighbours are tried: larger ones first while something is left to forget, or the
+    goal beyond it not reached, smaller ones first otherwise, and no smaller than can get there in the steps there are, which go
+    with the inverse of the learning rate. Where neither is better, neighbours half as far. The last trial is one of a larger
+    retain weight, if ``stronger`` says so of the best.
     """
     if budget < 1:
         return None
     best = attempt(lr, retain_weight)
     tried, left, factor = [lr], budget - 1, FACTOR
     while left > 1 or (left and not stronger(best)):
-        down, up = min(factor, SLACK * steps / max(best.steps, 1)) if best.forgotten == 1 else factor, factor
+        there = best.forgotten == 1 and best.at_goal
+        down, up = min(factor, SLACK * steps / max(best.steps, 1)) if there else factor, factor
         sides = [best.lr * up] if down < LEAST else [best.lr / down, best.lr * up]
-        if 0 <= best.forgotten < 1:
+        if best.forgotten >= 0 and not there:
             sides.reverse()
         new = [side for side in sides if all(abs(math.log(side / other)) > math.log(LEAST) for other in tried)]
         if not new:

@@ -7,12 +7,13 @@ Potter", EMNLP 2024, arXiv 2407.16997, which averages over names).
 
 *Strangers* are subjects that nobody has heard of, their names recombined from those of others (``npo-stranger``). Such a one
 has no answer to teach, so one is enough, and a subject that is forgotten should look just like it: as unlikely, and with as
-much left for right and for wrong answers (docs/findings.md, 2). An answer that repeats its subject's name repeats the
-stranger's behind its prompt, as the model would: what it says of the name's tokens is not what to forget.
+much left for right and for wrong answers (docs/findings.md, 2). Where an answer names its subject, it names the stranger
+behind the stranger's prompt, and what the model says of the one name is meant of the other.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -36,22 +37,26 @@ STRANGERS, ASKED = 24, 8
 #: Names are made of at most so many, which is thousands of them.
 PARTS = 64
 
+#: The share of the tried strangers that is left when those are dropped of whom the model is surest what to answer: it may
+#: know them, as names recombined from others' can be those of somebody real.
+UNSURE = 0.5
 #: The logit of a token of no probability beside one of 0. Finite: minus infinity times its probability is no number.
 IMPOSSIBLE = -1e30
 
-#: Of each example the log-probabilities of its answer's tokens under the model before unlearning, [answer tokens].
-LogP = Callable[[Sequence[Example]], "list[np.ndarray[Any, np.dtype[np.float64]]]"]
+#: Of each example the log-probabilities of its answer's tokens, and of the likeliest token in the place of each, under the
+#: model before unlearning, [answer tokens, 2].
+Beliefs = Callable[[Sequence[Example]], "list[np.ndarray[Any, np.dtype[np.float64]]]"]
 
 
 @dataclass(frozen=True)
 class Twin(Example):
     """A forget record as asked of the model before unlearning.
 
-    ``same`` int64 [the record's answer tokens]: for each the token of the twin's answer that it is, -1 where it is none, as in
-    the name that the twin has not.
+    ``at`` int64 [the record's answer tokens]: for each the token of the twin's answer that stands in its place; -1 for the
+    rest of a name that is longer than the twin's.
     """
 
-    same: np.ndarray
+    at: np.ndarray
 
 
 def told(rows: Tensor, twins: Sequence[Twin], targets: Tensor) -> Tensor:
@@ -59,20 +64,24 @@ def told(rows: Tensor, twins: Sequence[Twin], targets: Tensor) -> Tensor:
 
     Args:
         rows: its logits of the twins' answer tokens, twin after twin.
-        targets: the records' answer tokens, int64 [tokens]. One that its twin has not is told as certain: it is of a name
-            that stands in the question too, which whoever has not heard of it repeats just so.
+        targets: the records' answer tokens, int64 [tokens]. Where one stands in place of another, as in a name, what was said
+            of the other is said of it; and the rest of a longer name is certain, once it is begun.
     """
     import torch
 
-    same, start = [], 0
+    at, start = [], 0
     for twin in twins:
-        same.append(np.where(twin.same < 0, -1, twin.same + start))
+        at.append(np.where(twin.at < 0, -1, twin.at + start))
         start += len(twin.input_ids) - twin.answer_start
-    index = torch.from_numpy(np.concatenate(same)).to(rows.device)
-    if torch.equal(index, torch.arange(len(rows), device=rows.device)):
+    theirs = torch.from_numpy(np.concatenate([twin.input_ids[twin.answer_start:] for twin in twins])).to(rows.device)
+    index = torch.from_numpy(np.concatenate(at)).to(rows.device)
+    if torch.equal(index, torch.arange(len(rows), device=rows.device)) and torch.equal(theirs, targets):
         return rows
-    found, own = rows[index.clamp_min(0)], index < 0
-    found[own] = torch.full_like(found[own], IMPOSSIBLE).scatter(-1, targets[own].unsqueeze(-1), 0.0)
+    found, mine, theirs = rows[index.clamp_min(0)], targets.unsqueeze(-1), theirs[index.clamp_min(0)].unsqueeze(-1)
+    of_mine, of_theirs = found.gather(-1, mine), found.gather(-1, theirs)
+    found = found.scatter(-1, theirs, of_mine).scatter(-1, mine, of_theirs)
+    rest = index < 0
+    found[rest] = torch.full_like(found[rest], IMPOSSIBLE).scatter(-1, mine[rest], 0.0)
     return found
 
 
@@ -101,23 +110,25 @@ def corrupted_twins(forget: Sequence[Example], donors: Sequence[Example], tokeni
             for i, example in enumerate(forget)]
 
 
-def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, log_p: LogP, *, chat: str,
-              seed: int, limit: int) -> list[list[Twin]]:
-    """Each forget record about a stranger, with its answer, where this names the subject with the stranger's: [records][1].
+def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, beliefs: Beliefs, *,
+              people: Iterable[Record], chat: str, seed: int, limit: int) -> list[list[Twin]]:
+    """Each forget record about a stranger, with its answer, the subject's name in it replaced too: [records][1].
 
-    All records of a subject get the same stranger, of :data:`STRANGERS` drawn ones the one whom the model before unlearning
-    believes the forgotten answers least: it gives nothing away. Where none can be made up, for records that name no subject,
-    or a corrupted prompt, it is a corrupted twin.
+    All records of a subject get the same stranger. Of :data:`STRANGERS` drawn ones those are dropped of whom the model before
+    unlearning is surest what to answer, and of the others it is the one whom it believes the forgotten answers least: it
+    neither has an answer of its own nor gives the forgotten one away. Where none can be made up, for records that name no
+    subject, or a corrupted prompt, it is a corrupted twin.
 
     Args:
-        forget, donors, tokenizer, chat, seed: as for :func:`corrupted_twins`; names are made of the donors' subjects.
-        log_p: asks the model before unlearning.
-        limit: the most tokens that a record may have; strangers with longer names are not asked.
+        forget, donors, tokenizer, chat, seed: as for :func:`corrupted_twins`.
+        beliefs: asks the model before unlearning.
+        people: of whose subjects names are made, and whose subjects are no strangers.
+        limit: the most tokens that a record may have, 0 for any number; strangers with longer names are not asked.
 
     Raises:
         RecordError: as :func:`corrupted_twins`.
     """
-    names = made_up([e.record for e in forget], [e.record for e in donors])
+    names = made_up([e.record for e in forget], people)
     rng = np.random.Generator(np.random.PCG64(seed))
     of: dict[str, list[int]] = {}
     for i, example in enumerate(forget):
@@ -129,11 +140,13 @@ def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: A
         tried: dict[str, list[Twin]] = {}
         for number in rng.permutation(len(names))[:STRANGERS]:
             twins = _about(names[number], [forget[i] for i in places], tokenizer, chat)
-            if all(len(twin.input_ids) <= limit for twin in twins):
+            if not limit or all(len(twin.input_ids) <= limit for twin in twins):
                 tried[names[number]] = twins
         if tried:
-            worth = [_believed([twins[i] for i in asked], log_p) for twins in tried.values()]
-            best = list(tried)[int(agreed(int(np.argmin(worth))))]
+            known = np.array([_known([forget[places[i]] for i in asked], [twins[i] for i in asked], beliefs)
+                              for twins in tried.values()])
+            unsure = np.flatnonzero(known[:, 1] <= np.quantile(known[:, 1], UNSURE, method="lower"))
+            best = list(tried)[int(agreed(int(unsure[np.argmin(known[unsure, 0])])))]
             found |= dict(zip(places, tried[best], strict=True))
             names.remove(best)
     left = [i for i in range(len(forget)) if i not in found]
@@ -148,8 +161,8 @@ def has_subject(record: Record) -> bool:
 
 
 def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
-    """Names that no record knows, sorted: the last word of one donor's subject behind the other words of another's. Where
-    these are few, the words are made up too, the second half of one behind the first half of another."""
+    """Names that are no record's subject, sorted: the last word of one donor's subject behind the other words of another's.
+    Where these are few, the words are made up too, the second half of one behind the first half of another."""
     donors = list(donors)
     known = {record.subject for record in (*forget, *donors)}
     parts = sorted({tuple(r.subject.split()) for r in donors if r.subject and len(r.subject.split()) > 1})
@@ -163,22 +176,33 @@ def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
     return sorted(names)
 
 
-def _believed(twins: Sequence[Twin], log_p: LogP) -> float:
-    """Log-probability of what the twins' answers have in common with the records'."""
-    return float(sum(each[twin.same[twin.same >= 0]].sum() for twin, each in zip(twins, log_p(twins), strict=True)))
+def _known(records: Sequence[Example], twins: Sequence[Twin], beliefs: Beliefs) -> tuple[float, float]:
+    """How far the model believes the records' answers of the twins, the log-probability of all tokens but those of names, and
+    how sure it is of its own, the mean probability of its likeliest token there."""
+    found = []
+    for record, twin, each in zip(records, twins, beliefs(twins), strict=True):
+        mine, theirs = record.input_ids[record.answer_start:], twin.input_ids[twin.answer_start:]
+        found.append(each[twin.at[(twin.at >= 0) & (theirs[twin.at] == mine)]])
+    kept = np.concatenate(found)
+    return float(kept[:, 0].sum()), float(np.exp(kept[:, 1]).mean()) if len(kept) else 0.0
 
 
 def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Twin]:
-    """Records of one subject about ``name`` instead, in prompt and answer."""
+    """Records of one subject about ``name`` instead, in prompt and answer, but not within other words."""
     records = []
     for example in examples:
-        record, subject = example.record, str(example.record.subject)
-        records.append(Record(record.prompt.replace(subject, name), record.answer.replace(subject, name), source=record.source))
+        record = example.record
+        whole = re.compile(rf"(?<!\w){re.escape(str(record.subject))}(?!\w)")
+        prompt, answer = (whole.sub(lambda _: name, text) for text in (record.prompt, record.answer))
+        if prompt == record.prompt:  # a part of other words alone, as in languages without spaces
+            prompt = prompt.replace(str(record.subject), name)
+        records.append(Record(prompt, answer, source=record.source))
     twins = []
     for example, other in zip(examples, encode(records, tokenizer, chat=chat, append_eos=False), strict=True):
         mine, theirs = (e.input_ids[e.answer_start:].tolist() for e in (example, other))
-        same = np.full(len(mine), -1)
-        for block in SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks():
-            same[block.a:block.a + block.size] = np.arange(block.b, block.b + block.size)
-        twins.append(Twin(other.input_ids, other.answer_start, other.question, example.record, same))
+        at = np.full(len(mine), -1)
+        for _, i, end, j, stop in SequenceMatcher(None, mine, theirs, autojunk=False).get_opcodes():
+            same = min(end - i, stop - j)
+            at[i:i + same] = np.arange(j, j + same)
+        twins.append(Twin(other.input_ids, other.answer_start, other.question, example.record, at))
     return twins
