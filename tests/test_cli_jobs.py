@@ -206,6 +206,38 @@ def test_evaluating_on_what_was_used_is_refused_or_told(world: Path, localized: 
     assert json.loads((run / "evaluation" / "overlaps.json").read_text()) == {"people": 90}
 
 
+def test_a_base_model_that_changed_between_stages_is_refused(world: Path, localized: Path, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = shutil.copytree(world / "model", tmp_path / "model"), tmp_path / "run"
+    assert main(["localize", *inputs(world, model=model), "-o", str(run), *QUICK]) == 0
+    assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    told = f"{run} was made from another model: the weights in {model} have changed since"
+    before = snapshot(run)
+    assert told in failure(capsys, "evaluate", run)
+    assert told in failure(capsys, "localize", *inputs(world, model=model), "-o", run, *QUICK)
+    assert snapshot(run) == before
+    weights["model.norm.weight"][0] -= 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["evaluate", str(run), "--test", str(world / "retain_unseen.jsonl")]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:ks_2samp")  # the truth ratios of the same model twice
+def test_a_gold_evaluation_on_other_records_is_said(world: Path, localized: Path, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(localized, tmp_path / "run")
+    assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    again = shutil.copytree(run, tmp_path / "again")
+    assert main(["evaluate", str(run), "--test", f"unseen={world / 'retain_unseen.jsonl'}"]) == 0
+    capsys.readouterr()
+    gold = run / "evaluation" / "before.json"
+    assert main(["evaluate", str(again), "--test", f"unseen={world / 'holdout.jsonl'}", f"--gold={gold}"]) == 0
+    assert f"{gold} was measured on other records of retain: its numbers there cannot be" in capsys.readouterr().err
+
+
 def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model(
         world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, own = shutil.copytree(localized, tmp_path / "run"), tmp_path / "own"
@@ -233,7 +265,7 @@ def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model
     assert main(["evaluate", str(run), "--robustness", *quick]) == 0
     tried = capsys.readouterr().out
     assert tried.startswith(captured.out) and "after quantization" in tried and snapshot(run / "evaluation") == before
-    assert sorted(f.name for f in (run / "robustness").iterdir()) == ["after.json", "before.json", "gold.json"]
+    assert sorted(f.stem for f in (run / "robustness").iterdir()) == ["after", "before", "evaluated", "gold"]
     assert main(["evaluate", str(run), "--robustness"]) == 0  # read back, with the run's own settings
     assert capsys.readouterr().out == tried
     assert "other robustness settings" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
@@ -242,6 +274,20 @@ def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model
     assert "does it come back?" in page and "Forget quality" in page
     capsys.readouterr()
     assert "other tests (benchmark)" in failure(capsys, "evaluate", run, "--benchmark", "world")
+    # What was tried was tried with the model of that evaluation. Another one's is not shown beside it.
+    shutil.rmtree(run / "model")
+    assert "evaluation belongs to a model that is no longer there" in failure(capsys, "unlearn", run)
+    kept = (run / "evaluation").rename(tmp_path / "kept")
+    assert "robustness belongs to a model that is no longer there" in failure(capsys, "unlearn", run)
+    shutil.copytree(tmp_path / "again" / "model", run / "model")
+    assert main(["evaluate", str(run), "--benchmark", "custom", "--data", str(own), "--min-k", "0.3"]) == 0
+    capsys.readouterr()
+    for stale in (["report"], ["evaluate", "--robustness"]):
+        assert "robustness belongs to another evaluation than" in failure(capsys, stale[0], run, *stale[1:])
+    shutil.rmtree(run / "evaluation")
+    kept.rename(run / "evaluation")
+    assert main(["report", str(run)]) == 0
+    capsys.readouterr()
     (own / "retain.jsonl").write_text((world / "forget.jsonl").read_text())
     shutil.rmtree(run / "evaluation")
     assert "custom: its set retain shares" in failure(capsys, "evaluate", run, "--benchmark", "custom", "--data", own)
@@ -398,11 +444,14 @@ def test_records_that_changed_since_are_not_trained_or_measured_on(
     (["--reference", "{world}"], "holds no config.json"), (["--gold", "{world}/run.json"], "run.json"),
     (["--benchmark", "nonsense"], "nonsense"), (["--paraphrase", "{world}/forget.jsonl"], "shares"),
     (["--seed", "99999999999999999999"], "seed = 99999999999999999999 must lie in"),
+    (["--harness", "arc_easy"], "or leave them out (--harness '')"),
 ])
 def test_what_is_measured_at_the_end_is_looked_at_first(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                       arguments: list[str], message: str) -> None:
+                                                       monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+                                                       message: str) -> None:
     given = [text.format(world=world) for text in arguments]
     (world / "run.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert message in failure(capsys, "run", *inputs(world), "-o", tmp_path / "run", *QUICK, *given)
     assert not (tmp_path / "run").exists()
 

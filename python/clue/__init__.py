@@ -37,15 +37,16 @@ _HOME = {
 __all__ = ["__version__", "evaluate", "unlearn", *_HOME]
 
 if TYPE_CHECKING:
-    from . import evaluate, unlearn
     from .config import DataSettings, EvaluateSettings, LocalizeSettings, UnlearnSettings
     from .data.records import Record, RecordSet, read
     from .delta import Delta
     from .errors import ClueError
+    from .evaluate.measure import evaluate
     from .pipeline import localize
     from .plan import Plan, Slice, verify
     from .types import Direction, Gate, Role
     from .unlearn.callback import PlanCallback
+    from .unlearn.loop import unlearn
     from .unlearn.optimizer import MaskedAdamW
 
 

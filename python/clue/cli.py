@@ -303,11 +303,12 @@ def _open_run(arguments: argparse.Namespace, stage: str) -> tuple[Run, Settings]
     run = Run.open(arguments.run)
     recorded = Settings.from_dict(run.manifest["settings"], source=str(run.folder))
     settings = _settings(arguments, recorded)
-    done, later = run.path(_FOLDERS[stage]), run.path("evaluation")
-    if stage == "unlearn" and later.is_dir() and not done.is_dir():
-        raise RunError(f"{later} belongs to a model that is no longer there: remove it too")
+    done = run.path(_FOLDERS[stage])
+    later = [folder for name in ("evaluation", "robustness") if (folder := run.path(name)).is_dir() and folder != done]
+    if stage == "unlearn" and later and not done.is_dir():
+        raise RunError(f"{later[0]} belongs to a model that is no longer there: remove it too")
     if done.is_dir() and getattr(recorded, stage) != getattr(settings, stage):
-        folders = f"{done} and {later}" if later.is_dir() and later != done else f"{done}"
+        folders = " and ".join(map(str, (done, *later)))
         raise RunError(f"{done} was made with other {stage} settings: remove {folders} to make it again")
     for part in _SETTLED[stage]:
         old, new = getattr(recorded, part), getattr(settings, part)

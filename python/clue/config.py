@@ -8,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +194,26 @@ class RobustnessSettings:
                           "instruction put before a question")
 
 
-def check(settings: Any) -> None:
-    """Raise :class:`ClueError` naming the first field of a settings dataclass whose value is out of range."""
-    if not is_dataclass(settings):
-        raise ClueError(f"settings must be an object such as clue.LocalizeSettings(...), got {settings!r}")
+_KINDS: dict[type, tuple[type, str]] = {bool: (bool, "true or false"), int: (Integral, "a whole number"),
+                                         float: (Real, "a number"), str: (str, "a text")}
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind)
+
+
+def check(settings: Any, kind: type | None = None) -> None:
+    """Raise :class:`ClueError` unless the settings are of the ``kind`` that is wanted, naming the first field whose value is of
+    another type, or out of range."""
+    name = "LocalizeSettings" if kind is None else kind.__name__
+    if not is_dataclass(settings) or not isinstance(settings, kind or object):
+        raise ClueError(f"settings must be an object such as clue.{name}(...), got {settings!r}")
     for f in fields(settings):
         value = getattr(settings, f.name)
+        number = isinstance(f.default, (int, float)) and not isinstance(f.default, bool)
+        wanted, words = _KINDS.get(type(f.default), (object, ""))
+        if not _is(value, wanted) or (number and _is(value, bool)):
+            raise ClueError(f"{f.name} = {value!r} must be {words}")
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
@@ -221,7 +236,7 @@ def check(settings: Any) -> None:
         if f.name in {"batch_size", "steps", "check_every", "bad_steps", "max_new_tokens", "relearn_steps", "drift_steps",
                       "curve_points", "hints", "stability_samples", "metric_rank"} and value < 1:
             raise ClueError(f"{f.name} = {value} must be at least 1")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not (0 <= value < float("inf")):
+        if number and not (0 <= value < float("inf")):
             raise ClueError(f"{f.name} = {value} must be finite and not negative")
 
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from .data.atomic import write_atomically
 from .errors import DeltaError
 from .saved_model import MARK, WIDTH, Bits, ModelInMemory, SavedModel, as_integers, as_numpy, dtype_of
+from .values import ByValue
 from .weights import is_flat, parameter_of, shape_of, view_of, weight_of
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ FORMAT = 1
 End = Literal["before", "after"]
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, eq=False)
+class Change(ByValue):
     """What happened to the planned rows or columns of one weight.
 
     Attributes:
@@ -79,8 +80,8 @@ class Change:
         return int(np.count_nonzero(self.xor))
 
 
-@dataclass(frozen=True)
-class Delta:
+@dataclass(frozen=True, eq=False)
+class Delta(ByValue):
     """The way from one model to another and back.
 
     Attributes:
@@ -92,6 +93,9 @@ class Delta:
     changes: tuple[Change, ...]
     before: str = ""
     after: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Delta: {self.changed} of {self.planned} planned weights of {len(self.changes)} slices changed>"
 
     @property
     def planned(self) -> int:

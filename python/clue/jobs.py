@@ -7,6 +7,7 @@ A run directory holds ``pairs``, ``scores``, ``circuits``, ``editability`` (wher
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from .loading import check_model, load_model
 from .pipeline import Progress
 from .plan import Plan
 from .processes import joined, place
+from .provenance import fingerprint
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ DEMO = Settings(
     evaluate=EvaluateSettings(rouge_limit=72, max_new_tokens=8),
 )
 
+#: The file beside a run's robustness that says of which evaluation it is.
+EVALUATED = "evaluated.json"
 #: Seconds between two progress lines of a long loop would depend on the machine; steps do not.
 REPORT_EVERY = 20
 
@@ -67,7 +71,7 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
 
     Processes of torch.distributed share the attribution, and each calls this; the first of them writes the stages.
     """
-    network, tokenizer = load_model(model, settings)
+    network, tokenizer = _loaded(run, model, settings)
     sets = _records(run, forget, retain)
     if "data" not in run.manifest and place()[0] == 0:
         run.update(data={name: records.sha256 for name, records in sets.items()})
@@ -75,6 +79,23 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
                              {name: s for name, s in sets.items() if name != "forget"}, settings.localize,
                              data=settings.data, seed=settings.seed, progress=progress,
                              keep=lambda stage, make: _kept(run, stage, make))
+
+
+def _loaded(run: Run, source: str, settings: Settings) -> tuple[Any, Any]:
+    """The model of a run and its tokenizer. What it holds is written down the first time, and compared from then on.
+
+    Raises:
+        RunError: it is not the one that the run was begun with.
+    """
+    network, tokenizer = load_model(source, settings)
+    mine = {"fingerprint": fingerprint(network), "dtype": settings.dtype}
+    recorded = run.manifest.get("model")
+    if recorded is None and place()[0] == 0:
+        run.update(model=mine)
+    elif recorded is not None and recorded["dtype"] == mine["dtype"] and recorded != mine:
+        raise RunError(f"{run.folder} was made from another model: the weights in {source} have changed since; choose another"
+                       " folder with -o, or put the model back")
+    return network, tokenizer
 
 
 def _records(run: Run, forget: str, retain: Mapping[str, str]) -> dict[str, RecordSet]:
@@ -243,12 +264,17 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
     reference = load_model(tests.reference, settings)[0] if tests.reference else None
     found = {}
     for name, source in folders.items():
-        network, tokenizer = load_model(source, settings)
+        network, tokenizer = _loaded(run, source, settings) if name == "before" else load_model(source, settings)
         found[name] = measure(network, tokenizer, sets, settings.evaluate, data=settings.data, seed=settings.seed,
                               reference=reference)
         progress(f"evaluate   {name}")
     if stored_gold is not None:
         found["gold"] = stored_gold
+        others = [name for name, result in found["after"].detail.items()
+                  if name in stored_gold.detail and stored_gold.detail[name].sha256 != result.sha256]
+        if others:
+            progress(f"note       {tests.gold} was measured on other records of {', '.join(others)}: its numbers there cannot"
+                     " be compared")
     with run.stage("evaluation") as folder:
         for name, evaluation in found.items():
             evaluation.save(folder / f"{name}.json")
@@ -263,12 +289,11 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
     Raises:
         RunError: it was done already with other settings.
     """
-    from .evaluate.robustness import Robustness, stress
+    from .evaluate.robustness import stress
 
     run.require("evaluation", "evaluate")
     if run.has("robustness"):
-        paths = [run.path("robustness") / f"{name}.json" for name in ("before", "after", "gold")]
-        found = {path.stem: Robustness.load(path) for path in paths if path.exists()}
+        found = _tried(run)
         if any(one.settings["robustness"] != asdict(settings.robustness) for one in found.values()):
             raise RunError(f"{run.path('robustness')} was made with other robustness settings: remove it to make it again")
         return found
@@ -279,14 +304,36 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
         folders["gold"] = tests.gold
     found = {}
     for name, source in folders.items():
-        network, tokenizer = load_model(source, settings)
+        network, tokenizer = _loaded(run, source, settings) if name == "before" else load_model(source, settings)
         found[name] = stress(network, tokenizer, sets, settings.robustness, data=settings.data, seed=settings.seed)
         progress(f"robustness {name}")
     with run.stage("robustness") as folder:
         for name, one in found.items():
             one.save(folder / f"{name}.json")
+        write_json(folder / EVALUATED, _evaluated(run))
     run.update(settings=settings.to_dict())
     return found
+
+
+def _tried(run: Run) -> dict[str, Robustness]:
+    """What brought back what was forgotten, by model; nothing where that was not tried.
+
+    Raises:
+        RunError: that was of other models, or on other records, than the evaluation is.
+    """
+    from .evaluate.robustness import Robustness
+
+    paths = [run.path("robustness") / f"{name}.json" for name in ("before", "after", "gold")]
+    of = run.path("robustness") / EVALUATED
+    if of.exists() and json.loads(of.read_text()) != _evaluated(run):
+        raise RunError(f"{run.path('robustness')} belongs to another evaluation than {run.path('evaluation')}: remove it, and"
+                       " make it again with `clue evaluate --robustness`")
+    return {path.stem: Robustness.load(path) for path in paths if path.exists()}
+
+
+def _evaluated(run: Run) -> dict[str, str]:
+    """SHA-256 of the evaluation's files."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(run.path("evaluation").glob("*.json"))}
 
 
 def evaluation_sets(used: Mapping[str, RecordSet], tests: Tests, seed: int = 0) -> tuple[EvaluationSets, dict[str, int]]:
@@ -345,7 +392,6 @@ def report(run: Run) -> Path:
     """Write ``report.html`` from the stages of a run, and return its path."""
     from .circuit.graph import Circuit
     from .evaluate import Evaluation
-    from .evaluate.robustness import Robustness
     from .logic import Assignment
     from .report import write_report
     from .unlearn.log import UnlearnLog
@@ -354,8 +400,7 @@ def report(run: Run) -> Path:
     evaluations = {path.stem: Evaluation.load(path) for path in sorted(run.path("evaluation").glob("*.json"))
                    if path.stem in ("before", "after", "gold")}
     order = [name for name in ("before", "after", "gold") if name in evaluations]
-    tried: dict[str, Robustness] = {
-        name: Robustness.load(path) for name in order if (path := run.path("robustness") / f"{name}.json").exists()}
+    tried = _tried(run)
     target = run.folder / "report.html"
     write_report(
         target, title=f"Unlearning report: {run.folder.resolve().name}",
@@ -363,7 +408,8 @@ def report(run: Run) -> Path:
         plan=Plan.load(run.folder),
         assignment=Assignment.load(run.path("assignment") / "assignment.json") if run.has("assignment") else None,
         circuits={path.stem: Circuit.load(path) for path in sorted(run.path("circuits").glob("*.safetensors"))},
-        log=UnlearnLog.load(run.path("model") / "training.json"), robustness=tried, provenance=run.manifest)
+        log=UnlearnLog.load(run.path("model") / "training.json"),
+        robustness={name: tried[name] for name in order if name in tried}, provenance=run.manifest)
     return target
 
 
@@ -371,10 +417,13 @@ def run_all(run: Run, *, model: str, forget: str, retain: Mapping[str, str], set
             progress: Progress) -> dict[str, Evaluation]:
     """Every stage in turn, once everything that the last ones read has been looked at."""
     from .evaluate import Evaluation
+    from .evaluate.harness import require_harness
 
     used = _records(run, forget, retain)
     if not run.has("evaluation"):
         evaluation_sets(used, tests, settings.seed)
+        if settings.evaluate.harness:
+            require_harness()
         for source in (tests.gold, tests.reference):
             if source and source == tests.gold and Path(source).is_file():
                 Evaluation.load(source)

@@ -17,7 +17,8 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
     """A causal language model and its tokenizer, from a folder or a hub id.
 
     Raises:
-        ModelError: nothing is there, it is no causal language model, or its tokenizer cannot be read.
+        ModelError: nothing is there, it is no causal language model, weights of it are missing, or its tokenizer cannot be
+            read.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +30,13 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with _told(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype, output_loading_info=True)
+    network, told = loaded
+    weights = {name for name, _ in network.named_parameters()}
+    missing = sorted(weights & set(told["missing_keys"]))
+    if missing:  # they were drawn at random, and anew with every load
+        raise ModelError(f"{source} lacks {len(missing)} of {len(weights)} weights of a {type(network).__name__}, {missing[0]}"
+                         " first: give a causal language model that was saved whole, with the config.json that belongs to it")
     # Not every stage needs these tokens; the first command should be the one to say that they are missing.
     pad_id(tokenizer)
     if settings.data.append_eos:
@@ -48,13 +55,11 @@ def check_model(source: str) -> None:
 @contextmanager
 def _told(source: str) -> Iterator[None]:
     """What transformers raises for a model that it cannot load, as a :class:`ModelError`."""
-    from safetensors import SafetensorError
-
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # of any kind: of packages that are missing, configurations, tokenizers, damaged files
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"
                          " model with its tokenizer, or the hub id of one this machine can reach") from None

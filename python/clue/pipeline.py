@@ -76,8 +76,8 @@ def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | 
     Raises:
         ClueError: a subclass that names the record, file, argument or parameter at fault.
     """
-    check(settings)
-    check(data)
+    check(settings, LocalizeSettings)
+    check(data, DataSettings)
     if settings.method == "clue":
         return locate(model, tokenizer, forget, retain, settings, data=data, seed=seed, progress=progress, keep=keep).plan
     from . import baselines
@@ -102,10 +102,10 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
     from .size import sized
 
     say = progress or (lambda line: None)
-    check(settings)
+    check(settings, LocalizeSettings)
     if settings.mode == "surgical" and settings.semantics == "authors":
         raise ClueError("mode = surgical reads the gates in a way of its own: leave semantics = support")
-    check(data)
+    check(data, DataSettings)
     body = anatomy(model)
     check_weights(model)
     sets = read_sets(forget, retain)

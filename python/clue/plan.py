@@ -21,6 +21,7 @@ from .data.atomic import write_atomically
 from .errors import DeltaError, ModelError, PlanError
 from .saved_model import ModelInMemory, SavedModel
 from .types import NodeKind, Role
+from .values import ByValue
 from .weights import flat_name, is_flat, parameter_of, shape_of, weight_of
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ FORMAT = 1
 _ROLES = (Role.FORGET, Role.CONFLICT)
 
 
-@dataclass(frozen=True)
-class Slice:
+@dataclass(frozen=True, eq=False)
+class Slice(ByValue):
     """The rows or columns of one weight that share a role, or single weights of it.
 
     Attributes:
@@ -57,8 +58,8 @@ class Slice:
         return len(self.index) * other
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, eq=False)
+class Plan(ByValue):
     """Which nodes play which role, and which weights therefore move.
 
     Attributes:
@@ -105,6 +106,11 @@ class Plan:
             for whole in (parameter_of(name), flat_name(parameter_of(name)), weight_of(name)):
                 if whole != name and whole in seen:
                     raise PlanError(f"the plan names both {whole} and {name}, which is a part of it")
+
+    def __repr__(self) -> str:
+        roles = ", ".join(f"{count} {role}" for role, count in self.counts().items())
+        return (f"<Plan: {self.weights_changed} weights of {len(set(map(parameter_of, self.parameters())))} parameters;"
+                f" {len(self.nodes)} nodes, {roles}>")
 
     def counts(self) -> dict[str, int]:
         """Number of nodes per role."""

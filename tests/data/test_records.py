@@ -162,6 +162,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (("q", 4), r"records\[0\]: answer must be a string"),
     (7, r"records\[0\]: a record must be an object"),
     (" ", r"records\[0\]: text is empty"),
+    ("facts/retain.jsonl", r"records\[0\]: 'facts/retain.jsonl' is the name of a file, .* by name, \{name: file\}"),
+    (RecordSet("kept", (Record("q", "a"),)), r"records\[0\]: is the set kept, .* several sets by name, \{name: set\}"),
     (Record("q", "", source="mine:9"), r"mine:9: answer is empty"),
 ])
 def test_malformed_items_are_named_by_index(item: object, message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from clue.config import UnlearnSettings, check
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError
+from clue.unlearn import unlearn
 from clue.unlearn.objectives import (
     OBJECTIVES,
     Answers,
@@ -271,6 +272,22 @@ def test_auto_puts_other_prompts_in_place_of_those_there_are() -> None:
     for forget, retain in ((told, {"a": asked}), (both, {"a": asked}), (asked, {"a": told}), (asked, {})):
         assert suited("auto", forget, retain) == "npo"
     assert suited("ga", asked, {"a": asked}) == "ga"
+
+
+@pytest.mark.parametrize(("loss", "message"), [
+    (lambda answers: answers.log_p, r"forget loss must be one number as a tensor, got a tensor of shape \(2,\): average over"),
+    (lambda answers: 0.5, "forget loss must be one number as a tensor, got 0.5"),
+    (lambda answers: answers.log_p.detach().mean(), "forget loss does not depend on the model: compute it from"),
+])
+def test_losses_that_cannot_be_trained_on_are_named(loss: Any, message: str, make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                                    sets: Any) -> None:
+    def forget(answers: Answers, refusals: Answers | None, settings: UnlearnSettings) -> Any:
+        return loss(answers)
+
+    model = make_model()
+    with pytest.raises(ClueError, match=message):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model),
+                UnlearnSettings(lr=1e-3, steps=1, batch_size=2, floor=0.0), objective=forget)
 
 
 def test_every_objective_can_be_chosen() -> None:

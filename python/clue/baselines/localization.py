@@ -62,7 +62,7 @@ def localize(name: str, model: nn.Module, tokenizer: Any, forget: Any, retain: A
         raise ClueError(f"{name!r} is no baseline: known are {', '.join(BASELINES)}")
     settings = LocalizeSettings(method=name, ratio=ratio, batch_size=batch_size)
     check(settings)
-    check(data)
+    check(data, DataSettings)
     body = anatomy(model)
     check_weights(model)
     sets = read_sets(forget, retain)

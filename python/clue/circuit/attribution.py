@@ -35,6 +35,7 @@ from ..errors import AttributionError
 from ..model import capture
 from ..model.anatomy import Anatomy
 from ..processes import everywhere, place
+from ..values import ByValue
 from .accumulation import GROUP, TILE_BYTES, Sums
 from .graph import Graph
 from .target import Prompts, batches
@@ -50,8 +51,8 @@ Floats = npt.NDArray[np.float64]
 LEAST_TILE_BYTES = 4 << 20
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, eq=False)
+class Scores(ByValue):
     """Mean score per pair of every residual edge and every hidden neuron.
 
     Attributes:
@@ -165,7 +166,7 @@ def attribute(
     """
     given: dict[str, Any] = {"path_steps": steps, "target": "logprob" if target == "log-prob" else target, "norm": norm}
     settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
-    check(settings)
+    check(settings, LocalizeSettings)
     if len(pairs.clean) == 0:
         raise AttributionError(f"{name}: there are no pairs to attribute")
     pairs.check(body)

@@ -68,7 +68,7 @@ def confirm(body: Anatomy, pairs: Pairs, circuit: Circuit,
         where it sees another gate, which they now have. Edges whose patching moves the target by less than
         :data:`NOTICEABLE` stay as they are.
     """
-    check(settings)
+    check(settings, LocalizeSettings)
     groups = _groups(circuit, settings.confirm)
     if not groups:
         return circuit

@@ -125,7 +125,7 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
         RecordError: a pair is misaligned or does not fit the model (:meth:`clue.data.pairs.Pairs.check`).
         CircuitError: there are no pairs.
     """
-    check(settings)
+    check(settings, LocalizeSettings)
     if len(pairs) == 0:
         raise CircuitError("there are no pairs to run a circuit on")
     pairs.check(body)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ..data.atomic import write_arrays
 from ..errors import CircuitError
 from ..types import Gate, NodeKind, Provenance
+from ..values import ByValue
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
@@ -29,8 +30,8 @@ Bools = npt.NDArray[np.bool_]
 MOST_NODES = 2**28
 
 
-@dataclass(frozen=True)
-class Graph:
+@dataclass(frozen=True, eq=False)
+class Graph(ByValue):
     """All nodes of a model; defined by its dimensions alone.
 
     With ``neurons``, an MLP is three kinds of node: its reader ``m3.in``, its hidden units ``m3.n0`` ... and its writer
@@ -185,8 +186,8 @@ class Graph:
                 "d_mlp": self.d_mlp, "neurons": self.neurons, "parallel": self.parallel}
 
 
-@dataclass(frozen=True)
-class Circuit:
+@dataclass(frozen=True, eq=False)
+class Circuit(ByValue):
     """Edges that matter for one set, each with its gate, its scores and the reason it is there.
 
     Attributes:

@@ -52,7 +52,7 @@ def build_circuit(scores: Scores, settings: LocalizeSettings, *,
         CircuitError: a share is 0, no edge with a score lies on a path from embed to logits, or none of these numbers of
             edges reaches the faithfulness target.
     """
-    check(settings)
+    check(settings, LocalizeSettings)
     graph = replace(scores.graph, neurons=settings.granularity == "neuron")
     for name, share in (("edges", settings.edges or settings.faithfulness), ("neurons", settings.neurons or not graph.neurons)):
         if not share:

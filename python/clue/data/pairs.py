@@ -22,6 +22,7 @@ import numpy as np
 
 from ..config import DataSettings, LocalizeSettings
 from ..errors import ClueError, RecordError
+from ..values import ByValue
 from .atomic import write_arrays
 from .encoding import Example, encode, special_prefix
 from .records import Record, RecordSet
@@ -33,8 +34,8 @@ CORRUPTIONS = ("auto", "given", "subject", "question")
 _TRIED_AT_ONCE = 16  # subjects tokenised together; nearly always the first few hold one of the right length
 
 
-@dataclass(frozen=True)
-class Pairs:
+@dataclass(frozen=True, eq=False)
+class Pairs(ByValue):
     """Equal-length clean and corrupted token sequences, in the order of the records they came from.
 
     ``clean[i]`` and ``corrupted[i]`` are int64 [seq_i] and equal from ``answer_start[i]`` on (int64 [n]); ``kind[i]``

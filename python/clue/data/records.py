@@ -377,7 +377,13 @@ def _item(item: object, where: str) -> Record:
         make_record(to_mapping(item), item.source or where)
         return item if item.source else replace(item, source=where)
     if isinstance(item, str):
+        if Path(item).suffix.lower() in SUFFIXES and "\n" not in item:
+            raise RecordError(f"{where}: {item!r} is the name of a file, and a list holds records: give the file alone, or"
+                              " several sets by name, {name: file}")
         return make_record({"text": item}, where)
+    if isinstance(item, RecordSet):
+        raise RecordError(f"{where}: is the set {item.name}, and a list holds records: give several sets by name, {{name:"
+                          " set}}")
     if isinstance(item, (tuple, list)):
         if len(item) != 2:
             raise RecordError(f"{where}: a sequence must be (prompt, answer), got {len(item)} items")

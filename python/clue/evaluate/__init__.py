@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import sys
+from inspect import Signature, signature
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,12 @@ __all__ = ["Attack", "Evaluation", "EvaluationSets", "Robustness", "Sample", "Se
 
 class _Package(ModuleType):
     """Lets ``clue.evaluate(...)`` be called although ``clue.evaluate`` is this package."""
+
+    @property
+    def __signature__(self) -> Signature:
+        from .measure import evaluate
+
+        return signature(evaluate)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         from .measure import evaluate

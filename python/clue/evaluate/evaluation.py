@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.atomic import write_atomically
+from ..data.records import RecordSet
 from ..errors import ClueError, RecordError, RunError
 from .privacy import Attack
 from .truth import forget_quality, model_utility
 
 if TYPE_CHECKING:
     from ..data.benchmarks import Benchmark
-    from ..data.records import RecordSet
 
 FORMAT = 2
 
@@ -52,6 +52,10 @@ class EvaluationSets:
     utility: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, _, records in self:
+            if not isinstance(records, RecordSet):
+                raise ClueError(f"the evaluation set {name} must be a RecordSet, which clue.read(source) makes, got a"
+                                f" {type(records).__name__}; more retain sets go into retain_extra, by name")
         names = [name for name, _, _ in self]
         for name in self.utility:
             if name not in names:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..errors import ClueError
@@ -15,6 +16,15 @@ from ..model.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_harness() -> None:
+    """Raise :class:`ClueError` unless the harness is installed."""
+    try:
+        import_module("lm_eval")
+    except ImportError as error:
+        raise ClueError(f"tasks of lm-evaluation-harness need the package lm-eval ({error}): install clue-unlearn[lm-eval], or"
+                        " leave them out (--harness '')") from None
 
 
 def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, batch_size: int = 16,
@@ -29,12 +39,10 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: S
     Raises:
         ClueError: the harness is not installed, does not know a task, or cannot load it.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ClueError(f"tasks of lm-evaluation-harness need the package lm-eval ({error}): install clue-unlearn[lm-eval], or"
-                        " leave out harness") from None
+    require_harness()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     try:
         with evaluating(model):
             found = lm_eval.simple_evaluate(

@@ -80,7 +80,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
     import torch
 
     settings, data = settings or EvaluateSettings(), data or DataSettings()
-    check(settings)
+    check(settings, EvaluateSettings)
     sides = ("forget" if sets.members is None else "members", "holdout")
     attacks = [name for name in settings.attacks.split(",") if name] if sets.holdout is not None else []
     pad = pad_id(tokenizer)

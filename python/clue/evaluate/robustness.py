@@ -125,7 +125,7 @@ def stress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Eva
         ClueError: a setting is out of range, or a forget set of one record is to be split.
     """
     settings, data = settings or RobustnessSettings(), data or DataSettings()
-    check(settings)
+    check(settings, RobustnessSettings)
     return Robustness(
         {"relearning": relearn(model, tokenizer, sets, settings, data=data, seed=seed),
          "drift": drift(model, tokenizer, sets, settings, data=data, seed=seed),

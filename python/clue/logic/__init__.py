@@ -23,6 +23,7 @@ from ..certificate import Verified, digest, name_of, read, verified
 from ..data.atomic import write_atomically
 from ..errors import CircuitError
 from ..types import Gate, Role
+from ..values import ByValue
 
 if TYPE_CHECKING:
     from ..circuit.graph import Circuit, Graph
@@ -34,8 +35,8 @@ _ARRAYS = {"role": np.uint8, "retain_works": np.int8, "forget_works": np.int8, "
 _NUMBERS = ("cost", "lower_bound", "optimal", "n_forced", "n_chosen", "statistics")
 
 
-@dataclass(frozen=True)
-class Assignment:
+@dataclass(frozen=True, eq=False)
+class Assignment(ByValue):
     """What the solved formula says of every node.
 
     Attributes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from inspect import Signature, signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,12 @@ def __getattr__(name: str) -> Any:
 
 class _Package(ModuleType):
     """Lets ``clue.unlearn(...)`` be called although ``clue.unlearn`` is this package."""
+
+    @property
+    def __signature__(self) -> Signature:
+        from .loop import unlearn
+
+        return signature(unlearn)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         from .loop import unlearn

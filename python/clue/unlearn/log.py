@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from ..data.atomic import write_atomically
 from ..errors import ClueError
+from ..values import ByValue
 
 
-@dataclass(frozen=True)
-class UnlearnLog:
+@dataclass(frozen=True, eq=False)
+class UnlearnLog(ByValue):
     """What happened, one array entry per optimizer step.
 
     Attributes:
@@ -64,6 +65,10 @@ class UnlearnLog:
     moved: int = 0
     tuning: Mapping[str, Any] | None = None
     objective: str = ""
+
+    def __repr__(self) -> str:
+        return (f"<UnlearnLog: {self.steps} steps of {self.objective or 'an objective of your own'}, {self.final_forgotten:.0%}"
+                f" forgotten, {self.moved} of {self.planned} planned weights moved>")
 
     @property
     def steps(self) -> int:

@@ -101,7 +101,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         RunError: the checkpoint is damaged, or of a training with another model, plan, setting or record.
     """
     settings, data = settings or UnlearnSettings(), data or DataSettings()
-    check(settings)
+    check(settings, UnlearnSettings)
+    check(data, DataSettings)
     require_plan(plan)
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")

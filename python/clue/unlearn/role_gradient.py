@@ -131,21 +131,24 @@ class RoleGradient:
             left = ~forgotten
             taught = answers(slice(0, n), of_forget)
             refusals = answers(slice(n, end), None) if objective.refusals else None
-            loss = objective.forget(taught, refusals, settings)
+            loss = _scalar(objective.forget(taught, refusals, settings), "forget")
+            if log_p.requires_grad and not loss.requires_grad and self._watch is None:
+                raise ClueError("the objective's forget loss does not depend on the model: compute it from the answers'"
+                                " token_log_p or logits, without detach, item or no_grad")
             if bool(left.all()):
                 parts.append(loss)
             elif bool(left.any()):
                 refusals = None if refusals is None else refusals.select(left)
-                parts.append(objective.forget(taught.select(left), refusals, settings))
+                parts.append(_scalar(objective.forget(taught.select(left), refusals, settings), "forget"))
             if objective.towards is not None:
-                parts.append(objective.towards(taught, settings))
+                parts.append(_scalar(objective.towards(taught, settings), "towards"))
                 with torch.no_grad():
                     losses["divergence"] = float(from_before(taught).mean())
             losses |= {"forget_loss": loss.item(), "forget_probability": float(probability.mean()),
                        "forgotten": float(forgotten.double().mean())}
         if retain and objective.retain is not None:
             retained = answers(kept, of_retain)
-            parts.append(retain_weight * objective.retain(retained, settings))
+            parts.append(retain_weight * _scalar(objective.retain(retained, settings), "retain"))
             losses["retain_loss"] = nll(retained.log_p, retained.n_tokens).item()
         if parts and not any(part.requires_grad for part in parts):
             raise PlanError("no planned weight lies at or below the layer whose hidden states the objective steers: raise"
@@ -182,6 +185,14 @@ class RoleGradient:
             for gradient in gradients.values():
                 if gradient is not None:
                     gradient.mul_(math.sqrt(before / after))
+
+
+def _scalar(loss: object, name: str) -> Tensor:
+    """A loss, once it is known to be one number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+        raise ClueError(f"the objective's {name} loss must be one number as a tensor, got {what}: average over the records")
+    return loss.reshape(())
 
 
 @torch.no_grad()

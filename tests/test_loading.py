@@ -1,0 +1,69 @@
+"""Loading: what is no whole causal language model is told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clue.config import Settings
+from clue.errors import ModelError
+from clue.loading import load_model
+from tests.unlearn.conftest import build_model, build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    build_model().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def changed(saved: Path, tmp_path: Path, **fields: Any) -> str:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return str(folder)
+
+
+def test_a_whole_model_is_loaded(saved: Path) -> None:
+    model, tokenizer = load_model(str(saved), Settings())
+    assert not model.training and tokenizer("where")["input_ids"]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), build_model().state_dict().values(), strict=True))
+
+
+def test_weights_that_would_be_drawn_at_random_are_missing(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lacks 13 of \d+ weights of a LlamaForCausalLM, model\.layers\.2\..* first: give"):
+        load_model(changed(saved, tmp_path, num_hidden_layers=3), Settings())
+    base = tmp_path / "base"
+    build_model().model.save_pretrained(base)
+    build_tokenizer().save_pretrained(base)
+    with pytest.raises(ModelError, match=r"lacks 1 of \d+ weights of a LlamaForCausalLM, lm_head\.weight first"):
+        load_model(str(base), Settings())
+    tied = tmp_path / "tied"
+    build_model(tie_word_embeddings=True).save_pretrained(tied)
+    build_tokenizer().save_pretrained(tied)
+    load_model(str(tied), Settings())  # its head is the embedding, which is there
+
+
+@pytest.mark.parametrize("fields", [
+    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, {"num_attention_heads": "4"},
+    {"hidden_size": 30}, {"model_type": "nobody-knows"},
+])
+def test_configurations_that_cannot_be_are_one_sentence(saved: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+        load_model(changed(saved, tmp_path, **fields), Settings())
+
+
+def test_a_tokenizer_that_cannot_be_is_one_sentence(saved: Path, tmp_path: Path) -> None:
+    folder = changed(saved, tmp_path)
+    tokenizer = json.loads((Path(folder) / "tokenizer.json").read_text())
+    tokenizer["model"]["type"] = "Nonsense"
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+        load_model(folder, Settings())

@@ -1,0 +1,55 @@
+"""The package as others meet it: its callables say what they take, its types are there for their checkers, settings theirs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clue
+from clue.config import RobustnessSettings, check
+from clue.errors import ClueError
+from clue.evaluate import EvaluationSets
+from clue.evaluate.measure import evaluate
+from clue.unlearn.loop import unlearn
+
+
+def test_callable_packages_have_the_signature_of_what_they_call() -> None:
+    assert inspect.signature(clue.unlearn) == inspect.signature(unlearn)
+    assert inspect.signature(clue.evaluate) == inspect.signature(evaluate)
+    assert Path(inspect.getfile(clue)).with_name("py.typed").exists()
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (clue.UnlearnSettings(steps=20.5), "steps = 20.5 must be a whole number"),  # type: ignore[arg-type]
+    (clue.UnlearnSettings(lr="1e-3"), "lr = '1e-3' must be a number"),  # type: ignore[arg-type]
+    (clue.UnlearnSettings(batch_size=None), "batch_size = None must be a whole number"),  # type: ignore[arg-type]
+    (clue.UnlearnSettings(steps=True), "steps = True must be a whole number"),
+    (clue.UnlearnSettings(metric=1), "metric = 1 must be true or false"),  # type: ignore[arg-type]
+    (clue.UnlearnSettings(refusals=3), "refusals = 3 must be a text"),  # type: ignore[arg-type]
+    (clue.LocalizeSettings(ratio="0.2"), "ratio = '0.2' must be a number"),  # type: ignore[arg-type]
+    (clue.EvaluateSettings(bootstrap=1.0), "bootstrap = 1.0 must be a whole number"),  # type: ignore[arg-type]
+])
+def test_settings_of_another_type_are_named(settings: Any, message: str) -> None:
+    with pytest.raises(ClueError, match=message):
+        check(settings)
+
+
+def test_settings_of_another_stage_are_named() -> None:
+    import numpy as np
+
+    given: Any = {"lr": 1, "steps": np.int64(3), "retain_weight": np.float32(0.5)}
+    check(clue.UnlearnSettings(**given), clue.UnlearnSettings)
+    for wrong, wanted in ((clue.LocalizeSettings(), clue.UnlearnSettings), (clue.UnlearnSettings, clue.UnlearnSettings),
+                          (replace(RobustnessSettings()), clue.EvaluateSettings), (3, clue.LocalizeSettings)):
+        with pytest.raises(ClueError, match=rf"settings must be an object such as clue.{wanted.__name__}\(...\), got"):
+            check(wrong, wanted)
+
+
+def test_evaluation_sets_are_record_sets() -> None:
+    forget, retain = (clue.read([(f"what is {name}", "it")], name) for name in ("one", "two"))
+    with pytest.raises(ClueError, match="evaluation set retain must be a RecordSet, .* got a dict; more retain sets"):
+        EvaluationSets(forget, {"retain": retain})  # type: ignore[arg-type]
