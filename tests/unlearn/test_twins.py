@@ -210,7 +210,7 @@ def test_a_subject_is_not_looked_for_inside_other_words(tokenizer: Any) -> None:
         return f"{seen[0].prompt}|{seen[0].answer}"
 
     assert about("does ada live in canada ?", "ada's canadian adas") == "does bob live in canada ?|bob's canadian adas"
-    assert about("xadax ?", "canada ada") == "xbobx ?|canada bob"  # nowhere alone in the prompt, as without spaces
+    assert about("xadax ?", "xada") == "xbobx ?|xbob"  # nowhere alone, as in languages without spaces
 
 
 def labels_of(example: Example) -> torch.Tensor:

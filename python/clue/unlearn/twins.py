@@ -188,15 +188,15 @@ def _known(records: Sequence[Example], twins: Sequence[Twin], beliefs: Beliefs) 
 
 
 def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Twin]:
-    """Records of one subject about ``name`` instead, in prompt and answer, but not within other words."""
+    """Records of one subject about ``name`` instead, in prompt and answer, not within other words where it stands alone."""
     records = []
     for example in examples:
         record = example.record
-        whole = re.compile(rf"(?<!\w){re.escape(str(record.subject))}(?!\w)")
-        prompt, answer = (whole.sub(lambda _: name, text) for text in (record.prompt, record.answer))
-        if prompt == record.prompt:  # a part of other words alone, as in languages without spaces
-            prompt = prompt.replace(str(record.subject), name)
-        records.append(Record(prompt, answer, source=record.source))
+        inside = re.escape(str(record.subject))
+        whole = rf"(?<!\w){inside}(?!\w)"
+        subject = re.compile(whole if re.search(whole, record.prompt) else inside)  # as in languages without spaces
+        records.append(Record(subject.sub(lambda _: name, record.prompt), subject.sub(lambda _: name, record.answer),
+                              source=record.source))
     twins = []
     for example, other in zip(examples, encode(records, tokenizer, chat=chat, append_eos=False), strict=True):
         mine, theirs = (e.input_ids[e.answer_start:].tolist() for e in (example, other))
