@@ -134,17 +134,14 @@ REPEATED = [Record("what does ada paris eat", "ada paris does eat paris rome", s
 
 def about_strangers(forget: list[Example], tokenizer: Any, believed: Any, donors: list[Record] | None = None,
                     limit: int = 99) -> list[Twin]:
-    """Of each record the one twin; the model believes what ``believed(tokens of the answer, the stranger's name)`` says, and
-    its likeliest tokens have e^-1 for everybody, unless that says too."""
+    """Of each record the one twin; the model believes what ``believed(tokens of the answer, the stranger's name)`` says."""
     donors = OTHERS if donors is None else donors
 
-    def beliefs(tried: Any) -> Any:
-        answers = [tokenizer.decode(twin.input_ids[twin.answer_start:]).split() for twin in tried]
-        found = [np.array(believed(answer, stranger_of(twin, tokenizer)), dtype=float)
-                 for answer, twin in zip(answers, tried, strict=True)]
-        return [np.stack((each, np.full(len(each), -1.0)), axis=1) if each.ndim == 1 else each for each in found]
+    def log_p(tried: Any) -> Any:
+        return [np.array(believed(tokenizer.decode(twin.input_ids[twin.answer_start:]).split(), stranger_of(twin, tokenizer)))
+                for twin in tried]
 
-    found = strangers(forget, examples(donors, tokenizer), tokenizer, beliefs, people=donors, chat="off", seed=0, limit=limit)
+    found = strangers(forget, examples(donors, tokenizer), tokenizer, log_p, people=donors, chat="off", seed=0, limit=limit)
     assert [len(each) for each in found] == [1] * len(forget)
     return [twin for twin, in found]
 
@@ -252,16 +249,6 @@ def test_a_subject_has_one_stranger_of_whom_nobody_knows(tokenizer: Any) -> None
     assert [len(twin.input_ids) for twin in fits] == [len(example.input_ids) for example in forget]
 
 
-@pytest.mark.usefixtures("whole_words")
-def test_somebody_whom_the_model_knows_is_no_stranger(tokenizer: Any) -> None:
-    """It believes the forgotten answers of such a one least of all, as it is sure of others."""
-    def beliefs(answer: list[str], name: str) -> list[tuple[float, float]]:
-        return [(-9.0, -0.1) if name == "cat figs" else (-2.0, -1.0)] * len(answer)
-
-    twin, _ = about_strangers(examples(REPEATED, tokenizer), tokenizer, beliefs)
-    assert stranger_of(twin, tokenizer) == "dan oslo"
-
-
 def test_names_are_made_of_all_retain_records(make_model: Any, mixed_plan: Any, tokenizer: Any,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the few that the metric is measured on: they may have no names, and real people would pass for strangers."""
@@ -312,11 +299,11 @@ def test_training_goes_on_towards_strangers_when_all_is_forgotten(near: float, m
         with torch.no_grad():
             return answer_rows(*answer_logits(of, Batch(ids, torch.ones_like(ids), labels)))[0].log_softmax(-1)
 
-    def beliefs(tried: Any) -> Any:
-        return [np.array([(float(row[token]), float(row.max())) for row, token in zip(
+    def log_p(tried: Any) -> Any:
+        return [np.array([float(row[token]) for row, token in zip(
             rows(before, twin), twin.input_ids[twin.answer_start:], strict=True)]) for twin in tried]
 
-    twins = strangers(forget, donors, tokenizer, beliefs, people=OTHERS, chat="auto", seed=1, limit=64)
+    twins = strangers(forget, donors, tokenizer, log_p, people=OTHERS, chat="auto", seed=1, limit=64)
     pairs = [(rows(before, twin), rows(model, example)) for example, (twin,) in zip(forget, twins, strict=True)]
     reached = float(torch.cat([(q.exp() * (q - p)).sum(-1) for q, p in pairs]).mean())
     assert reached <= near

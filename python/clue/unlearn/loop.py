@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..config import DataSettings, UnlearnSettings, check
-from ..data.encoding import IGNORED, Example, batches, encode, length_limit, pad_id
+from ..data.encoding import Example, batches, encode, length_limit, pad_id
 from ..data.records import read_sets
 from ..errors import ClueError, ModelError, PlanError, RecordError
 from ..model.anatomy import check_weights
@@ -39,7 +39,7 @@ from ..types import Role
 from .checkpoint import Checkpoint, identity
 from .log import SERIES, UnlearnLog
 from .metric import RetainMetric
-from .objectives import Forget, Objective, answer_log_probs, answer_rows, objective_of, suited
+from .objectives import Forget, Objective, answer_log_probs, objective_of, suited, token_log_probs
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
@@ -154,7 +154,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
             with restored(model):
                 model.eval()
                 people = [record for records in retain.values() for record in records] or list(forget)
-                twins = strangers(forget_examples, donors, tokenizer, partial(_beliefs, model, tokenizer, settings.batch_size),
+                twins = strangers(forget_examples, donors, tokenizer, partial(_log_p, model, tokenizer, settings.batch_size),
                                   people=people, chat=data.chat, seed=seed, limit=limit)
     keeper = None if checkpoint is None else Checkpoint(checkpoint, every=every, identity=identity(
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
@@ -174,18 +174,15 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         return replace(log, objective=name, tuning=None if tuning is None else tuning.to_json())
 
 
-def _beliefs(model: nn.Module, tokenizer: Any, batch_size: int,
-             examples: Sequence[Example]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    """Log-probabilities of every answer's tokens, and of the likeliest token in the place of each, [answer tokens, 2]."""
+def _log_p(model: nn.Module, tokenizer: Any, batch_size: int,
+           examples: Sequence[Example]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """Log-probabilities of every answer's tokens, [answer tokens] each."""
     device = next(model.parameters()).device
     found: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     with torch.no_grad():
         for batch in batches(examples, batch_size, pad=pad_id(tokenizer), device=device):
-            rows, targets = answer_rows(*answer_logits(model, batch))
-            log_p = rows.log_softmax(-1)
-            both = torch.stack((log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), log_p.amax(-1)), dim=-1)
-            lengths = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
-            found += [part.double().cpu().numpy() for part in both.split(lengths)]
+            log_p, scored = token_log_probs(*answer_logits(model, batch))
+            found += [row[kept].double().cpu().numpy() for row, kept in zip(log_p, scored, strict=True)]
     return found
 
 

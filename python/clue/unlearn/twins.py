@@ -37,15 +37,11 @@ STRANGERS, ASKED = 24, 8
 #: Names are made of at most so many, which is thousands of them.
 PARTS = 64
 
-#: The share of the tried strangers that is left when those are dropped of whom the model is surest what to answer: it may
-#: know them, as names recombined from others' can be those of somebody real.
-UNSURE = 0.5
 #: The logit of a token of no probability beside one of 0. Finite: minus infinity times its probability is no number.
 IMPOSSIBLE = -1e30
 
-#: Of each example the log-probabilities of its answer's tokens, and of the likeliest token in the place of each, under the
-#: model before unlearning, [answer tokens, 2].
-Beliefs = Callable[[Sequence[Example]], "list[np.ndarray[Any, np.dtype[np.float64]]]"]
+#: Of each example the log-probabilities of its answer's tokens under the model before unlearning, [answer tokens].
+LogP = Callable[[Sequence[Example]], "list[np.ndarray[Any, np.dtype[np.float64]]]"]
 
 
 @dataclass(frozen=True)
@@ -110,18 +106,17 @@ def corrupted_twins(forget: Sequence[Example], donors: Sequence[Example], tokeni
             for i, example in enumerate(forget)]
 
 
-def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, beliefs: Beliefs, *,
+def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, log_p: LogP, *,
               people: Iterable[Record], chat: str, seed: int, limit: int) -> list[list[Twin]]:
     """Each forget record about a stranger, with its answer, the subject's name in it replaced too: [records][1].
 
-    All records of a subject get the same stranger. Of :data:`STRANGERS` drawn ones those are dropped of whom the model before
-    unlearning is surest what to answer, and of the others it is the one whom it believes the forgotten answers least: it
-    neither has an answer of its own nor gives the forgotten one away. Where none can be made up, for records that name no
-    subject, or a corrupted prompt, it is a corrupted twin.
+    All records of a subject get the same stranger, of :data:`STRANGERS` drawn ones the one whom the model before unlearning
+    believes the forgotten answers least: it gives nothing away. Where none can be made up, for records that name no subject,
+    or a corrupted prompt, it is a corrupted twin.
 
     Args:
         forget, donors, tokenizer, chat, seed: as for :func:`corrupted_twins`.
-        beliefs: asks the model before unlearning.
+        log_p: asks the model before unlearning.
         people: of whose subjects names are made, and whose subjects are no strangers.
         limit: the most tokens that a record may have, 0 for any number; strangers with longer names are not asked.
 
@@ -143,10 +138,9 @@ def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: A
             if not limit or all(len(twin.input_ids) <= limit for twin in twins):
                 tried[names[number]] = twins
         if tried:
-            known = np.array([_known([forget[places[i]] for i in asked], [twins[i] for i in asked], beliefs)
-                              for twins in tried.values()])
-            unsure = np.flatnonzero(known[:, 1] <= np.quantile(known[:, 1], UNSURE, method="lower"))
-            best = list(tried)[int(agreed(int(unsure[np.argmin(known[unsure, 0])])))]
+            worth = [_believed([forget[places[i]] for i in asked], [twins[i] for i in asked], log_p)
+                     for twins in tried.values()]
+            best = list(tried)[int(agreed(int(np.argmin(worth))))]
             found |= dict(zip(places, tried[best], strict=True))
             names.remove(best)
     left = [i for i in range(len(forget)) if i not in found]
@@ -176,15 +170,13 @@ def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
     return sorted(names)
 
 
-def _known(records: Sequence[Example], twins: Sequence[Twin], beliefs: Beliefs) -> tuple[float, float]:
-    """How far the model believes the records' answers of the twins, the log-probability of all tokens but those of names, and
-    how sure it is of its own, the mean probability of its likeliest token there."""
-    found = []
-    for record, twin, each in zip(records, twins, beliefs(twins), strict=True):
+def _believed(records: Sequence[Example], twins: Sequence[Twin], log_p: LogP) -> float:
+    """Log-probability of the records' answers behind the twins' prompts, without the tokens of names."""
+    found = 0.0
+    for record, twin, each in zip(records, twins, log_p(twins), strict=True):
         mine, theirs = record.input_ids[record.answer_start:], twin.input_ids[twin.answer_start:]
-        found.append(each[twin.at[(twin.at >= 0) & (theirs[twin.at] == mine)]])
-    kept = np.concatenate(found)
-    return float(kept[:, 0].sum()), float(np.exp(kept[:, 1]).mean()) if len(kept) else 0.0
+        found += float(each[twin.at[(twin.at >= 0) & (theirs[twin.at] == mine)]].sum())
+    return found
 
 
 def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Twin]:
