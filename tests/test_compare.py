@@ -17,6 +17,8 @@ from clue.evaluate.comparison import VALIDATION
 from clue.plan import Plan
 from clue.run_directory import Run
 
+from .test_cli import failure
+
 
 def records(name: str, subjects: list[str | None]) -> RecordSet:
     return RecordSet(name, tuple(Record(f"q{i}", "a", subject=subject) for i, subject in enumerate(subjects)))
@@ -222,3 +224,18 @@ def test_records_that_changed_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="other records of x-0"):
         compare(run, [lambda: task], [], [], Settings(), Tuning((1.0,), (1.0,)))
+
+
+def test_a_model_that_changed_between_cells_is_refused(world: Path, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    files = shutil.copytree(world, tmp_path / "world")
+    assert main(command(files, tmp_path / "run", "--localization", "random", "--lrs", "2e-3")) == 0
+    weights = load_file(files / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, files / "model" / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    again = command(files, tmp_path / "run", "--localization", "random,all", "--lrs", "2e-3")
+    assert "holds cells made from another model of files-0" in failure(capsys, *again)
+    assert len(cells(tmp_path / "run")) == 1

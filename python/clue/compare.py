@@ -27,6 +27,7 @@ from .data.records import RecordSet
 from .errors import ClueError, ModelError, PlanError, RunError
 from .meter import Meter
 from .plan import Plan
+from .provenance import fingerprint
 from .run_directory import Run, write_json
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
         the cells, and per benchmark and seed (``world-hard-0``) the measures of ``before`` and ``gold``.
 
     Raises:
-        RunError: the records have changed since cells were made from them.
+        RunError: the records, or the weights of the model, have changed since cells were made from them.
     """
     from .evaluate.comparison import Cell
 
@@ -200,6 +201,7 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
         if recorded.get(task.name, task.sha256) != dict(task.sha256):
             raise RunError(f"{run.folder} holds cells made from other records of {task.name}: choose another folder with -o")
         run.update(data={**recorded, task.name: dict(task.sha256)})
+        task = replace(task, load=partial(_unchanged, run, task))
         references[task.name], gold = _reference(run, task, settings, tuning, progress)
         match = "clue" if ratio is None and any(row.localization == "clue" for row in rows) else None
         for row in rows:
@@ -214,6 +216,18 @@ def compare(run: Run, tasks: Sequence[Callable[[], Task]], rows: Sequence[Row], 
                 cells.append(cell)
                 progress(f"cell       {len(cells)} of {total}: {task.name} {row.name} {objective}")
     return cells, references
+
+
+def _unchanged(run: Run, task: Task) -> tuple[Any, Any]:
+    """The task's model, once it is known to be the one that all of its cells were made from, and its tokenizer."""
+    model, tokenizer = task.load()
+    mine, recorded = fingerprint(model), run.manifest.get("models", {})
+    if recorded.get(task.name, mine) != mine:
+        raise RunError(f"{run.folder} holds cells made from another model of {task.name}: its weights have changed since;"
+                       " choose another folder with -o, or put the model back")
+    if task.name not in recorded:
+        run.update(models={**recorded, task.name: mine})
+    return model, tokenizer
 
 
 def _reference(run: Run, task: Task, settings: Settings, tuning: Tuning,

@@ -171,6 +171,10 @@ def test_malformed_items_are_named_by_index(item: object, message: str) -> None:
         read([item])  # type: ignore[list-item]
 
 
+def test_a_text_may_end_in_the_name_of_a_file() -> None:
+    assert [r.answer for r in read(["The answers are in facts.json"])] == ["The answers are in facts.json"]
+
+
 def test_the_digest_is_of_contents_in_order() -> None:
     a = read([("p", "a"), ("q", "b")])
     assert a.sha256 == read([("p", "a"), ("q", "b")], "other name").sha256

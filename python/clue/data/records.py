@@ -377,7 +377,7 @@ def _item(item: object, where: str) -> Record:
         make_record(to_mapping(item), item.source or where)
         return item if item.source else replace(item, source=where)
     if isinstance(item, str):
-        if Path(item).suffix.lower() in SUFFIXES and "\n" not in item:
+        if Path(item).suffix.lower() in SUFFIXES and (len(item.split()) == 1 or os.path.exists(item)):
             raise RecordError(f"{where}: {item!r} is the name of a file, and a list holds records: give the file alone, or"
                               " several sets by name, {name: file}")
         return make_record({"text": item}, where)
