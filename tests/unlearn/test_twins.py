@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -133,7 +134,7 @@ REPEATED = [Record("what does ada paris eat", "ada paris does eat paris rome", s
 
 
 def about_strangers(forget: list[Example], tokenizer: Any, believed: Any, donors: list[Record] | None = None,
-                    limit: int = 99) -> list[Twin]:
+                    limit: int = 99, floor: float = 0.0) -> list[Twin]:
     """Of each record the one twin; the model believes what ``believed(tokens of the answer, the stranger's name)`` says."""
     donors = OTHERS if donors is None else donors
 
@@ -141,7 +142,8 @@ def about_strangers(forget: list[Example], tokenizer: Any, believed: Any, donors
         return [np.array(believed(tokenizer.decode(twin.input_ids[twin.answer_start:]).split(), stranger_of(twin, tokenizer)))
                 for twin in tried]
 
-    found = strangers(forget, examples(donors, tokenizer), tokenizer, log_p, people=donors, chat="off", seed=0, limit=limit)
+    found = strangers(forget, examples(donors, tokenizer), tokenizer, log_p, people=donors, chat="off", seed=0, limit=limit,
+                      floor=floor)
     assert [len(each) for each in found] == [1] * len(forget)
     return [twin for twin, in found]
 
@@ -249,6 +251,23 @@ def test_a_subject_has_one_stranger_of_whom_nobody_knows(tokenizer: Any) -> None
     assert [len(twin.input_ids) for twin in fits] == [len(example.input_ids) for example in forget]
 
 
+@pytest.mark.usefixtures("whole_words")
+def test_whoever_would_be_given_the_forgotten_answers_is_no_stranger(tokenizer: Any) -> None:
+    """A model that has learned one answer to a question gives it to everybody: somebody else's question stands in."""
+    forget, donors = examples(NAMED[:3], tokenizer), examples(OTHERS, tokenizer)
+    (other,), = corrupted_twins(forget[:1], donors, tokenizer, chat="off", seed=0, count=1)
+
+    def believed(answer: list[str], name: str) -> list[float]:
+        return [math.log(0.3 if name == "cat figs" else 0.4)] * len(answer)
+
+    for floor, strange in ((0.0, True), (0.31, True), (0.29, False)):
+        twin, _, bob = about_strangers(forget, tokenizer, believed, floor=floor)
+        assert (stranger_of(twin, tokenizer) == "cat figs") is strange
+        # The name that is left for bob is believed above all of the floors but none.
+        assert (stranger_of(bob, tokenizer) == "dan oslo") is (floor == 0.0)
+    assert np.array_equal(twin.input_ids, other.input_ids)
+
+
 def test_names_are_made_of_all_retain_records(make_model: Any, mixed_plan: Any, tokenizer: Any,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the few that the metric is measured on: they may have no names, and real people would pass for strangers."""
@@ -303,7 +322,8 @@ def test_training_goes_on_towards_strangers_when_all_is_forgotten(near: float, m
         return [np.array([float(row[token]) for row, token in zip(
             rows(before, twin), twin.input_ids[twin.answer_start:], strict=True)]) for twin in tried]
 
-    twins = strangers(forget, donors, tokenizer, log_p, people=OTHERS, chat="auto", seed=1, limit=64)
+    twins = strangers(forget, donors, tokenizer, log_p, people=OTHERS, chat="auto", seed=1, limit=64,
+                      floor=0.6)
     pairs = [(rows(before, twin), rows(model, example)) for example, (twin,) in zip(forget, twins, strict=True)]
     reached = float(torch.cat([(q.exp() * (q - p)).sum(-1) for q, p in pairs]).mean())
     assert reached <= near

@@ -155,7 +155,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
                 model.eval()
                 people = [record for records in retain.values() for record in records] or list(forget)
                 twins = strangers(forget_examples, donors, tokenizer, partial(_log_p, model, tokenizer, settings.batch_size),
-                                  people=people, chat=data.chat, seed=seed, limit=limit)
+                                  people=people, chat=data.chat, seed=seed, limit=limit, floor=settings.floor)
     keeper = None if checkpoint is None else Checkpoint(checkpoint, every=every, identity=identity(
         model, plan, settings, objective, seed, [forget_examples, refusals, *retain_examples]))
     training = _Training(model, plan, settings, objective, seed, forget_examples, refusals, twins, retain_examples,

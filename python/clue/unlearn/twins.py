@@ -13,6 +13,7 @@ behind the stranger's prompt, and what the model says of the one name is meant o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -107,18 +108,20 @@ def corrupted_twins(forget: Sequence[Example], donors: Sequence[Example], tokeni
 
 
 def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: Any, log_p: LogP, *,
-              people: Iterable[Record], chat: str, seed: int, limit: int) -> list[list[Twin]]:
+              people: Iterable[Record], chat: str, seed: int, limit: int, floor: float) -> list[list[Twin]]:
     """Each forget record about a stranger, with its answer, the subject's name in it replaced too: [records][1].
 
     All records of a subject get the same stranger, of :data:`STRANGERS` drawn ones the one whom the model before unlearning
-    believes the forgotten answers least: it gives nothing away. Where none can be made up, for records that name no subject,
-    or a corrupted prompt, it is a corrupted twin.
+    believes the forgotten answers least: it gives nothing away. Where that one would, as a model does that gives everybody the
+    one answer it has learned to a question, where none can be made up, for records that name no subject, or a corrupted prompt,
+    it is a corrupted twin.
 
     Args:
         forget, donors, tokenizer, chat, seed: as for :func:`corrupted_twins`.
         log_p: asks the model before unlearning.
         people: of whose subjects names are made, and whose subjects are no strangers.
         limit: the most tokens that a record may have, 0 for any number; strangers with longer names are not asked.
+        floor: probability per token, the geometric mean, from which on an answer is given away; 0 leaves that out.
 
     Raises:
         RecordError: as :func:`corrupted_twins`.
@@ -140,9 +143,11 @@ def strangers(forget: Sequence[Example], donors: Sequence[Example], tokenizer: A
         if tried:
             worth = [_believed([forget[places[i]] for i in asked], [twins[i] for i in asked], log_p)
                      for twins in tried.values()]
-            best = list(tried)[int(agreed(int(np.argmin(worth))))]
-            found |= dict(zip(places, tried[best], strict=True))
-            names.remove(best)
+            least = int(agreed(int(np.argmin(worth))))
+            if not floor or agreed(worth[least]) <= math.log(floor):
+                best = list(tried)[least]
+                found |= dict(zip(places, tried[best], strict=True))
+                names.remove(best)
     left = [i for i in range(len(forget)) if i not in found]
     others = corrupted_twins([forget[i] for i in left], donors, tokenizer, chat=chat, seed=seed, count=1)
     found |= {i: twin for i, (twin,) in zip(left, others, strict=True)}
@@ -171,12 +176,13 @@ def made_up(forget: Iterable[Record], donors: Iterable[Record]) -> list[str]:
 
 
 def _believed(records: Sequence[Example], twins: Sequence[Twin], log_p: LogP) -> float:
-    """Log-probability of the records' answers behind the twins' prompts, without the tokens of names."""
-    found = 0.0
+    """Mean log-probability of the records' answer tokens behind the twins' prompts, those of names left out."""
+    found = []
     for record, twin, each in zip(records, twins, log_p(twins), strict=True):
         mine, theirs = record.input_ids[record.answer_start:], twin.input_ids[twin.answer_start:]
-        found += float(each[twin.at[(twin.at >= 0) & (theirs[twin.at] == mine)]].sum())
-    return found
+        found.append(each[twin.at[(twin.at >= 0) & (theirs[twin.at] == mine)]])
+    kept = np.concatenate(found)
+    return float(kept.mean()) if len(kept) else 0.0
 
 
 def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Twin]:
