@@ -124,11 +124,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     run, settings = _open_run(arguments, "evaluate")
     tests = _tests(arguments, run)
     from . import jobs
+    from .evaluation_sets import Tests
     from .report import robustness_table, table
 
-    text = table(jobs.evaluate(run, settings, jobs.Tests(**tests), _progress))
+    text = table(jobs.evaluate(run, settings, Tests(**tests), _progress))
     if arguments.robustness:
-        text += "\n\n" + robustness_table(jobs.robustness(run, settings, jobs.Tests(**tests), _progress))
+        text += "\n\n" + robustness_table(jobs.robustness(run, settings, Tests(**tests), _progress))
     print(text)
     return 0
 
@@ -168,10 +169,11 @@ def _run(arguments: argparse.Namespace) -> int:
     settings, inputs = _settings(arguments), _inputs(arguments)
     _prepare(arguments, settings)
     from . import jobs
+    from .evaluation_sets import Tests
     from .report import table
 
     with _new_run(arguments, settings, inputs) as run:
-        tests = jobs.Tests(**_tests(arguments, run))
+        tests = Tests(**_tests(arguments, run))
         found = jobs.run_all(run, **inputs, settings=settings, tests=tests, progress=_progress)
     print(table(found))
     print(run.folder / "report.html")
@@ -213,7 +215,7 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
-    """The fields of :class:`clue.jobs.Tests`: those recorded in the run, then those on the command line.
+    """The fields of :class:`clue.evaluation_sets.Tests`: those recorded in the run, then those on the command line.
 
     Raises:
         RunError: the run has been evaluated on others already.
@@ -228,7 +230,7 @@ def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 
 def _given_tests(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of :class:`clue.jobs.Tests` that are on the command line."""
+    """The fields of :class:`clue.evaluation_sets.Tests` that are on the command line."""
     of_benchmark = ("benchmark", "data") if "data" in arguments else ()  # `compare` means something else by the first
     given: dict[str, Any] = {name: _absolute(source)
                              for name in ("paraphrase", "holdout", "gold", "reference", *of_benchmark)

@@ -149,7 +149,7 @@ def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: 
     """A model and records of the user's own; only the split and the order of training differ between seeds."""
     from .data.records import read_sets
     from .evaluate import Evaluation
-    from .jobs import evaluation_sets
+    from .evaluation_sets import evaluation_sets
     from .loading import load_model
 
     used = read_sets(inputs["forget"], inputs["retain"])

@@ -82,7 +82,7 @@ def job_of(arguments: argparse.Namespace, settings_of: Callable[[Settings], Sett
     Args:
         settings_of: puts the command line's settings over a benchmark's.
         files: ``model``, ``forget`` and ``retain``, where no benchmark is named.
-        tests: the fields of :class:`clue.jobs.Tests` that are given.
+        tests: the fields of :class:`clue.evaluation_sets.Tests` that are given.
 
     Raises:
         ClueError: names the option at fault.
@@ -129,7 +129,7 @@ def execute(arguments: argparse.Namespace, job: Job, run: Run, progress: Callabl
     """Make the cells, write ``compare.html`` and ``results.json`` into the run; returns the table and the results."""
     from .compare import compare, files_task, world_task
     from .evaluate.comparison import grouped
-    from .jobs import Tests
+    from .evaluation_sets import Tests
     from .report.comparison import comparison_json, comparison_table, write_comparison
     from .run_directory import write_json
 

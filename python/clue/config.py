@@ -199,6 +199,7 @@ _KINDS: dict[type, tuple[type, str]] = {bool: (bool, "true or false"), int: (Int
 
 
 def _is(value: Any, kind: type) -> bool:
+    """``isinstance``, after which a type checker still takes the value for what it was."""
     return isinstance(value, kind)
 
 

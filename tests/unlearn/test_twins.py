@@ -19,7 +19,7 @@ from clue.types import Role
 from clue.unlearn import Objective, unlearn
 from clue.unlearn.objectives import OBJECTIVES, Answers, answer_rows, divergence
 from clue.unlearn.schedule import Pool
-from clue.unlearn.twins import TWINS, Twin, _about, corrupted_twins, made_up, strangers, told
+from clue.unlearn.twins import TWINS, Twin, _about, corrupted_twins, made_up, strangers, teacher_logits
 
 FORGET = [Record("where does ada live", "paris", subject="ada"), Record("where does bob live", "rome", subject="bob")]
 DONORS = [Record("where does cat live", "oslo", subject="cat"), Record("where does dan live", "paris", subject="dan"),
@@ -92,8 +92,7 @@ def test_every_step_asks_the_model_before_about_the_twins(make_model: Any, mixed
     twins = corrupted_twins(examples(FORGET, tokenizer), donors, tokenizer, chat="auto", seed=3)
 
     def asked(twin: Example) -> torch.Tensor:
-        ids = torch.from_numpy(twin.input_ids)[None]
-        labels = torch.where(torch.arange(ids.shape[1]) >= twin.answer_start, ids, -100)
+        ids, labels = torch.from_numpy(twin.input_ids)[None], labels_of(twin)
         with torch.no_grad():
             return answer_rows(*answer_logits(before, Batch(ids, torch.ones_like(ids), labels)))[0]
 
@@ -160,13 +159,13 @@ def test_an_answer_that_names_its_subject_names_the_stranger(make_model: Any, to
     twin, other = about_strangers(forget, tokenizer, believed)
     assert tokenizer.decode(twin.input_ids) == "what does dan oslo eat dan oslo does eat paris rome"
     assert tokenizer.decode(other.input_ids) == "where does dan oslo live rome"
-    assert twin.at.tolist() == [0, 1, 2, 3, 4, 5] and other.at.tolist() == [0] and twin.record is forget[0].record
+    assert twin.alignment.tolist() == [0, 1, 2, 3, 4, 5] and other.alignment.tolist() == [0] and twin.record is forget[0].record
     # What is told of the answer: the model's own words on the stranger, and of the name what it says of the stranger's.
     model, mine = make_model(), torch.from_numpy(forget[0].input_ids[forget[0].answer_start:])
     with torch.no_grad():
         rows, theirs = answer_rows(model(torch.from_numpy(twin.input_ids)[None]).logits, labels_of(twin))
         single, rome = answer_rows(model(torch.from_numpy(other.input_ids)[None]).logits, labels_of(other))
-    found = told(torch.cat([single, rows]), [other, twin], torch.cat([rome, mine]))
+    found = teacher_logits(torch.cat([single, rows]), [other, twin], torch.cat([rome, mine]))
     assert torch.equal(found[:1], single) and torch.equal(found[3:], rows[2:])
     for before, after, a, b in zip(rows[:2], found[1:3], mine[:2], theirs[:2], strict=True):
         assert a != b and after[a] == before[b] and after[b] == before[a]
@@ -180,16 +179,16 @@ def test_a_name_of_another_length_moves_what_stands_behind_it(tokenizer: Any) ->
               Record("what does dan figs eat", "rice", subject="dan figs")]
     longer, _ = about_strangers(forget, tokenizer, lambda answer, name: [-float(len(name.split()))] * len(answer), donors)
     assert tokenizer.decode(longer.input_ids[longer.answer_start:]) == "cat oslo figs does eat paris rome"
-    assert longer.at.tolist() == [0, 1, 3, 4, 5, 6]
+    assert longer.alignment.tolist() == [0, 1, 3, 4, 5, 6]
     named = [replace(r, prompt=r.prompt.replace("paris", "rice one"), answer=r.answer.replace("ada paris", "ada rice one"),
                      subject="ada rice one") for r in REPEATED]
     forget = examples(named, tokenizer)
     shorter, _ = about_strangers(forget, tokenizer, lambda answer, name: [0.0] * len(answer))
     assert tokenizer.decode(shorter.input_ids[shorter.answer_start:]).endswith("does eat paris rome")
-    assert shorter.at.tolist() == [0, 1, -1, 2, 3, 4, 5]
+    assert shorter.alignment.tolist() == [0, 1, -1, 2, 3, 4, 5]
     # A name that is begun goes on: the third word of it is certain, for whoever reads the first two.
     targets = torch.from_numpy(forget[0].input_ids[forget[0].answer_start:])
-    found = told(torch.randn(6, 40), [shorter], targets)
+    found = teacher_logits(torch.randn(6, 40), [shorter], targets)
     assert torch.equal(found[2].softmax(-1), torch.nn.functional.one_hot(targets[2], 40).float())
     assert torch.isfinite(divergence(torch.randn(7, 40), found)).all()
 
@@ -313,8 +312,7 @@ def test_training_goes_on_towards_strangers_when_all_is_forgotten(near: float, m
     forget = examples(NAMED, tokenizer)
 
     def rows(of: Any, example: Example) -> torch.Tensor:
-        ids = torch.from_numpy(example.input_ids)[None]
-        labels = torch.where(torch.arange(ids.shape[1]) >= example.answer_start, ids, -100)
+        ids, labels = torch.from_numpy(example.input_ids)[None], labels_of(example)
         with torch.no_grad():
             return answer_rows(*answer_logits(of, Batch(ids, torch.ones_like(ids), labels)))[0].log_softmax(-1)
 

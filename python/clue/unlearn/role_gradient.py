@@ -32,7 +32,7 @@ from .objectives import (
 from .reference import ReferenceWeights
 from .sharing import added_up, shared_logits
 from .sparse import SliceGradient, SparseGradients
-from .twins import Twin, told
+from .twins import Twin, teacher_logits
 
 
 class RoleGradient:
@@ -122,7 +122,7 @@ class RoleGradient:
                 return Answers(log_p[rows], scored[rows], known)
             found, targets = answer_rows(logits[rows], labels[rows])
             if twins and rows is not kept:
-                reference_logits = told(reference_logits, twins, targets)
+                reference_logits = teacher_logits(reference_logits, twins, targets)
             return Answers(log_p[rows], scored[rows], known, targets, found, reference_logits)
 
         parts: list[Tensor] = []
@@ -228,5 +228,5 @@ def divergence_of(model: nn.Module, before: ReferenceWeights, records: Iterable[
         rows, targets = answer_rows(*answer_logits(model, collate(examples, pad, device)))
         with before.restored():
             theirs = answer_rows(*answer_logits(model, collate(twins, pad, device)))[0]
-        found.append(divergence(rows, told(theirs, twins, targets)).double())
+        found.append(divergence(rows, teacher_logits(theirs, twins, targets)).double())
     return float(torch.cat(found).mean())

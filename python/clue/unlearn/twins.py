@@ -49,14 +49,14 @@ LogP = Callable[[Sequence[Example]], "list[np.ndarray[Any, np.dtype[np.float64]]
 class Twin(Example):
     """A forget record as asked of the model before unlearning.
 
-    ``at`` int64 [the record's answer tokens]: for each the token of the twin's answer that stands in its place; -1 for the
-    rest of a name that is longer than the twin's.
+    ``alignment`` int64 [the record's answer tokens]: for each the token of the twin's answer that stands in its place; -1 for
+    the rest of a name that is longer than the twin's.
     """
 
-    at: np.ndarray
+    alignment: np.ndarray
 
 
-def told(rows: Tensor, twins: Sequence[Twin], targets: Tensor) -> Tensor:
+def teacher_logits(rows: Tensor, twins: Sequence[Twin], targets: Tensor) -> Tensor:
     """What the model before unlearning says of the records' answer tokens, [tokens, vocabulary].
 
     Args:
@@ -66,12 +66,12 @@ def told(rows: Tensor, twins: Sequence[Twin], targets: Tensor) -> Tensor:
     """
     import torch
 
-    at, start = [], 0
+    aligned, start = [], 0
     for twin in twins:
-        at.append(np.where(twin.at < 0, -1, twin.at + start))
+        aligned.append(np.where(twin.alignment < 0, -1, twin.alignment + start))
         start += len(twin.input_ids) - twin.answer_start
     theirs = torch.from_numpy(np.concatenate([twin.input_ids[twin.answer_start:] for twin in twins])).to(rows.device)
-    index = torch.from_numpy(np.concatenate(at)).to(rows.device)
+    index = torch.from_numpy(np.concatenate(aligned)).to(rows.device)
     if torch.equal(index, torch.arange(len(rows), device=rows.device)) and torch.equal(theirs, targets):
         return rows
     found, mine, theirs = rows[index.clamp_min(0)], targets.unsqueeze(-1), theirs[index.clamp_min(0)].unsqueeze(-1)
@@ -180,7 +180,7 @@ def _believed(records: Sequence[Example], twins: Sequence[Twin], log_p: LogP) ->
     found = []
     for record, twin, each in zip(records, twins, log_p(twins), strict=True):
         mine, theirs = record.input_ids[record.answer_start:], twin.input_ids[twin.answer_start:]
-        found.append(each[twin.at[(twin.at >= 0) & (theirs[twin.at] == mine)]])
+        found.append(each[twin.alignment[(twin.alignment >= 0) & (theirs[twin.alignment] == mine)]])
     kept = np.concatenate(found)
     return float(kept.mean()) if len(kept) else 0.0
 
@@ -198,9 +198,9 @@ def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) ->
     twins = []
     for example, other in zip(examples, encode(records, tokenizer, chat=chat, append_eos=False), strict=True):
         mine, theirs = (e.input_ids[e.answer_start:].tolist() for e in (example, other))
-        at = np.full(len(mine), -1)
+        alignment = np.full(len(mine), -1)
         for _, i, end, j, stop in SequenceMatcher(None, mine, theirs, autojunk=False).get_opcodes():
             same = min(end - i, stop - j)
-            at[i:i + same] = np.arange(j, j + same)
-        twins.append(Twin(other.input_ids, other.answer_start, other.question, example.record, at))
+            alignment[i:i + same] = np.arange(j, j + same)
+        twins.append(Twin(other.input_ids, other.answer_start, other.question, example.record, alignment))
     return twins
