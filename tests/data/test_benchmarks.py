@@ -90,6 +90,11 @@ def test_tofu_says_whom_it_asks_about(tofu):
         assert names[:20] == [None, *["Ada Maria O'Neill"] * 18, None]
         assert set(names[20:40]) == {None, "Zoë van Al-Dahr Lind"} and names[40:] == [None] * (len(names) - 40)
         assert all(r.subject is None or r.subject in r.prompt for r in records)
+    # A question in other words may leave the name out.
+    write(tofu / "forget01_perturbed.json", [
+        {**row, "paraphrased_question": "Which book was the first ?"} if i == 3 else row for i, row in enumerate(rows)])
+    otherwise = load("tofu:forget01", tofu).forget_paraphrase
+    assert [r.subject for r in otherwise][:5] == [None, *["Ada Maria O'Neill"] * 2, None, "Ada Maria O'Neill"]
     # A row of less than twenty tells of nobody, and a subject that is given stays.
     write(tofu / "forget01.json", [{"question": "What is New York ?", "answer": "New York is a city."}] * 19)
     assert {r.subject for r in load("tofu:forget01", tofu).shown["forget"]} == {None}
@@ -261,6 +266,10 @@ def test_the_public_data_sets_themselves():
     sizes = {name: len(s) for name, s in found.measured().items()}
     assert sizes == {"forget": 40, "forget_paraphrase": 40, "retain": 400, "real_authors": 100, "world_facts": 117}
     assert len(found.shown["retain"]) == 3960
+    for part, size in (("forget05", 200), ("forget10", 400)):
+        other = load(f"tofu:{part}", DATA)
+        assert len(other.forget) == len(other.forget_paraphrase) == size
+        assert all(r.subject is None or r.subject in r.prompt for r in (*other.forget, *other.forget_paraphrase))
     assert [r.subject for r in found.forget] == [None, *["Basil Mahfouz Al-Kuwaiti"] * 19, None, *["Nikolai Abilov"] * 19]
     assert len({r.subject for r in found.retain["retain"]} - {None}) == 20
     for records in found.measured().values():

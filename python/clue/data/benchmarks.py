@@ -217,9 +217,8 @@ def _tofu(part: str, data: str | Path | None, seed: int) -> Benchmark:
     share = int(part.removeprefix("forget"))
     tables = _Tables("tofu", data, "locuslab/TOFU")
     rows = _named(tables.rows(f"{part}_perturbed", "train"))
-    otherwise = _named(({**row, "question": row.get("paraphrased_question") or row.get("question")}, where)
-                       for row, where in rows)
-    asked = [other for other, (row, _) in zip(otherwise, rows, strict=True) if other[0]["question"] != row.get("question")]
+    asked = [_asked(row, str(other), where) for row, where in rows
+             if (other := row.get("paraphrased_question")) and other != row.get("question")]
     holdout = tables.optional(f"holdout{share:02d}", "train")
     skills = {name: _set(name, tables.rows(f"{name}_perturbed", "train")) for name in ("real_authors", "world_facts")}
     return Benchmark(
@@ -248,6 +247,12 @@ def _named(rows: Iterable[tuple[Mapping[str, Any], str]]) -> list[tuple[Mapping[
         named += [({**row, "subject": author} if author and author in str(row.get("question")) else row, where)
                   for row, where in block]
     return named
+
+
+def _asked(row: Mapping[str, Any], question: str, where: str) -> tuple[dict[str, Any], str]:
+    """A row whose question is put in other words, which may leave the subject's name out."""
+    subject = row.get("subject")
+    return {**row, "question": question, "subject": subject if subject and str(subject) in question else None}, where
 
 
 def _author(texts: Sequence[str]) -> str | None:
