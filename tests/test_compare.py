@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import clue
+from clue import compare as compare_module
 from clue.cli import main
 from clue.compare import Row, Task, Tuning, compare
+from clue.config import Settings
+from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, RunError
 from clue.evaluate.comparison import VALIDATION
+from clue.loading import load_model
 from clue.plan import Plan
 from clue.run_directory import Run
 
@@ -154,6 +160,34 @@ def test_an_objective_that_goes_on_when_all_is_forgotten_is_read_at_its_end(worl
     (first,), (last,) = read["npo"], read["auto"]  # npo-stranger: the world's records name their subjects
     assert first["steps"] < 30 and first["at_goal"]  # as soon as the level is reached
     assert last["steps"] == 30 and not last["at_goal"]  # the way to strangers is longer
+
+
+def test_a_look_ends_once_its_level_is_out_of_reach(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clue.evaluate import EvaluationSets, memorization
+
+    model, tokenizer = load_model(str(world / "model"), Settings())
+    forget = clue.read(world / "retain.jsonl")  # of all lengths
+    task = Task("files", 0, lambda: (model, tokenizer), None, forget, {}, EvaluationSets(forget=forget, retain=forget))
+    asked: list[int] = []
+    score = memorization.score
+    monkeypatch.setattr(memorization, "score", lambda model, examples, **given: (
+        asked.append(len(examples)), score(model, examples, **given))[1])
+
+    def look(floor: float, least: float) -> tuple[float, int]:
+        settings = replace(Settings(), unlearn=replace(Settings().unlearn, floor=floor),
+                           evaluate=replace(Settings().evaluate, batch_size=4))
+        training = compare_module._Training(model, tokenizer, task, settings, Tuning((1.0,), (1.0,)), None)
+        asked.clear()
+        return training._forgotten(least), sum(asked)
+
+    examples = encode(forget, tokenizer, append_eos=False)
+    found = score(model, examples, pad=0, batch_size=len(examples))
+    right, probability = memorization.exact_match(found) == 1, memorization.probability(found)
+    for floor in (0.2, 0.6, 0.95):
+        share = float((~right & (probability <= floor)).mean())
+        assert look(floor, 0.0) == (share, len(forget)) == look(floor, share)
+        more, read = look(floor, min(share + 0.5, 1.0))
+        assert share <= more < min(share + 0.5, 1.0) and read < len(forget)
 
 
 def test_forget_quality_is_against_gold_also_in_cells_made_later(world: Path, tmp_path: Path,
