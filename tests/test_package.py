@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from clue.unlearn.loop import unlearn
 def test_callable_packages_have_the_signature_of_what_they_call() -> None:
     assert inspect.signature(clue.unlearn) == inspect.signature(unlearn)
     assert inspect.signature(clue.evaluate) == inspect.signature(evaluate)
+    for package, function in ((clue.unlearn, unlearn), (clue.evaluate, evaluate)):
+        said = pydoc.render_doc(package)  # what help() prints
+        assert f"clue.{function.__name__} - {function.__name__}(...): {inspect.getdoc(function).splitlines()[0]}" in said
+        assert "Raises:" in said and "The package. " in said
     assert Path(inspect.getfile(clue)).with_name("py.typed").exists()
 
 

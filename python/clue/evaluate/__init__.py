@@ -12,11 +12,7 @@
 
 from __future__ import annotations
 
-import sys
-from inspect import Signature, signature
-from types import ModuleType
-from typing import Any
-
+from ..callable_package import make_callable
 from .evaluation import Evaluation, EvaluationSets, Sample, SetResult, privleak
 from .measure import evaluate
 from .privacy import Attack
@@ -27,19 +23,4 @@ __all__ = ["Attack", "Evaluation", "EvaluationSets", "Robustness", "Sample", "Se
            "model_utility", "privleak", "stress"]
 
 
-class _Package(ModuleType):
-    """Lets ``clue.evaluate(...)`` be called although ``clue.evaluate`` is this package."""
-
-    @property
-    def __signature__(self) -> Signature:
-        from .measure import evaluate
-
-        return signature(evaluate)
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        from .measure import evaluate
-
-        return evaluate(*arguments, **keywords)
-
-
-sys.modules[__name__].__class__ = _Package
+make_callable(__name__)

@@ -5,11 +5,10 @@ Public names are imported on first use, so that importing the package does not i
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from inspect import Signature, signature
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from ..callable_package import make_callable
 
 _HOME = {
     "unlearn": ".loop",
@@ -48,19 +47,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module, __name__), name)
 
 
-class _Package(ModuleType):
-    """Lets ``clue.unlearn(...)`` be called although ``clue.unlearn`` is this package."""
-
-    @property
-    def __signature__(self) -> Signature:
-        from .loop import unlearn
-
-        return signature(unlearn)
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        from .loop import unlearn
-
-        return unlearn(*arguments, **keywords)
-
-
-sys.modules[__name__].__class__ = _Package
+make_callable(__name__)
