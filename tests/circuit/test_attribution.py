@@ -15,6 +15,7 @@ from clue.config import LocalizeSettings
 from clue.data.pairs import Pairs
 from clue.errors import AttributionError, ClueError, ModelError, RecordError
 from clue.model.anatomy import anatomy
+from clue.model.patching import record
 from clue.types import NodeKind
 from tests.families import VARIANTS, tiny
 from tests.oracles.attribution import (
@@ -216,6 +217,27 @@ def test_an_entry_that_names_a_module_that_never_runs_is_refused():
     apart = replace(body, layers=(replace(body.layers[0], mlp=torch.nn.Identity()), body.layers[1]))
     with pytest.raises(ModelError, match=r"1 of 2 layers passed .* llama entry .*mlp_input"):
         attribute(apart, PAIRS)
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_a_forward_pass_that_goes_past_what_is_watched_is_refused(stream):
+    body = anatomy(tiny("llama"))
+    block = body.layers[0].block
+    forward = block.forward
+
+    def past(x, **given):  # the layer does what it did, and nothing of it can be differentiated
+        return x + (forward(x, **given) - x).detach()
+
+    block.forward = past
+    with pytest.raises(ModelError, match="no gradient reaches the modules of a layer that the llama entry names"):
+        attribute(body, PAIRS, LocalizeSettings(stream=stream))
+    block.forward = forward
+    query = body.layers[1].q.module  # a kernel that uses the weight of a projection alone
+    query.__class__ = type("Apart", (torch.nn.Linear,), {"__call__": lambda self, x: x @ self.weight.T})
+    with pytest.raises(ModelError, match=r"1 of . layers passed through the modules that the llama entry names \(q, k and v\)"):
+        attribute(body, PAIRS, LocalizeSettings(stream="never"))
+    with pytest.raises(ModelError, match="1 of 2 layers passed through the modules that the llama entry names"):
+        record(body, torch.tensor([[1, 5, 7]]), torch.ones(1, 3, dtype=torch.int64), torch.arange(3))
 
 
 def test_scores_round_trip(tmp_path):

@@ -149,6 +149,19 @@ def test_dropout_and_checkpointing_left_on_do_not_matter():
     assert model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize(("name", "changes"), [
+    ("mixtral", {"output_router_logits": True}), ("qwen2_moe", {"output_router_logits": True, "output_hidden_states": True}),
+    ("falcon/sequential", {"output_attentions": True, "attn_implementation": "eager"}),
+])
+def test_what_a_configuration_asks_for_besides_logits_does_not_matter(name, changes):
+    asked = {key: value for key, value in changes.items() if key.startswith("output_")}
+    body, plain = anatomy(tiny(name, **changes)), anatomy(tiny(name, **{k: v for k, v in changes.items() if k not in asked}))
+    for stream in ("never", "always"):
+        settings = LocalizeSettings(stream=stream)
+        agree(attribute(body, PAIRS, settings), attribute(plain, PAIRS, settings), tolerance=1e-9)
+    assert all(getattr(body.model.config, key) == value for key, value in asked.items())
+
+
 def test_a_vanishing_gradient_is_an_error():
     """With all weights of the output at zero nothing reaches the logits."""
     model = tiny("llama", torch.float32)

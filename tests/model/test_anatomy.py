@@ -237,6 +237,7 @@ def test_an_unknown_family_says_what_its_entry_needs():
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
     ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 ])
 def test_a_variant_without_an_entry_is_refused(name, changes, message):
     with pytest.raises(ModelError, match=rf"this {name} model has .*{message}.*covered: "):
@@ -247,6 +248,19 @@ def test_a_model_without_a_language_modelling_head_is_refused():
     config = LlamaConfig(**{**VARIANTS["llama"][1], "num_labels": 2})
     with pytest.raises(ModelError, match="LlamaForSequenceClassification has no language modelling head"):
         anatomy(LlamaForSequenceClassification(config))
+
+
+def test_what_is_no_plain_model_is_refused():
+    for wrapped, message in ((torch.compile(tiny("llama")), "the model is compiled"), ("some/model", "got a str"),
+                             (torch.nn.DataParallel(tiny("llama")), r"got a DataParallel: .* inside its wrapper \(.module\)")):
+        with pytest.raises(ModelError, match=message):
+            anatomy(wrapped)
+    for compiled, name in ((lambda m: m.compile(), "the model"), (lambda m: m.model.layers[1].compile(), r"model\.layers\.1"),
+                           (lambda m: setattr(m.model, "forward", torch.compile(m.model.forward)), "model")):
+        model = tiny("llama")
+        compiled(model)
+        with pytest.raises(ModelError, match=rf"^{name} is compiled \(torch.compile\)"):
+            anatomy(model)
 
 
 def test_nan_weights_are_named():

@@ -201,10 +201,11 @@ def anatomy(model: nn.Module) -> Anatomy:
             needs), a path that leads nowhere, weights that are quantised or wrapped, or shapes that contradict the
             configuration.
     """
-    if hasattr(model, "_orig_mod"):
-        raise ModelError("the model is one of torch.compile, whose layers cannot be watched: give the model inside,"
-                         " model._orig_mod, and compile it afterwards")
     config: Any = getattr(model, "config", None)
+    if config is None:
+        raise ModelError(f"the model must be a loaded Hugging Face causal language model, got a {type(model).__name__}: load"
+                         " it with AutoModelForCausalLM.from_pretrained, or give the model inside its wrapper (.module)")
+    _require_plain(model)
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise ModelError(
@@ -274,10 +275,19 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def _require_plain(model: nn.Module) -> None:
+    """Compiled code runs past the hooks that watch a layer, and nothing of what is scored would be seen."""
+    for name, module in model.named_modules():
+        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        if compiled or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            raise ModelError(f"{name or 'the model'} is compiled (torch.compile), so that its layers cannot be watched: load it"
+                             " again, or give the one inside (._orig_mod), and compile it afterwards")
+
+
 def _variant(kind: str, config: Any) -> Family:
     """The entry of the family whose conditions the configuration meets."""
     for family in FAMILIES[kind]:
-        if all(getattr(config, name, None) == value for name, value in family.when):
+        if all(getattr(config, name, False) == value for name, value in family.when):
             return family
     names = dict.fromkeys(name for family in FAMILIES[kind] for name, _ in family.when)
     has = ", ".join(f"{name} = {getattr(config, name, None)}" for name in names)

@@ -11,7 +11,7 @@ layer instead of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     #: Maps logits [batch, positions, vocabulary] and the slice of the kept positions they belong to, to a scalar.
     Target = Callable[[Tensor, slice], Tensor]
+
+#: What a configuration may ask a forward pass for besides logits, which layers that are passed by cannot give.
+_MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 #: Bytes of logits that a streamed run holds at once, per copy.
 LOGIT_BYTES = 64 << 20
@@ -102,15 +105,21 @@ class Run:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no gradient checkpointing), and no weight gradients; both restored on exit."""
+    """Evaluation mode (no dropout, no gradient checkpointing), no weight gradients, and logits alone; all restored on exit."""
     if torch.is_inference_mode_enabled():
         raise ModelError("gradients are needed, and torch.inference_mode() gives none: call this outside of it")
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config: Any = getattr(model, "config", None)
+    asked = [name for name in _MORE_OUTPUTS if getattr(config, name, False)]
     model.requires_grad_(False)
     try:
+        for name in asked:
+            setattr(config, name, False)
         with evaluating(model):
             yield
     finally:
+        for name in asked:
+            setattr(config, name, True)
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
 
@@ -141,10 +150,9 @@ def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
         layers, final = seen[:-1], seen[-1]
         _check(body, layers)
         at = [_differentiated(found) for found in layers]
-        # A reader that cannot reach the target (the last layer's q at positions after the answer, say) has gradient
-        # zero, not none.
-        grads = torch.autograd.grad(target(_widened(logits), slice(None)), [t for part in at for t in part] + [final["normal"]],
-                                    allow_unused=True, materialize_grads=True)
+        ends = [*(t for part in at for t in part), final["normal"]]
+        grads = torch.autograd.grad(target(_widened(logits), slice(None)), ends, allow_unused=True)
+    grad_final = _reached(body, "the final norm", ends[-1:], grads[-1:])[0]
     written: list[Written] = []
     runs, first = [], 0
     for layer, found, part in zip(body.layers, layers, at, strict=True):
@@ -152,7 +160,7 @@ def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
         _note_written(written, layer, found, against)
         runs.append(_layer_run(body, layer, found, grads[first:first + len(part)]))
         first += len(part)
-    return Run(runs[0].residual, written, final["residual"].detach(), grads[-1], (runs.pop() for _ in range(body.n_layers)))
+    return Run(runs[0].residual, written, final["residual"].detach(), grad_final, (runs.pop() for _ in range(body.n_layers)))
 
 
 def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
@@ -193,9 +201,10 @@ def _replayed(body: Anatomy, number: int, start: Tensor, args: Any, kwargs: Any,
         output = layer.block(*args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
         at = _differentiated(found)
-        grads = torch.autograd.grad(output, [*at, start], above, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(output, [*at, start], above, allow_unused=True)
+    below = _reached(body, f"layer {number}", [start], grads[-1:])[0]
     found = {name: _detached(value) for name, value in found.items()}
-    return [_layer_run(body, layer, found, grads[:-1])], grads[-1]
+    return [_layer_run(body, layer, found, grads[:-1])], below
 
 
 def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in_tuple: bool) -> tuple[Tensor, Tensor]:
@@ -353,8 +362,21 @@ def _check(body: Anatomy, layers: list[dict[str, Any]]) -> None:
     for name in ("residual", "heads", "mlp", *(("mlp_input", units) if "projected" in layers[0] else ())):
         count = sum(name in found for found in layers)
         if count != body.n_layers:
-            raise ModelError(f"{count} of {body.n_layers} layers passed through the modules that the {body.family} entry"
-                             f" names ({name}): the entry does not fit this model")
+            raise _misfit(body, count, name)
+    _check_projected(body, [found["projected"] for found in layers if "projected" in found])
+
+
+def _check_projected(body: Anatomy, projected: Sequence[Collection[nn.Module]]) -> None:
+    """Kernels may use the weight of a projection without calling it, and nothing passes through it then."""
+    count = sum({layer.q.module, layer.k.module, layer.v.module} <= set(seen)
+                for layer, seen in zip(body.layers, projected, strict=False))
+    if count != len(projected):
+        raise _misfit(body, count, "q, k and v")
+
+
+def _misfit(body: Anatomy, count: int, name: str) -> ModelError:
+    return ModelError(f"{count} of {body.n_layers} layers passed through the modules that the {body.family} entry names"
+                      f" ({name}): the entry does not fit this model, or something replaces its forward pass")
 
 
 def _differentiated(found: dict[str, Any]) -> list[Tensor]:
@@ -382,9 +404,18 @@ def _note_written(written: list[Written], layer: Layer, found: dict[str, Any], a
                            there.mlp - here.mlp))
 
 
-def _layer_run(body: Anatomy, layer: Layer, found: dict[str, Any], grads: Sequence[Tensor]) -> LayerRun:
-    at = dict(zip(found["projected"], grads, strict=False))
-    grad_mlp, grad_hidden = grads[-2:]
+def _reached(body: Anatomy, what: str, ends: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients at ``ends``, zero where there is none: a reader may not reach the target (the last layer's q at positions
+    after the answer, say). That none does says that what was watched is not what the model computes with."""
+    if all(grad is None for grad in grads):
+        raise ModelError(f"no gradient reaches the modules of {what} that the {body.family} entry names: something replaces the"
+                         " model's forward pass (compiled code, fused kernels): load the model without it")
+    return [torch.zeros_like(end) if grad is None else grad for end, grad in zip(ends, grads, strict=True)]
+
+
+def _layer_run(body: Anatomy, layer: Layer, found: dict[str, Any], grads: Sequence[Tensor | None]) -> LayerRun:
+    *projected, grad_mlp, grad_hidden = _reached(body, "a layer", _differentiated(found), grads)
+    at = dict(zip(found["projected"], projected, strict=True))
     residual, hidden = found["residual"], found.get("hidden")
     # Without a norm of its own the MLP reads the residual stream itself.
     middle = residual if body.parallel else found.get("mlp_residual", found["mlp_input"])

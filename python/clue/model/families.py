@@ -196,7 +196,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "bloom": (_BLOOM,),
     "gemma": (_GEMMA,),
     "gemma2": (_GEMMA2,),
-    "gemma3_text": (_GEMMA2,),
+    "gemma3_text": (replace(_GEMMA2, when=(("use_bidirectional_attention", False),)),),
     "olmo2": (replace(_LLAMA, attention_norm=None, mlp_norm=None, attention_output_norm="post_attention_layernorm",
                       mlp_output_norm="post_feedforward_layernorm"),),
     "glm4": (replace(_GATE_UP, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"),),

@@ -84,7 +84,8 @@ def record(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
     """Run the model once and keep what its writers add. Arguments as in :func:`patched`."""
     recorder = _Recorder(body)
     logits = recorder.run(input_ids, attention_mask, positions)
-    passed = min(len(recorder.mlps), len(recorder.heads), len(recorder.hidden) + len(recorder.routed))
+    read = sum({layer.q.module, layer.k.module, layer.v.module} <= recorder.read for layer in body.layers)
+    passed = min(len(recorder.mlps), len(recorder.heads), len(recorder.hidden) + len(recorder.routed), read)
     if passed != body.n_layers:
         raise ModelError(f"{passed} of {body.n_layers} layers passed through the modules that the"
                          f" {body.family} entry names: the entry does not fit this model")
@@ -251,9 +252,14 @@ class _Recorder(_Pass):
         self.attention_residual: list[Tensor] = []
         self.mlp_residual: list[Tensor] = []
         self.final_residual: list[Tensor] = []
+        self.read: set[nn.Module] = set()
 
     def attention(self, number: int) -> None:
         self.attention_residual.append(self.stream)
+
+    def projected(self, module: nn.Module) -> Tensor | None:
+        self.read.add(module)
+        return None
 
     def factors(self, number: int, heads: Tensor, scale: Tensor | None) -> None:
         self.heads.append(heads if scale is None else heads.to(self.dtype) * scale)
