@@ -11,7 +11,7 @@ from clue.circuit.selection import build_circuit
 from clue.config import LocalizeSettings, check
 from clue.errors import ClueError
 from clue.pipeline import solve
-from clue.stability import Stability, keep_stable, perturb, sample_roles, threshold
+from clue.stability import Stability, _as_cut, keep_stable, perturb, sample_roles, threshold
 from clue.types import Role
 
 from .circuit.test_selection import make_scores
@@ -49,6 +49,17 @@ def test_without_noise_every_role_is_certain() -> None:
     shares = sample_roles(scores, CIRCUITS, settings, lambda s, c: solve(s, c, settings))
     assert np.all(shares.of(plain.role) == 1)
     assert np.array_equal(keep_stable(plain, shares, 1.0).role, plain.role)
+
+
+@pytest.mark.parametrize("granularity", ["block", "neuron"])
+def test_samples_are_cut_as_a_faithfulness_target_cut(granularity: str) -> None:
+    settings = LocalizeSettings(faithfulness=0.9, neurons=0.3, granularity=granularity)
+    for seed, least in ((seed, least) for seed in range(8) for least in (4, 12, 30)):
+        scores = make_scores(seed)
+        circuit = build_circuit(scores, settings, faithful=lambda c, least=least: float(len(c) >= least))  # type: ignore[misc]
+        again = build_circuit(scores, _as_cut(scores, circuit, settings))
+        for name in ("src", "dst", "gate", "provenance"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(circuit, name))
 
 
 def test_noise_has_the_scale_it_says() -> None:

@@ -62,7 +62,7 @@ def sample_roles(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], 
         rng = np.random.default_rng([seed, sample])
         drawn, cut = {}, {}
         for name, found in scores.items():
-            chosen = _as_cut(circuits[name], settings)
+            chosen = _as_cut(found, circuits[name], settings)
             drawn[name] = perturb(found, chosen, rng)
             cut[name] = _patched(build_circuit(drawn[name], chosen), circuits[name])
         role = solve(drawn, cut).role
@@ -122,12 +122,22 @@ def keep_stable(assignment: Assignment, stability: Stability, least: float) -> A
     return replace(assignment, role=role, statistics=statistics)
 
 
-def _as_cut(circuit: Circuit, settings: LocalizeSettings) -> LocalizeSettings:
-    """Settings that cut as many edges without a faithfulness target as it took with one."""
+def _as_cut(scores: Scores, circuit: Circuit, settings: LocalizeSettings) -> LocalizeSettings:
+    """Settings that cut as many edges without a faithfulness target as it took with one: as many as are no weaker than the
+    weakest that the circuit keeps, as dead ends were cut and then dropped."""
     if not settings.faithfulness:
         return settings
-    found = max(int(np.count_nonzero(circuit.provenance & way)) for way in (Provenance.NOISING, Provenance.DENOISING))
-    return replace(settings, faithfulness=0.0, edges=max(found, 1) / int(circuit.graph.residual_edges.sum()))
+    graph = circuit.graph
+    row, column = np.full(graph.n_nodes, -1), np.full(graph.n_nodes, -1)
+    row[graph.writers], column[graph.readers] = np.arange(len(graph.writers)), np.arange(len(graph.readers))
+    count = 1
+    for way, values in ((Provenance.NOISING, scores.ns), (Provenance.DENOISING, scores.dn)):
+        at, to = row[circuit.src], column[circuit.dst]
+        kept = ((circuit.provenance & way) != 0) & (at >= 0) & (to >= 0)
+        strength = np.abs(np.where(graph.residual_edges, values, 0.0))
+        if kept.any():
+            count = max(count, int(np.count_nonzero(strength >= strength[at[kept], to[kept]].min())))
+    return replace(settings, faithfulness=0.0, edges=count / int(graph.residual_edges.sum()))
 
 
 def _patched(drawn: Circuit, original: Circuit) -> Circuit:
