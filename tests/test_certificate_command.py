@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clue.cli import main
-from clue.errors import FormulaError
+from clue.errors import CircuitError, FormulaError
 from clue.logic import assign
 from clue.logic.formula import as_wcnf
 from clue.sat import WCNF, minimize, read_dimacs, refutation, write_wcnf
@@ -81,7 +81,7 @@ def test_what_cannot_be_checked_is_told(tmp_path: Path, capsys: pytest.CaptureFi
         status, _, err = run(capsys, "solve", tmp_path / "a.cnf", option, "x")
         assert status == 2 and f"{option} goes with .wcnf or .json or .safetensors files only" in err
     status, out, err = run(capsys, "solve", question, "--certify", tmp_path / "none" / "c")
-    assert status == 2 and "No such file" in err and "s OPTIMUM" not in out
+    assert status == 2 and f"there is no folder {tmp_path / 'none'}; make it first" in err and out == ""
 
 
 def test_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +103,8 @@ def test_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_limits_leave_no_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forget, retain = hitting_set()
     write_wcnf(tmp_path / "a.wcnf", as_wcnf([forget], [retain]))  # type: ignore[list-item]
+    with pytest.raises(CircuitError, match="semantics: expected 'support' or 'authors', got 'Authors'"):
+        as_wcnf([forget], [retain], semantics="Authors")  # type: ignore[list-item]
     status, out, _ = run(capsys, "solve", tmp_path / "a.wcnf", "--time-limit", "0.3", "--certify", tmp_path / "c",
                          "--lrat", tmp_path / "r")
     assert status == 10 and "c no certificate is written" in out and "c no refutation is written" in out

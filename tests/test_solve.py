@@ -223,12 +223,30 @@ def test_explanations_pins_and_surgery(tmp_path: Path, capsys: pytest.CaptureFix
         (["--surgical", "--budget", "-1"], "argument --budget: invalid whole number value: '-1'"),
         (["--surgical", "--semantics", "authors"], "leave --semantics out"),
         (["--surgical", "--explain", "h0"], "--explain goes without --surgical"),
-        (["--explain", "h9"], "node: there is no node 'h9'"),
+        (["--explain", "h9"], "--explain: there is no node 'h9'"),
         *([[option, str(tmp_path / "proof"), *other], "--certify and --lrat go without --surgical, --never and --must"]
           for option in ("--certify", "--lrat") for other in (["--surgical"], ["--never", "h0"], ["--must", "h0"])),
     ]:
         assert expected in failure(capsys, path, *argv)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_answer_stands_whatever_follows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    from clue.sat import refutation
+
+    monkeypatch.setattr(refutation, "MOST_CLAUSES", 0)  # of a formula that is too large for one
+    question, formula = tmp_path / "question.json", tmp_path / "a.wcnf"
+    question.write_text(json.dumps(QUESTION))
+    formula.write_text("h 1 2 0\n2 -1 0\n3 -2 0\n")
+    for path in (question, formula):
+        assert main(["solve", str(path), "--lrat", str(tmp_path / "r")]) == 30
+        lines = capsys.readouterr().out.splitlines()
+        assert lines.index("s OPTIMUM FOUND") < len(lines) - 1
+        assert lines[-1].startswith("c a refutation of cost 1 over") and "takes more than 0 clauses" in lines[-1]
+    monkeypatch.setattr(refutation, "write_refutation", lambda *given, **named: signal.raise_signal(signal.SIGTERM))
+    assert main(["solve", str(formula), "--lrat", str(tmp_path / "r")]) == 30
+    assert capsys.readouterr().out.splitlines()[-3:] == ["s OPTIMUM FOUND", "v 10", "c stopped"]
 
 
 def test_circuit_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,4 +305,6 @@ def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     cnf.write_text("p cnf 2147483647 1\n2147483647 0\n")
     assert "a.cnf: variable 2147483647 needs tables of about" in failure(capsys, cnf)
     cnf.write_text("p cnf 1 1\n1 0\n")
-    assert "No such file or directory" in failure(capsys, cnf, "--proof", tmp_path / "none" / "p")
+    assert f"there is no folder {tmp_path / 'none'}; make it first" in failure(capsys, cnf, "--proof", tmp_path / "none" / "p")
+    # Circuits are read as they are; a compressed one is not taken for a circuit.
+    assert "expected a name that ends in" in failure(capsys, tmp_path / "question.json.gz")

@@ -12,9 +12,10 @@ circuits         ``o`` cost of conflicts as above, ``s OPTIMUM FOUND`` or   30, 
                  ``s SATISFIABLE``, and a line ``v ROLE NODE`` per node
 ===============  =========================================================  ======================================
 
-Everything else is in ``c`` lines. Variables above the largest one that a clause uses are left out of ``v`` lines: they
-may have any value. The time limit, Ctrl-C and SIGTERM end a command in the same way: with the best known, or
-``s UNKNOWN``. Heavy imports happen inside the commands.
+Everything else is in ``c`` lines; what takes long and is no part of the answer, explanations and refutations, comes after
+it. Variables above the largest one that a clause uses are left out of ``v`` lines: they may have any value. The time limit,
+Ctrl-C and SIGTERM end a command in the same way, with the best known, or ``s UNKNOWN``; but Ctrl-C and SIGTERM end
+``--surgical`` without its best. Heavy imports happen inside the commands.
 """
 
 from __future__ import annotations
@@ -115,11 +116,10 @@ _whole.__name__ = "whole number"
 
 
 def kind_of(path: str) -> str:
-    """Ending of a file's name in small letters, that of its compression left out."""
+    """Ending of a file's name in small letters; of formulas, which may be compressed, without that of the compression."""
     name = path.lower()
-    for ending in (".gz", ".xz"):
-        name = name.removesuffix(ending)
-    return Path(name).suffix
+    inside = Path(name.removesuffix(".gz").removesuffix(".xz")).suffix
+    return inside if inside in (".cnf", ".dimacs", ".wcnf") else Path(name).suffix
 
 
 def _solve(arguments: argparse.Namespace) -> int:
@@ -145,6 +145,9 @@ def _solve(arguments: argparse.Namespace) -> int:
         raise ClueError("--explain goes without --surgical, --never, --must and --time-limit")
     if (arguments.certify or arguments.lrat) and (arguments.surgical or arguments.never or arguments.must):
         raise ClueError("--certify and --lrat go without --surgical, --never and --must")
+    for option, path in (("--certify", arguments.certify), ("--lrat", arguments.lrat), ("--proof", arguments.proof)):
+        if path is not None and not Path(path).parent.is_dir():
+            raise ClueError(f"{option} {path}: there is no folder {Path(path).parent}; make it first")
     solve = _wcnf if kind == ".wcnf" else _cnf if kind in (".cnf", ".dimacs") else _circuits
     try:
         with _stoppable(arguments.time_limit) as time_left:
@@ -267,23 +270,38 @@ def _wcnf(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
     tell = _tell_costs()
     found = minimize(formula, time_limit=time_left(), keep_on_interrupt=True, on_bounds=tell, certify=arguments.certify)
     _say(f"c {found.statistics['cores']} cores, {found.statistics['solves']} calls of the SAT solver")
-    _proven(arguments, found.optimal or found.satisfiable is False, found.cost, lambda: formula)
     if found.satisfiable is False:
         _say("s UNSATISFIABLE")
-        return _UNSATISFIABLE
-    if found.model is None or found.cost is None:
+        status = _UNSATISFIABLE
+    elif found.model is None or found.cost is None:
         _say(f"c lower bound {found.lower_bound}", "s UNKNOWN")
-        return _UNKNOWN
-    tell(found.lower_bound, found.cost)
-    _say(_bounds(found.lower_bound, found.cost))
-    # The evaluation's value lines: literals up to 2021, one bit per variable since the format without header.
-    values = _literal_lines(_literals(found.model)) if formula.header else \
-        ["v " + "".join(map(str, found.model[1:].tolist()))]
-    _say("s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE", *values)
-    return _OPTIMUM if found.optimal else _SATISFIABLE
+        status = _UNKNOWN
+    else:
+        tell(found.lower_bound, found.cost)
+        _say(_bounds(found.lower_bound, found.cost))
+        # The evaluation's value lines: literals up to 2021, one bit per variable since the format without header.
+        values = _literal_lines(_literals(found.model)) if formula.header else \
+            ["v " + "".join(map(str, found.model[1:].tolist()))]
+        _say("s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE", *values)
+        status = _OPTIMUM if found.optimal else _SATISFIABLE
+    with _afterwards():
+        _proven(arguments, found.optimal or found.satisfiable is False, found.cost, lambda: formula, time_left)
+    return status
 
 
-def _proven(arguments: argparse.Namespace, optimal: bool, cost: int | None, formula: Callable[[], WCNF]) -> None:
+@contextmanager
+def _afterwards() -> Iterator[None]:
+    """For what follows the answer, which stands whatever becomes of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("c stopped")
+    except (ClueError, OSError, MemoryError) as error:
+        _say(f"c {error or 'there is not enough memory'}")
+
+
+def _proven(arguments: argparse.Namespace, optimal: bool, cost: int | None, formula: Callable[[], WCNF],
+            time_left: TimeLeft) -> None:
     """Tell of the certificate, and write the refutation of a lower cost, where they are asked for."""
     if arguments.certify is not None:
         _say(f"c {Path(arguments.certify).stat().st_size} bytes of certificate" if optimal else
@@ -295,7 +313,7 @@ def _proven(arguments: argparse.Namespace, optimal: bool, cost: int | None, form
         return
     from .sat.refutation import write_refutation
 
-    if write_refutation(formula(), cost, arguments.lrat, time_limit=arguments.time_limit):
+    if write_refutation(formula(), cost, arguments.lrat, time_limit=time_left()):
         _say(f"c cost {cost - 1} is refuted in {Path(arguments.lrat + '.lrat').stat().st_size} bytes of LRAT")
     else:
         _say("c no refutation is written: the time limit struck")
@@ -320,11 +338,13 @@ def read_circuits(file: str, retain_files: Sequence[str]) -> tuple[Any, Any, npt
 
 
 def _circuits(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
-    from .logic import Explainer, assign, operate
+    from .logic import Explainer, assign, node_ids, operate
     from .logic.formula import as_wcnf
     from .types import Role
 
     forget, retain, weights = read_circuits(arguments.file, arguments.retain)
+    for circuit in forget[:1]:
+        node_ids(circuit.graph, arguments.explain, "--explain")
     start = time.perf_counter()
     common: dict[str, Any] = {"weights": weights, "never": arguments.never, "must": arguments.must,
                               "time_limit": time_left() or 0}
@@ -342,16 +362,17 @@ def _circuits(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
          _bounds(found.lower_bound, found.cost))
     if arguments.surgical:
         _say(f"c {found.statistics['edits']} nodes are edited, of weight {found.statistics['edit_weight']}")
-    if arguments.explain and found.optimal:
-        explainer = Explainer(forget, retain, semantics=arguments.semantics, weights=weights, assignment=found)
-        for node in arguments.explain:
-            _say(*(f"c {line}" for line in explainer.explain(node).lines(graph.name, found.cost)))
-    elif arguments.explain:
-        _say("c only roles at a proven least cost are explained")
-    _proven(arguments, found.optimal, found.cost,
-            lambda: as_wcnf(forget, retain, semantics=arguments.semantics, weights=weights))
     _say("s OPTIMUM FOUND" if found.optimal else "s SATISFIABLE")
     _say(*(f"v {Role(role).name.lower()} {graph.name(node)}" for node, role in enumerate(found.role.tolist())))
+    with _afterwards():
+        if arguments.explain and found.optimal:
+            explainer = Explainer(forget, retain, semantics=arguments.semantics, weights=weights, assignment=found)
+            for node in arguments.explain:
+                _say(*(f"c {line}" for line in explainer.explain(node).lines(graph.name, found.cost)))
+        elif arguments.explain:
+            _say("c only roles at a proven least cost are explained")
+        _proven(arguments, found.optimal, found.cost,
+                lambda: as_wcnf(forget, retain, semantics=arguments.semantics, weights=weights), time_left)
     return _OPTIMUM if found.optimal else _SATISFIABLE
 
 

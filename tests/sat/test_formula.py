@@ -199,6 +199,7 @@ def test_formulas_check_their_arrays(tmp_path) -> None:
         (ValueError, "n_variables: expected 1..2147483647, got 0", lambda: CNF(0, one)),
         (ValueError, "n_variables: expected 0..2147483647, got -1", lambda: CNF(-1, one[:0])),
         (TypeError, "clauses: expected an array of integers", lambda: CNF(1, one / 2)),
+        (TypeError, "weights: expected an array of integers", lambda: WCNF.from_lists([[1]], [[-1]], [0.9])),  # type: ignore[list-item]
         (ValueError, "weights: expected one for each of 1 soft clauses, got 0", lambda: WCNF(1, one, one, one[:0])),
         (ValueError, "weights: expected numbers >= 0", lambda: WCNF(1, one, one, np.array([-1]))),
         (ValueError, r"weights: expected numbers >= 0 with a sum of at most 2\^60",

@@ -160,6 +160,8 @@ def pose(forget: Sequence[Circuit], retain: Sequence[Circuit], *, semantics: str
     for side, circuits in (("forget", forget), ("retain", retain)):
         if not circuits:
             raise CircuitError(f"there is no {side} circuit: give at least one")
+    if semantics not in ("support", "authors"):
+        raise CircuitError(f"semantics: expected 'support' or 'authors', got {semantics!r}")
     graph = forget[0].graph
     for circuit in (*forget, *retain):
         _check(circuit, graph)
@@ -352,8 +354,9 @@ def _numbers(name: str, values: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
     array = np.asarray(values)
     if array.shape != (n,):
         raise CircuitError(f"{name} must hold one number per node: expected shape ({n},), got {array.shape}")
-    if not np.all(np.isfinite(array)) or np.any(array < 0):
-        raise CircuitError(f"{name} must be finite and not negative (node {int(np.argmax(~(array >= 0)))})")
+    wrong = ~(np.isfinite(array) & (array >= 0))
+    if wrong.any():
+        raise CircuitError(f"{name} must be finite and not negative (node {int(np.argmax(wrong))})")
     return array
 
 

@@ -89,8 +89,9 @@ class WCNF:
         """A formula from clauses of literals; weights are 1 and there are as many variables as used, if not given."""
         flat, soft_flat = flatten(hard), flatten(soft)
         largest = max(_core.largest_variable(flat, "hard"), _core.largest_variable(soft_flat, "soft"))
-        costs = np.ones(np.count_nonzero(soft_flat == 0)) if weights is None else weights
-        return cls(largest if n_variables is None else n_variables, flat, soft_flat, np.array(costs, dtype=np.int64))
+        costs = np.ones(np.count_nonzero(soft_flat == 0), dtype=np.int64) if weights is None else np.asarray(weights)
+        return cls(largest if n_variables is None else n_variables, flat, soft_flat,
+                   costs.astype(np.int64) if costs.size == 0 else costs)
 
     def hard_lists(self) -> list[list[int]]:
         """The hard clauses as lists of literals."""
