@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from clue.circuit.graph import Circuit
 from clue.cli import main
 from clue.config import Settings
+from clue.errors import RunError
 from clue.evaluate import Evaluation
 from clue.loading import load_model
 from clue.plan import Plan
@@ -158,7 +159,17 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {name: content for name, content in snapshot(tmp_path).items() if not name.startswith("new")} == before
     assert Run.open(tmp_path / "new").stages() == ["pairs"]
+    # Between a stage and what the run's own file says of it.
+    with pytest.MonkeyPatch.context() as patch:
+        def full(self: Run, stage: str) -> None:
+            if stage == "model":
+                raise RunError("run.json cannot be written")
+
+        patch.setattr(Run, "_take", full)
+        assert "run.json cannot be written" in failure(capsys, "unlearn", run, "--lr", "0.01")
     assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    assert "is there already" in capsys.readouterr().err
+    assert Run.open(run).manifest["settings"]["unlearn"]["lr"] == 0.01 and Run.open(run).manifest["verification"]
     assert main(["localize", *inputs(world), "-o", str(tmp_path / "new"), *QUICK]) == 0
 
 

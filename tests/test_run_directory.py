@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -55,6 +56,40 @@ def test_a_file_on_the_way_is_named(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="file is a file"):
             Run.create(path, SETTINGS)
     assert snapshot(tmp_path) == {"file": b"mine"}
+
+
+def test_what_a_stage_records_is_there_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path, SETTINGS)
+    update = Run.update
+
+    def full(self: Run, **fields: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Run, "update", full)
+    found = ""
+    with pytest.raises(OSError, match="No space"), run.stage("model", lambda: {"verification": found}) as folder:
+        (folder / "weights").write_text("moved")
+        found = "exact"
+    assert run.has("model")
+    with pytest.raises(OSError, match="No space"):  # as long as there is none
+        Run.open(tmp_path)
+    monkeypatch.setattr(Run, "update", update)
+    assert Run.open(tmp_path).manifest["verification"] == "exact"
+    assert json.loads((tmp_path / MANIFEST).read_text())["verification"] == "exact"
+    assert [f.name for f in (tmp_path / "model").iterdir()] == ["weights"]
+
+
+def test_what_is_no_run_of_ours_is_told(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, SETTINGS)
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(RunError, match="model is a file where the folder of a stage belongs: move it away"):
+        run.has("model")
+    with pytest.raises(RunError, match="does not say which model and records it was made from"):
+        _ = run.inputs
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps({name: value for name, value in manifest.items() if name != "settings"}))
+    with pytest.raises(RunError, match=r"is damaged \(it has no settings\)"):
+        Run.open(tmp_path)
 
 
 def test_a_stage_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
     if run.has("model"):
         progress(f"model      {run.path('model')} is there already")
         return
-    inputs = run.manifest["inputs"]
+    inputs = run.inputs
     sets = _records(run, inputs["forget"], inputs["retain"])
     network, tokenizer = load_model(inputs["model"], settings)
 
@@ -168,12 +168,12 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
                 checkpoint=checkpoint)
     if not writes:
         return
-    with run.stage("model") as folder:
+    verification = ""
+    with run.stage("model", lambda: {"settings": settings.to_dict(), "verification": verification}) as folder:
         network.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
         log.save(folder / "training.json")
         verification = _verified(inputs["model"], folder, plan)
-    run.update(settings=settings.to_dict(), verification=verification)
     if log.tuning is not None:
         progress(_tuned(log))
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -191,8 +191,8 @@ def _tuned(log: UnlearnLog) -> str:
 
     assert log.tuning is not None
     before, kept = log.tuning["before"], log.tuning["kept"]
-    text = (f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.lr.max():.2g}, retain weight"
-            f" {log.retain_weight[0]:g}")
+    text = (f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.tuning['lr']:.3g}, retain weight"
+            f" {log.tuning['retain_weight']:g}")
     if kept is not None and before is not None:
         text += f"; they keep {percent(kept)} of their answers' probability (before: {percent(before)})"
         if kept < 0.9 * before:
@@ -231,7 +231,7 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
     if run.has("evaluation"):
         stored = {name: run.path("evaluation") / f"{name}.json" for name in names}
         return {name: Evaluation.load(path) for name, path in stored.items() if path.exists()}
-    inputs = run.manifest["inputs"]
+    inputs = run.inputs
     used = _records(run, inputs["forget"], inputs["retain"])
     sets, overlaps = evaluation_sets(used, tests, settings.seed)
     for name, count in overlaps.items():
@@ -258,11 +258,10 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
         if others:
             progress(f"note       {tests.gold} was measured on other records of {', '.join(others)}: its numbers there cannot"
                      " be compared")
-    with run.stage("evaluation") as folder:
+    with run.stage("evaluation", lambda: {"settings": settings.to_dict(), "tests": asdict(tests)}) as folder:
         for name, evaluation in found.items():
             evaluation.save(folder / f"{name}.json")
         write_json(folder / "overlaps.json", overlaps)
-    run.update(settings=settings.to_dict(), tests=asdict(tests))
     return found
 
 
@@ -280,7 +279,7 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
         if any(one.settings["robustness"] != asdict(settings.robustness) for one in found.values()):
             raise RunError(f"{run.path('robustness')} was made with other robustness settings: remove it to make it again")
         return found
-    inputs = run.manifest["inputs"]
+    inputs = run.inputs
     sets, _ = evaluation_sets(_records(run, inputs["forget"], inputs["retain"]), tests, settings.seed)
     folders = {"before": inputs["model"], "after": str(run.path("model"))}
     if tests.gold and not Path(tests.gold).is_file():
@@ -290,11 +289,10 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
         network, tokenizer = _loaded(run, source, settings) if name == "before" else load_model(source, settings)
         found[name] = stress(network, tokenizer, sets, settings.robustness, data=settings.data, seed=settings.seed)
         progress(f"robustness {name}")
-    with run.stage("robustness") as folder:
+    with run.stage("robustness", lambda: {"settings": settings.to_dict()}) as folder:
         for name, one in found.items():
             one.save(folder / f"{name}.json")
         write_json(folder / EVALUATED, _evaluated(run))
-    run.update(settings=settings.to_dict())
     return found
 
 

@@ -1,7 +1,8 @@
 """A run directory: one folder per finished stage, and ``run.json`` saying what made them.
 
 A stage is written under a hidden name, flushed to disk and renamed, so a folder with a stage's name is always whole:
-``run.has(name)`` is how a killed run knows where to go on. A folder that holds anything else is never touched.
+``run.has(name)`` is how a killed run knows where to go on. What a stage adds to ``run.json`` travels in its folder, so that one
+is never there without the other. A folder that holds anything else is never touched.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,8 @@ from .errors import RunError
 
 MANIFEST = "run.json"
 FORMAT = 1
+#: In a stage's folder: what the stage adds to the manifest, until it is there.
+PENDING = "pending.json"
 
 
 class Run:
@@ -112,11 +115,36 @@ class Run:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise RunError(f"{folder / MANIFEST} is not of format {FORMAT}, which this version of CLUE reads: "
                            "start a new run in another folder")
-        return cls(folder, manifest)
+        if not isinstance(manifest.get("settings"), dict):
+            raise RunError(f"{folder / MANIFEST} is damaged (it has no settings): start a new run in another folder")
+        run = cls(folder, manifest)
+        for stage in run.stages():
+            run._take(stage)
+        return run
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Model and records that the run is made from.
+
+        Raises:
+            RunError: the manifest does not name them.
+        """
+        inputs = self.manifest.get("inputs")
+        if not isinstance(inputs, dict) or not {"model", "forget", "retain"} <= set(inputs):
+            raise RunError(f"{self.folder / MANIFEST} does not say which model and records it was made from: it is damaged, or no"
+                           " run of `clue localize`; start a new run in another folder")
+        return inputs
 
     def has(self, stage: str) -> bool:
-        """Whether the stage has finished."""
-        return self.path(stage).is_dir()
+        """Whether the stage has finished.
+
+        Raises:
+            RunError: a file is where its folder belongs.
+        """
+        path = self.path(stage)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file where the folder of a stage belongs: move it away")
+        return path.is_dir()
 
     def path(self, stage: str) -> Path:
         """Folder of a stage (whether or not it exists)."""
@@ -137,10 +165,11 @@ class Run:
         return sorted(f.name for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Path]:
+    def stage(self, name: str, record: Callable[[], Mapping[str, Any]] = dict) -> Iterator[Path]:
         """Write a stage: yields an empty folder that takes the stage's name when the block ends without an exception.
 
-        On an exception the folder is removed. Whatever an earlier, killed attempt left is removed first.
+        ``record`` is asked at its end for fields of the manifest (:meth:`update`), which are there as soon as the stage is. On an
+        exception the folder is removed. Whatever an earlier, killed attempt left is removed first.
 
         Raises:
             RunError: the stage has finished already.
@@ -156,12 +185,22 @@ class Run:
         try:
             with naming(self.path(name)):
                 yield temporary
+                if fields := record():
+                    write_json(temporary / PENDING, fields)
                 flush_tree(temporary)
                 temporary.rename(self.path(name))
                 flush(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        self._take(name)
+
+    def _take(self, stage: str) -> None:
+        """Put what a finished stage adds to the manifest there."""
+        pending = self.path(stage) / PENDING
+        if pending.exists():
+            self.update(**json.loads(pending.read_text(encoding="utf-8")))
+            pending.unlink(missing_ok=True)
 
     def update(self, **fields: Any) -> None:
         """Put fields into the manifest and write it, whole or not at all. Values must be plain JSON."""

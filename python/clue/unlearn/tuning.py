@@ -95,11 +95,12 @@ class Tuning:
     before: float
 
     def to_json(self) -> dict[str, Any]:
-        """What a training's log says of it: ``before`` (None where there is none), the trials, and what the chosen one ``kept``
-        (None without trials)."""
+        """What a training's log says of it: ``lr``, ``retain_weight`` and ``steps`` as chosen, ``before`` (None where there is
+        none), the trials, and what the chosen one ``kept`` (None without trials)."""
         lr, weight = self.settings.lr, self.settings.retain_weight
         kept = [t.kept for t in self.trials if (t.lr, t.retain_weight) == (lr, weight)]
-        return {"before": None if math.isnan(self.before) else self.before, "kept": kept[0] if kept else None,
+        return {"lr": lr, "retain_weight": weight, "steps": self.settings.steps,
+                "before": None if math.isnan(self.before) else self.before, "kept": kept[0] if kept else None,
                 "trials": [asdict(t) for t in self.trials]}
 
 
