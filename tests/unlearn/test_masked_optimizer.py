@@ -12,7 +12,7 @@ import torch
 
 from clue.errors import ClueError, PlanError
 from clue.types import Role
-from clue.unlearn import MaskedAdamW
+from clue.unlearn import MaskedAdamW, PlanCallback, SparseGradients
 from clue.weights import view_of, weight_of
 
 LR, BETAS, EPS, DECAY = 3e-2, (0.8, 0.95), 1e-6, 0.1
@@ -199,6 +199,72 @@ def test_state_of_another_plan_is_refused(make_model: Any, make_plan: Any) -> No
     second = MaskedAdamW(model, make_plan(model, {name: (0, {Role.FORGET: [1, 3]})}))
     with pytest.raises(PlanError, match=f"{name} belongs to other slices"):
         second.load_state_dict(first.state_dict())
+    with pytest.raises(PlanError, match=f"{name} belongs to other slices"):
+        second.restore_slices(first.slices())
+
+
+SQUARE = "model.layers.0.self_attn.q_proj.weight"
+WIDE = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(("name", "axis"), [(SQUARE, 1), (WIDE, 1), ("model.layers.0.self_attn.o_proj.weight", 0)])
+@pytest.mark.parametrize("older", [False, True])
+def test_state_of_the_same_numbers_of_other_slices_is_refused(name: str, axis: int, older: bool, make_model: Any,
+                                                              make_plan: Any) -> None:
+    """Rows are no columns, nor those of another weight; states that do not say which they are of are told by their shapes."""
+    model = make_model()
+    first = MaskedAdamW(model, make_plan(model, {WIDE if name == WIDE else SQUARE: (0, {Role.FORGET: [1, 2]})}))
+    gradients(model, 0)
+    first.step()
+    state = first.state_dict()
+    if older:
+        del state["param_groups"][0]["planned"]
+    second = MaskedAdamW(model, make_plan(model, {name: (axis, {Role.FORGET: [1, 2]})}))
+    if not older or name == WIDE:
+        with pytest.raises(PlanError, match="belongs to other slices"):
+            second.load_state_dict(state)
+        assert not second.state
+    both = MaskedAdamW(model, make_plan(model, {SQUARE: (0, {Role.FORGET: [1, 2]}), WIDE: (0, {Role.FORGET: [1, 2]})}))
+    with pytest.raises(PlanError, match="belongs to other slices"):
+        both.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["mixed_plan", "scattered_plan"])
+@pytest.mark.parametrize(("saved", "loaded", "rounding"), [
+    (torch.float32, torch.bfloat16, "nearest"), (torch.bfloat16, torch.float32, "nearest"),
+    (torch.float32, torch.float64, "nearest"), (torch.float32, torch.bfloat16, "stochastic"),
+    (torch.bfloat16, torch.float16, "stochastic")])
+def test_a_state_goes_on_in_another_dtype(kind: str, saved: torch.dtype, loaded: torch.dtype, rounding: str, make_model: Any,
+                                          request: Any) -> None:
+    """At a learning rate below the spacing of half precision, where without masters most weights would stay."""
+    model = make_model(dtype=saved)
+    plan = request.getfixturevalue(kind)(model)
+    first = MaskedAdamW(model, plan, lr=1e-4, rounding=rounding)
+    gradients(model, 0)
+    first.step()
+    for way in ("load_state_dict", "restore_slices"):
+        other = copy.deepcopy(model).to(loaded)
+        rounds = "nearest" if loaded == torch.float16 else rounding
+        second = MaskedAdamW(other, plan, lr=1e-4, rounding=rounds)
+        getattr(second, way)(first.state_dict() if way == "load_state_dict" else first.slices())
+        half = loaded in (torch.bfloat16, torch.float16)
+        masters = half and not (loaded == torch.bfloat16 and rounding == "stochastic")
+        states = second.slices()
+        assert states.keys() == set(plan.parameters())
+        for state in states.values():
+            assert ("master" in state) == masters and int(state["step"]) == 1
+            assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == (torch.float32 if half else loaded)
+        before = {name: p.detach().clone() for name, p in other.named_parameters()}
+        for _ in range(60):
+            for parameter in other.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.ones_like(parameter)
+            second.step()
+        stayed = 0
+        for name in plan.parameters():
+            old, now = (view_of(weight, name) for weight in (before[weight_of(name)], other.get_parameter(weight_of(name))))
+            stayed += int((old == now)[torch.from_numpy(plan.mask(name))].sum())
+        assert stayed < 0.05 * plan.weights_changed
 
 
 def test_state_of_another_optimizer_and_copies_are_refused(make_model: Any, mixed_plan: Any) -> None:
@@ -230,6 +296,12 @@ def test_refusals(make_model: Any, make_plan: Any) -> None:
         MaskedAdamW(model, plan, lr=-1)
     with pytest.raises(ClueError, match="rounding = 'up' must be nearest or stochastic"):
         MaskedAdamW(model, plan, rounding="up")
+    for roles in (("forget",), "forget", Role.FORGET, (2,)):
+        for use in (lambda r: MaskedAdamW(model, plan, roles=r), lambda r: SparseGradients(model, plan, r)):
+            with pytest.raises(ClueError, match="roles = .* must be members of clue.Role: give"):
+                use(roles)
+    with pytest.raises(ClueError, match="roles = .* must be members of clue.Role: give"):
+        PlanCallback(plan, ("forget",)).on_init_end(None, None, None, model=model)  # type: ignore[arg-type]
     half = make_model(dtype=torch.float16)
     with pytest.raises(ClueError, match="up_proj.weight is in float16, and stochastic rounding is for bfloat16: convert"):
         MaskedAdamW(half, plan, rounding="stochastic")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,10 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
     Raises:
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
             embeddings), where a planned slice would also change its other use.
+        ClueError: ``roles`` are not roles.
     """
+    if not isinstance(roles, Iterable) or not all(isinstance(role, Role) for role in roles):
+        raise ClueError(f"roles = {roles!r} must be members of clue.Role: give (Role.FORGET,), (Role.CONFLICT,) or both")
     reshard(model)  # a name means the shard, not what a forward pass has gathered for a while
     require_plan(plan).check(model)
     found: dict[str, nn.Parameter] = {}
@@ -80,7 +83,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Raises:
         PlanError: the plan does not fit the model, edits tied weights, or names no weight of these roles.
-        ClueError: a number out of range, or stochastic rounding of fp16 weights.
+        ClueError: a number out of range, roles that are none, or stochastic rounding of fp16 weights.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
@@ -115,7 +118,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._shapes[name] = (len(union), *(n for i, n in enumerate(plan.shapes[name]) if i != axis))
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "rounding": rounding,
                     "seed": seed}
-        super().__init__(list(self._planned), defaults)
+        super().__init__([{"params": list(self._planned), "planned": self._axes()}], defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer is made: its weights are those of its plan."""
@@ -124,6 +127,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                             " optimizer")
         super().add_param_group(param_group)
 
+    def _axes(self) -> list[list[Any]]:
+        """Name and axis of all planned weights, as a state says them."""
+        return [[shard.name, shard.axis] for shards in self._planned.values() for shard in shards]
+
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would move the weights of this optimizer's model, or none."""
         raise ClueError("a MaskedAdamW cannot be copied or pickled: keep its state_dict(), make another for the other model,"
@@ -131,9 +138,10 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # states saved before there was a choice have neither
+        for group in self.param_groups:  # of these, older states have some or none
             group.setdefault("rounding", "nearest")
             group.setdefault("seed", 0)
+            group["planned"] = self._axes()
 
     def gradients(self) -> list[Tensor]:
         """The planned slices of every gradient there is: copies, [k, columns] for rows and [rows, k] for columns; of
@@ -201,7 +209,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                     if not state:
                         self._begin(weight, shard.axis, shard.index, state, group["rounding"])
                     state["step"] += 1
-                    random = group["rounding"] == "stochastic" and weight.dtype == torch.bfloat16
+                    random = _random(weight.dtype, group["rounding"])
                     if grad.stride(-1) != 1:
                         grad = grad.contiguous()
                     if compact is not None and shard.axis == 1:
@@ -261,45 +269,64 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             PlanError: the state belongs to other slices.
         """
+        rounding = self.param_groups[0]["rounding"]
         for parameter, parts in self._planned.items():
             for shard in parts:
-                if shard.name not in slices:
-                    continue
-                self._same(shard.name, slices[shard.name]["index"], shard.index)
-                state = self._state_of(parameter, shard.name)
-                state.update({key: int(value) if key == "step" else value.clone().to(parameter.device)
-                              for key, value in slices[shard.name].items()})
-
-    @staticmethod
-    def _same(name: str, saved: Tensor, index: Tensor) -> None:
-        if not torch.equal(saved.to(index), index):
-            raise PlanError(f"the saved optimizer state of {name} belongs to other slices: resume with the plan it was"
-                            " saved with")
+                if shard.name in slices:
+                    state = self._state_of(parameter, shard.name)
+                    state.update(self._continued(parameter, shard, slices[shard.name], rounding))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved ``state_dict`` of an optimizer made with the same plan and roles.
 
+        The model may be in another dtype than the one it was saved with: masters are made where there are none, and
+        dropped where none are needed.
+
         Raises:
             PlanError: the saved state belongs to other slices.
         """
-        order = [parameter for group in self.param_groups for parameter in group["params"]]
-        saved = state_dict["state"]
-        for number, parameter in enumerate(order):
-            parts = {shard.name: shard.index for shard in self._planned[parameter]}
+        (own,), groups, saved = self.param_groups, state_dict["param_groups"], state_dict["state"]
+        if [len(group["params"]) for group in groups] != [len(own["params"])] \
+                or groups[0].get("planned", own["planned"]) != own["planned"]:
+            raise PlanError("the saved optimizer state belongs to other slices: resume with the plan and the roles it was saved"
+                            " with")
+        rounding, states = groups[0].get("rounding", "nearest"), {}
+        for number, parameter in enumerate(own["params"]):
+            shards = {shard.name: shard for shard in self._planned[parameter]}
             found = saved.get(number, {})
-            if "index" in found:  # of the parameter itself
-                found = {next(iter(parts)): found}
-            if not all(isinstance(part, dict) and "index" in part for part in found.values()):
+            if "exp_avg" in found:  # of the parameter itself
+                found = {self._made[parameter][0]: found}
+            if not all(isinstance(part, dict) and {"step", "index", "exp_avg", "exp_avg_sq"} <= part.keys()
+                       for part in found.values()):
                 raise PlanError("the saved optimizer state is not one of MaskedAdamW: resume with the optimizer that it was"
                                 " saved by")
-            for name in found:
-                self._same(name, found[name]["index"], parts.get(name, found[name]["index"][:0]))
-        super().load_state_dict(state_dict)
-        # torch casts every tensor of a state to the parameter's dtype, which would round the float32 moments and
-        # masters of bf16 weights and turn the index into floats.
-        for number, parameter in enumerate(order):
-            if number in saved:
-                self.state[parameter] = _copied(saved[number], parameter.device)
+            for name, part in found.items():
+                if name not in shards:
+                    raise _foreign(name)
+                states[parameter, name] = self._continued(parameter, shards[name], part, rounding)
+        # torch would cast every tensor of a state to the parameter's dtype, which rounds the float32 moments and masters of
+        # bf16 weights and turns the index into floats.
+        super().load_state_dict({**state_dict, "state": {}})
+        for (parameter, name), state in states.items():
+            self._state_of(parameter, name).update(state)
+
+    def _continued(self, parameter: nn.Parameter, shard: Shard, saved: Mapping[str, Any], rounding: str) -> dict[str, Any]:
+        """A saved state of planned slices, as this optimizer holds it: of a new one's keys, shapes and dtypes.
+
+        Raises:
+            PlanError: the state belongs to other slices.
+        """
+        if not torch.equal(saved["index"].to(shard.index), shard.index):
+            raise _foreign(shard.name)
+        state: dict[str, Any] = {}
+        self._begin(shard.here(parameter.detach()), shard.axis, shard.index, state, rounding)
+        state["step"] = int(saved["step"])
+        for key in ("exp_avg", "exp_avg_sq", "master"):
+            if key in state and key in saved:
+                if saved[key].shape != state[key].shape:
+                    raise _foreign(shard.name)
+                state[key] = saved[key].detach().to(state[key], copy=True)
+        return state
 
     def _checked(self, gradients: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         """The gradients as they were given, if every one is of a planned parameter and has its slices' shape."""
@@ -325,13 +352,17 @@ class MaskedAdamW(torch.optim.Optimizer):
         state["index"] = index
         state["exp_avg"] = torch.zeros_like(slices, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(slices, dtype=dtype)
-        if half and rounding == "nearest":
+        if half and not _random(weight.dtype, rounding):
             state["master"] = slices.float()
 
 
-def _copied(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.detach().clone().to(device) if isinstance(value, Tensor) else
-            _copied(value, device) if isinstance(value, dict) else value for key, value in state.items()}
+def _random(dtype: torch.dtype, rounding: str) -> bool:
+    """Whether weights of that dtype are rounded up or down at random."""
+    return rounding == "stochastic" and dtype == torch.bfloat16
+
+
+def _foreign(name: str) -> PlanError:
+    return PlanError(f"the saved optimizer state of {name} belongs to other slices: resume with the plan it was saved with")
 
 
 def _kind(dtype: torch.dtype, device: torch.device) -> str:
