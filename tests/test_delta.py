@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import resource
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from clue.cli import main
 from clue.delta import Delta
@@ -24,7 +25,7 @@ from clue.pipeline import fingerprint
 from clue.plan import Plan, Slice, verify
 from clue.saved_model import SavedModel, as_integers
 from clue.types import Role
-from clue.weights import flat_name, parameter_of, part_name, view_of
+from clue.weights import flat_name, is_stack, parameter_of, part_name, view_of
 
 from .families import tiny
 
@@ -34,7 +35,8 @@ def random_plan(model: torch.nn.Module, seed: int, share: float = 0.4) -> Plan:
     rng = np.random.default_rng(seed)
     slices, shapes = [], {}
     for parameter, tensor in model.named_parameters():
-        for name in [parameter] if tensor.ndim < 3 else [part_name(parameter, i) for i in range(len(tensor))]:
+        stack = is_stack(parameter, tensor.shape)
+        for name in [part_name(parameter, i) for i in range(len(tensor))] if stack else [parameter]:
             name = flat_name(name) if rng.random() < 0.25 else name
             shape = tuple(view_of(tensor, name).shape)
             axis = int(rng.integers(len(shape)))
@@ -107,6 +109,39 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, family: str, layout: dict[st
     for number, other in enumerate((mixed, again, Delta.between(model, changed, plan))):
         other.save(tmp_path / f"{number}.safetensors")
         assert (tmp_path / f"{number}.safetensors").read_bytes() == (tmp_path / "delta.safetensors").read_bytes()
+
+
+SIZES = {"vocab_size": 13, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+         "intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+#: A buffer in the file (e_score_correction_bias); weights of convolutions; stacks and a router under other names in the file.
+OTHERS = {"deepseek_v3": {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+                          "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
+                          "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+          "mamba": {"state_size": 4},
+          "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+                    "mamba_dt_rank": 4, "num_experts": 4},
+          "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2}}
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_folder_and_a_model_in_memory_have_the_same_weights(tmp_path: Path, family: str, original: bool) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **OTHERS[family]))
+    plan = random_plan(model, 1)
+    assert any(("conv1d.weight" if family == "mamba" else "experts.down_proj[") in name for name in plan.parameters())
+    changed = change(model, plan, 2)
+    model.save_pretrained(tmp_path / "before", save_original_format=original)
+    changed.save_pretrained(tmp_path / "after", save_original_format=original)
+    wanted = Delta.between(model, changed, plan)
+    assert wanted.changed > 0
+    for before, after in ((model, changed), (tmp_path / "before", changed), (model, tmp_path / "after"),
+                          (tmp_path / "before", tmp_path / "after")):
+        delta, found = Delta.between(before, after, plan), verify(before, after, plan)
+        assert delta == wanted and delta.before and delta.after
+        assert found.ok and (found.planned, found.changed) == (plan.weights_changed, wanted.changed)
+    wanted.apply_folder(tmp_path / "before", tmp_path / "applied")
+    assert files(tmp_path / "applied") == files(tmp_path / "after")
 
 
 def test_tied_weights_count_once(tmp_path: Path) -> None:
@@ -352,6 +387,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.save_pretrained(tmp_path / "before")
     change(model, plan, 2).save_pretrained(tmp_path / "after")
     plan.save(tmp_path / "plan")
+    shutil.copytree(tmp_path / "before", tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
     capsys.readouterr()
 
     def clue(*argv: str) -> tuple[int, str, str]:
@@ -360,6 +397,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     status, out, _ = clue("make", "before", "after", "plan", "-o", "d.safetensors")
     assert status == 0 and f"of {plan.weights_changed} planned weights changed" in out
+    assert clue("make", "damaged", "after", "plan", "-o", "unnamed.safetensors")[0] == 0
+    assert Delta.load(tmp_path / "unnamed.safetensors").before == ""  # it does not say what model it is
     assert clue("apply", "before", "d.safetensors", "-o", "applied")[0] == 0
     assert files(tmp_path / "applied") == files(tmp_path / "after")
     assert clue("revert", "applied", "d.safetensors", "-o", "reverted")[0] == 0

@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clue.delta import Delta
 from clue.errors import PlanError
 from clue.plan import Plan, Slice, Verification, verify
 from clue.types import Role
+from clue.unlearn import PlanCallback
+from tests.families import tiny
 
 SHAPES = {"up.weight": (6, 4), "down.weight": (4, 6), "up.bias": (6,)}
 
@@ -67,6 +70,31 @@ def test_round_trip_is_byte_identical(tmp_path, make):
     assert again.nodes == make_plan().nodes
     assert again.provenance == {"seed": 3}
     assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["plan.json", "plan.safetensors"]
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    given = {"batch_size": np.int64(2), "share": np.float32(0.5), "on": np.bool_(True), "inner": [np.uint8(7)]}
+    plan = make_plan(provenance=given)
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path).provenance == {"batch_size": 2, "share": 0.5, "on": True, "inner": [7]}
+
+
+def test_a_save_that_fails_leaves_the_plan_before(tmp_path, monkeypatch):
+    make_plan().save(tmp_path / "plan")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "plan").iterdir()}
+    for bad in ({"x": object()}, {"x": {np.int64(1): 2}}):
+        for folder in ("plan", "new"):
+            with pytest.raises(PlanError, match=r"provenance cannot be written \(.*: give it numbers, texts"):
+                make_plan(slices=(), provenance=bad).save(tmp_path / folder)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        single_weights().save(tmp_path / "plan")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "plan").iterdir()} == before
+    assert [folder.name for folder in tmp_path.iterdir()] == ["plan"]
 
 
 @pytest.mark.parametrize(("slices", "message"), [
@@ -176,6 +204,22 @@ def test_verify_takes_models_in_memory(tmp_path):
         plan.verify(before, torch.nn.Linear(2, 2))
 
 
+def test_slices_that_a_trainer_trains_are_no_weights_of_the_model():
+    """A copy of a model that a Trainer with a PlanCallback was made for holds them, and the model in the end does not."""
+    model, name = tiny("llama", torch.float32), "model.layers.0.mlp.up_proj.weight"
+    plan = Plan((), np.zeros(0, dtype=np.uint8), (Slice(name, 0, Role.FORGET, index(1, 5)),), {name: (24, 16)})
+    callback = PlanCallback(plan)
+    callback.on_init_end(None, None, None, model=model)
+    before = copy.deepcopy(model)
+    assert len(list(before.parameters())) == len(list(tiny("llama").parameters())) + 1
+    callback.release(model)
+    with torch.no_grad():
+        model.get_parameter(name)[1] += 1
+    for one, other in ((before, model), (model, before)):
+        assert plan.verify(one, other) == Verification(32, 16, ())
+        assert Delta.between(one, other, plan).changed == 16
+
+
 def test_verify_sees_single_weights(tmp_path):
     weights = {name: torch.zeros(SHAPES[name]) for name in ("up.weight", "down.weight")}
     moved = {name: tensor.clone() for name, tensor in weights.items()}
@@ -199,7 +243,7 @@ def test_verify_refuses_two_different_models(tmp_path):
         verify(tmp_path / "a", tmp_path / "b", make_plan())
     with pytest.raises(PlanError, match="holds no model weights"):
         verify(tmp_path, tmp_path / "b", make_plan())
-    for name, change in (("half", lambda t: t.bfloat16()), ("wide", lambda t: torch.ones(*t.shape, 2))):
+    for name, change in (("half", lambda t: t.bfloat16()), ("wide", lambda t: torch.ones(*t.shape[:-1], 7))):
         (tmp_path / name).mkdir()
         save_file({n: change(torch.ones(s)) for n, s in SHAPES.items()}, tmp_path / name / "model.safetensors")
     with pytest.raises(PlanError, match=r"is F32 in .* and BF16 in .*save the original in the dtype"):

@@ -33,9 +33,11 @@ def test_names_come_apart_as_they_were_put_together():
 @pytest.mark.parametrize(("name", "expected"), [
     ("stack[2]", (2, 5)), ("stack[2][:]", (10,)), ("matrix[:]", (20,)), ("other[:]", None),
     ("stack", (3, 2, 5)), ("matrix", (4, 5)), ("stack[3]", None), ("matrix[0]", None), ("other", None),
+    ("conv1d.weight", (6, 1, 4)), ("conv1d.weight[:]", (24,)), ("conv1d.weight[0]", None),
 ])
 def test_shapes(name, expected):
-    assert shape_of({"stack": torch.zeros(3, 2, 5), "matrix": torch.zeros(4, 5)}, name) == expected
+    parameters = {"stack": torch.zeros(3, 2, 5), "matrix": torch.zeros(4, 5), "conv1d.weight": torch.zeros(6, 1, 4)}
+    assert shape_of(parameters, name) == expected
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "llama"])

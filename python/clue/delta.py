@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from .data.atomic import write_atomically
 from .errors import DeltaError
-from .saved_model import MARK, WIDTH, Bits, ModelInMemory, SavedModel, as_integers, as_numpy, dtype_of
+from .saved_model import MARK, WIDTH, Bits, ModelInMemory, SavedModel, as_integers, as_numpy, compared, dtype_of
 from .values import ByValue
 from .weights import is_flat, parameter_of, shape_of, view_of, weight_of
 
@@ -120,12 +120,9 @@ class Delta(ByValue):
                 changed, which a delta does not hold.
         """
         old, new = _open(before), _open(after)
-        # A file may hold buffers and tied copies, which are no parameters of a model in memory.
-        names = (old if isinstance(old, ModelInMemory) else new).keys()
-        both = old.keys() | new.keys() if isinstance(old, type(new)) else names
-        missing = sorted(both - (old.keys() & new.keys()))
-        if missing:
-            raise DeltaError(f"the models before and after do not hold the same weights (for example {missing[0]}):"
+        names, lacking = compared(old, new)
+        if lacking:
+            raise DeltaError(f"the models before and after do not hold the same weights (for example {lacking[0]}):"
                              " they are not two versions of one model")
         planned = {weight_of(name): name for name in plan.parameters()}
         if unknown := [name for name in planned if name not in names]:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .data.atomic import write_atomically
+from .data.atomic import replacing
 from .errors import DeltaError, ModelError, PlanError
-from .saved_model import ModelInMemory, SavedModel
+from .saved_model import ModelInMemory, SavedModel, compared
 from .types import NodeKind, Role
 from .values import ByValue
 from .weights import flat_name, is_flat, parameter_of, shape_of, weight_of
@@ -192,11 +192,14 @@ class Plan(ByValue):
         return cls(graph.names, role, slices, shapes, dict(provenance))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``plan.json`` and ``plan.safetensors`` into a folder, each whole or not at all."""
+        """Write ``plan.json`` and ``plan.safetensors`` into a folder; where that fails, a plan that was there stays.
+
+        Raises:
+            PlanError: the provenance holds what JSON cannot say.
+        """
         from safetensors.numpy import save
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         arrays = {"role": np.ascontiguousarray(self.role, dtype=np.uint8)}
         for i, s in enumerate(self.slices):
             # Single weights may be a fifth of a model: one bit for each in the file, not eight bytes for each chosen.
@@ -212,8 +215,16 @@ class Plan(ByValue):
             "provenance": dict(self.provenance),
             "nodes": list(self.nodes),
         }
-        write_atomically(folder / "plan.safetensors", save(arrays))
-        write_atomically(folder / "plan.json", (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+        try:
+            text = json.dumps(document, indent=1, sort_keys=True, default=_plain) + "\n"
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the plan's provenance cannot be written ({error}): give it numbers, texts, lists and dicts of"
+                            " them") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        # Both are written before either gets its name.
+        with replacing(folder / "plan.safetensors") as binary, replacing(folder / "plan.json") as readable:
+            binary.write_bytes(save(arrays))
+            readable.write_text(text)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Plan:
@@ -247,6 +258,13 @@ class Plan(ByValue):
             return cls(tuple(document["nodes"]), arrays["role"], slices, shapes, document["provenance"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"the plan in {folder} is damaged ({error!r}): make it again with `clue localize`") from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as one that JSON knows."""
+    if isinstance(value, np.number | np.bool_):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no type of JSON's")
 
 
 def require_plan(given: Any) -> Plan:
@@ -292,23 +310,24 @@ def verify(before: Model, after: Model, plan: Plan) -> Verification:
     """Compare two models, saved ones (folders of safetensors files) or such in memory, bit by bit against a plan.
 
     Tensors are compared as raw bytes, so NaNs, signed zeros and every dtype count as what they are. Of a model in memory they
-    are its parameters: give ``copy.deepcopy(model)`` from before as ``before``.
+    are its parameters, and of a folder that is compared with it the same: give ``copy.deepcopy(model)`` from before as
+    ``before``.
 
     Raises:
         PlanError: a folder holds no safetensors weights, or the two models do not have the same tensors.
     """
     (before, old), (after, new) = _open(before, "the model before"), _open(after, "the model after")
-    if old.keys() != new.keys():
-        differing = sorted(old.keys() ^ new.keys())
-        raise PlanError(f"{before} and {after} do not hold the same tensors (for example {differing[0]}):"
+    names, lacking = compared(old, new)
+    if lacking:
+        raise PlanError(f"{before} and {after} do not hold the same tensors (for example {lacking[0]}):"
                         " they are not two versions of one model")
     planned = {weight_of(name): name for name in plan.parameters()}
-    missing = [name for name in planned if name not in old.keys()]  # noqa: SIM118 -- not a mapping
+    missing = [name for name in planned if name not in names]
     if missing:
         raise PlanError(f"the plan edits {missing[0]}, which {before} does not hold: it was made for another model")
     changed = 0
     outside: list[tuple[str, int]] = []
-    for name in sorted(old.keys()):
+    for name in sorted(names):
         a, b = old.bits(name), new.bits(name)
         if a.shape != b.shape:
             raise PlanError(f"{name} has shape {a.shape} in {before} and {b.shape} in {after}: they are not two versions of one"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .data.atomic import new_folder
 from .errors import DeltaError
-from .weights import from_file, part_name
+from .weights import from_file, is_stack, part_name
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ class SavedModel:
             with torch.device("meta"):
                 config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)  # else it asks, and waits
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (ValueError, KeyError, OSError, ImportError):
+        except Exception:  # of any kind: of packages that are missing, damaged configurations
             return ""
         names: dict[int, list[str]] = {}  # of one parameter; tied ones have several
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -184,10 +184,16 @@ class ModelInMemory:
     """The parameters of a model in memory, as :class:`SavedModel` shows those of a folder."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        from .unlearn.slices import SliceParameters
+
         self._model = model
         self._home: dict[str, Callable[[], torch.Tensor]] = {}
+        # A trainer's PlanCallback keeps copies of planned slices in the model for a while, which are no weights of it.
+        copies = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, SliceParameters))
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 3:
+            if name.startswith(copies):
+                continue
+            if is_stack(name, parameter.shape):
                 for member in range(len(parameter)):
                     self._home[part_name(name, member)] = lambda p=parameter, i=member: p.detach()[i]  # type: ignore[misc]
             else:
@@ -210,6 +216,16 @@ class ModelInMemory:
         from .provenance import fingerprint
 
         return fingerprint(self._model)
+
+
+def compared(before: SavedModel | ModelInMemory, after: SavedModel | ModelInMemory) -> tuple[set[str], list[str]]:
+    """Names of the weights that two versions of a model are compared by, and which of them one of the two lacks.
+
+    Files may hold buffers and tied copies, which are no parameters of a model in memory: next to one, its names count.
+    """
+    names = {name for model in (before, after) if isinstance(model, ModelInMemory) for name in model.keys()}  # noqa: SIM118
+    names = names or before.keys() | after.keys()
+    return names, sorted(names - (before.keys() & after.keys()))
 
 
 def dtype_of(tensor: torch.Tensor) -> str:
