@@ -187,7 +187,7 @@ def test_a_wrong_settings_file_is_named(
     ([*LOCALIZE, "--steps", "0"], "steps = 0 must be at least 1"),
     ([*LOCALIZE, "--path-steps", "3"], "path_steps = 3 must be an even number"),
     ([*LOCALIZE, "--lr", "inf"], "lr = inf must be finite"),
-    ([*LOCALIZE, "--seed", "-1"], "seed = -1 must lie in 0..2^48 - 1"),
+    ([*LOCALIZE, "--seed", "-1"], "seed = -1 must be a whole number in 0..2^48 - 1"),
     ([*LOCALIZE, "--objective", "x"], "argument --objective: invalid choice: 'x'"),
     ([*LOCALIZE, "--edg", "0.1"], "unrecognized arguments: --edg"),
     ([*LOCALIZE, "--threads", "0"], "--threads 0 must be at least 1"),

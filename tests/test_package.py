@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pydoc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import clue
+from clue import baselines
 from clue.config import RobustnessSettings, check
 from clue.errors import ClueError
-from clue.evaluate import EvaluationSets
+from clue.evaluate import EvaluationSets, stress
 from clue.evaluate.measure import evaluate
+from clue.plan import Plan
+from clue.unlearn import tune
 from clue.unlearn.loop import unlearn
 
 
@@ -44,14 +49,51 @@ def test_settings_of_another_type_are_named(settings: Any, message: str) -> None
 
 
 def test_settings_of_another_stage_are_named() -> None:
-    import numpy as np
-
     given: Any = {"lr": 1, "steps": np.int64(3), "retain_weight": np.float32(0.5)}
     check(clue.UnlearnSettings(**given), clue.UnlearnSettings)
     for wrong, wanted in ((clue.LocalizeSettings(), clue.UnlearnSettings), (clue.UnlearnSettings, clue.UnlearnSettings),
                           (replace(RobustnessSettings()), clue.EvaluateSettings), (3, clue.LocalizeSettings)):
         with pytest.raises(ClueError, match=rf"settings must be an object such as clue.{wanted.__name__}\(...\), got"):
             check(wrong, wanted)
+
+
+def test_settings_hold_plain_numbers() -> None:
+    given: Any = {"lr": np.float32(0.5), "steps": np.int64(3), "floor": np.float64(0.25), "retain_weight": 1}
+    found = clue.UnlearnSettings(**given)
+    assert json.loads(json.dumps(asdict(found))) == asdict(clue.UnlearnSettings(lr=0.5, steps=3, floor=0.25, retain_weight=1))
+    assert [type(x) for x in (found.lr, found.steps, found.retain_weight)] == [float, int, int]
+    assert type(replace(found, steps=np.int32(4)).steps) is int
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "a", 2**63, True, None])
+def test_seeds_are_checked(seed: Any) -> None:
+    """Before anything else is looked at."""
+    message = rf"seed = {seed!r} must be a whole number in 0\.\.2\^48 - 1"
+    nothing: Any = None
+    plan = Plan((), np.zeros(0, np.uint8), (), {})
+    for call in (lambda: clue.localize(nothing, nothing, [], [], seed=seed),
+                 lambda: stress(nothing, nothing, nothing, seed=seed),
+                 lambda: baselines.localize("random", nothing, nothing, [], [], seed=seed),
+                 lambda: clue.unlearn(nothing, nothing, [], [], plan, seed=seed),
+                 lambda: tune(nothing, nothing, [], [], plan, seed=seed),
+                 lambda: clue.evaluate(nothing, nothing, nothing, seed=seed)):
+        with pytest.raises(ClueError, match=message):
+            call()
+
+
+def test_what_is_no_setting_and_no_set_is_named() -> None:
+    nothing: Any = None
+    plan = Plan((), np.zeros(0, np.uint8), (), {})
+    wrong: Any = {"lr": 1}
+    for call, message in (
+            (lambda: tune(nothing, nothing, [], [], plan, wrong), "settings must be an object such as clue.UnlearnSettings"),
+            (lambda: tune(nothing, nothing, [], [], plan, clue.UnlearnSettings(batch_size=0)), "batch_size = 0 must be at"),
+            (lambda: clue.evaluate(nothing, nothing, wrong), r"clue.evaluate.EvaluationSets\(forget=..., .* got a dict"),
+            (lambda: clue.evaluate(nothing, nothing, nothing, data=wrong), "clue.DataSettings"),
+            (lambda: stress(nothing, nothing, nothing, data=wrong), "clue.DataSettings"),
+            (lambda: stress(nothing, nothing, nothing), "got a NoneType")):
+        with pytest.raises(ClueError, match=message):
+            call()
 
 
 def test_evaluation_sets_are_record_sets() -> None:

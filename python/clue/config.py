@@ -24,8 +24,23 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def _is(value: Any, kind: type) -> bool:
+    """``isinstance``, after which a type checker still takes the value for what it was."""
+    return isinstance(value, kind)
+
+
+class _Plain:
+    """Numbers of NumPy and its like become Python's, which JSON and everything else takes."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if _is(value, Real) and type(value) not in (bool, int, float):
+                object.__setattr__(self, f.name, int(value) if isinstance(value, Integral) else float(value))
+
+
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(_Plain):
     """How records become token sequences."""
 
     chat: str = _option("auto", "use the tokenizer's chat template: auto (if it has one), on, off",
@@ -35,7 +50,7 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class LocalizeSettings:
+class LocalizeSettings(_Plain):
     """How circuits are found and turned into a plan, or which other way of choosing weights is taken."""
 
     method: str = _option("clue", "what chooses the weights: clue, or a baseline to compare with, which uses ratio and"
@@ -85,7 +100,7 @@ class LocalizeSettings:
 
 
 @dataclass(frozen=True)
-class UnlearnSettings:
+class UnlearnSettings(_Plain):
     """How the planned weights are trained."""
 
     objective: str = _option("auto", "what forgetting minimises: npo, npo-cf (npo, and towards what the model says of other"
@@ -157,7 +172,7 @@ class UnlearnSettings:
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(_Plain):
     """What is measured, and on how much."""
 
     batch_size: int = _option(64, "records per forward pass")
@@ -179,7 +194,7 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
-class RobustnessSettings:
+class RobustnessSettings(_Plain):
     """How it is tried to bring back what was forgotten."""
 
     relearn_steps: int = _option(50, "steps of plain fine-tuning on a part of the forget set")
@@ -196,11 +211,6 @@ class RobustnessSettings:
 
 _KINDS: dict[type, tuple[type, str]] = {bool: (bool, "true or false"), int: (Integral, "a whole number"),
                                          float: (Real, "a number"), str: (str, "a text")}
-
-
-def _is(value: Any, kind: type) -> bool:
-    """``isinstance``, after which a type checker still takes the value for what it was."""
-    return isinstance(value, kind)
 
 
 def check(settings: Any, kind: type | None = None) -> None:
@@ -220,8 +230,8 @@ def check(settings: Any, kind: type | None = None) -> None:
             raise ClueError(f"{f.name} = {value!r} is not one of {', '.join(choices)}")
         if f.name in {"min_k", "relearn_share", "ratio"} and not 0.0 < value <= 1.0:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1]")
-        if f.name == "seed" and not 0 <= value < 2**48:
-            raise ClueError(f"seed = {value} must lie in 0..2^48 - 1")
+        if f.name == "seed":
+            check_seed(value)
         if f.name == "validation" and value >= 1.0:
             raise ClueError(f"validation = {value} must be less than 1: records to train on must be left")
         if f.name in {"edges", "neurons", "faithfulness", "stability"} and value > 1.0:
@@ -241,8 +251,15 @@ def check(settings: Any, kind: type | None = None) -> None:
             raise ClueError(f"{f.name} = {value} must be finite and not negative")
 
 
+def check_seed(seed: Any) -> int:
+    """The seed as a plain number; raises :class:`ClueError` unless it is a whole one in 0..2^48 - 1."""
+    if not _is(seed, Integral) or _is(seed, bool) or not 0 <= seed < 2**48:
+        raise ClueError(f"seed = {seed!r} must be a whole number in 0..2^48 - 1")
+    return int(seed)
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(_Plain):
     """Everything that decides a run besides its inputs: one group per stage, the seed, and where the model is run."""
 
     data: DataSettings = field(default_factory=DataSettings)

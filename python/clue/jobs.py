@@ -191,8 +191,8 @@ def _tuned(log: UnlearnLog) -> str:
 
     assert log.tuning is not None
     before, kept = log.tuning["before"], log.tuning["kept"]
-    text = (f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.tuning['lr']:.3g}, retain weight"
-            f" {log.tuning['retain_weight']:g}")
+    text = (f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.tuning['lr']:.3g}, retain"
+            f" weight {log.tuning['retain_weight']:g}")
     if kept is not None and before is not None:
         text += f"; they keep {percent(kept)} of their answers' probability (before: {percent(before)})"
         if kept < 0.9 * before:
@@ -225,6 +225,7 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
     from .data.records import overlap
     from .evaluate import Evaluation
     from .evaluate import evaluate as measure
+    from .evaluate.evaluation import difference
 
     run.require("model", "unlearn")
     names = ("before", "after", "gold")
@@ -258,6 +259,8 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
         if others:
             progress(f"note       {tests.gold} was measured on other records of {', '.join(others)}: its numbers there cannot"
                      " be compared")
+        if reason := difference(found["after"], stored_gold, (), ("truth_mean", "count_eos", "min_k")):
+            progress(f"note       {tests.gold}: {reason}")
     with run.stage("evaluation", lambda: {"settings": settings.to_dict(), "tests": asdict(tests)}) as folder:
         for name, evaluation in found.items():
             evaluation.save(folder / f"{name}.json")

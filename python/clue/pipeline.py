@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .config import DataSettings, LocalizeSettings, check
+from .config import DataSettings, LocalizeSettings, check, check_seed
 from .data.pairs import corrupt
 from .data.records import read_sets
 from .errors import ClueError
@@ -78,6 +78,7 @@ def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | 
     """
     check(settings, LocalizeSettings)
     check(data, DataSettings)
+    seed = check_seed(seed)
     if settings.method == "clue":
         return locate(model, tokenizer, forget, retain, settings, data=data, seed=seed, progress=progress, keep=keep).plan
     from . import baselines
@@ -106,6 +107,7 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
     if settings.mode == "surgical" and settings.semantics == "authors":
         raise ClueError("mode = surgical reads the gates in a way of its own: leave semantics = support")
     check(data, DataSettings)
+    seed = check_seed(seed)
     body = anatomy(model)
     check_weights(model)
     sets = read_sets(forget, retain)

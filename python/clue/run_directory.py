@@ -131,8 +131,8 @@ class Run:
         """
         inputs = self.manifest.get("inputs")
         if not isinstance(inputs, dict) or not {"model", "forget", "retain"} <= set(inputs):
-            raise RunError(f"{self.folder / MANIFEST} does not say which model and records it was made from: it is damaged, or no"
-                           " run of `clue localize`; start a new run in another folder")
+            raise RunError(f"{self.folder / MANIFEST} does not say which model and records it was made from: it is damaged, or"
+                           " no run of `clue localize`; start a new run in another folder")
         return inputs
 
     def has(self, stage: str) -> bool:
@@ -168,8 +168,8 @@ class Run:
     def stage(self, name: str, record: Callable[[], Mapping[str, Any]] = dict) -> Iterator[Path]:
         """Write a stage: yields an empty folder that takes the stage's name when the block ends without an exception.
 
-        ``record`` is asked at its end for fields of the manifest (:meth:`update`), which are there as soon as the stage is. On an
-        exception the folder is removed. Whatever an earlier, killed attempt left is removed first.
+        ``record`` is asked at its end for fields of the manifest (:meth:`update`), which are there as soon as the stage is.
+        On an exception the folder is removed. Whatever an earlier, killed attempt left is removed first.
 
         Raises:
             RunError: the stage has finished already.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -225,6 +225,8 @@ def test_utility_is_the_harmonic_mean_of_its_numbers_and_quality_compares_stored
         settings = replace(FAST, truth_mean="arithmetic") if changed is sets else FAST
         with pytest.raises(ClueError, match=message):
             found.forget_quality(evaluate(model, tokenizer, changed, settings))
+    with pytest.raises(ClueError, match="append_eos was True for one evaluation and False for the other"):
+        found.forget_quality(replace(found, settings={**found.settings, "data": asdict(DataSettings(append_eos=False))}))
     plain = evaluate(model, tokenizer, replace(sets, forget=retain, utility=()), FAST)
     bare = evaluate(model, tokenizer, EvaluationSets(sets.forget_paraphrase, retain), FAST)
     assert bare.forget_quality(plain) is None and plain.forget_quality(bare) is None

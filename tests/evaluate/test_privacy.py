@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from clue.errors import ModelError
-from clue.evaluate.evaluation import Evaluation, privleak
+from clue.evaluate.evaluation import Evaluation, SetResult, privleak
 from clue.evaluate.memorization import TokenScores
 from clue.evaluate.privacy import attack, auc, auc_interval, corners, loss_score, min_k_score, roc, tpr_at
 
@@ -103,3 +105,14 @@ def test_privleak_is_zero_for_the_gold_model_itself_and_signed():
     assert privleak(with_auc(0.8), with_auc(0.6)) == pytest.approx((0.2 - 0.4) / 0.4 * 100)
     assert privleak(gold, with_auc(1.0)) is None
     assert privleak(gold, gold, "loss") is None
+
+    def measured(holdout="h", **settings):
+        """As ``gold``, of these records, with these settings."""
+        detail = {name: SetResult(name, name, 4, sha, 1.0, 1.0, 1.0, 0.0, 0.0)
+                  for name, sha in (("forget", "f"), ("holdout", holdout))}
+        return replace(gold, detail=detail, settings={"evaluate": {"min_k": 0.2, "count_eos": False} | settings, "data": {}})
+
+    assert privleak(measured(), measured(truth_mean="geometric")) == 0
+    for other in (measured(holdout="x"), measured(min_k=0.4), measured(count_eos=True),
+                  replace(measured(), settings=measured().settings | {"data": {"append_eos": False}})):
+        assert privleak(measured(), other) is None

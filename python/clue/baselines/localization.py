@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config import BASELINES, DataSettings, LocalizeSettings, check
+from ..config import BASELINES, DataSettings, LocalizeSettings, check, check_seed
 from ..data.encoding import pad_id
 from ..data.pairs import corrupt, encode_set
 from ..data.records import read_sets
@@ -63,6 +63,7 @@ def localize(name: str, model: nn.Module, tokenizer: Any, forget: Any, retain: A
     settings = LocalizeSettings(method=name, ratio=ratio, batch_size=batch_size)
     check(settings)
     check(data, DataSettings)
+    seed = check_seed(seed)
     body = anatomy(model)
     check_weights(model)
     sets = read_sets(forget, retain)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import DataSettings
 from ..data.atomic import write_atomically
 from ..data.records import RecordSet
 from ..errors import ClueError, RecordError, RunError
@@ -97,6 +98,13 @@ class EvaluationSets:
                             " give one")
         return cls(forget, headline, benchmark.forget_paraphrase, kept, benchmark.skills, benchmark.holdout,
                    benchmark.forget_extra, benchmark.members, benchmark.utility)
+
+
+def require_sets(sets: Any) -> None:
+    """Raise :class:`ClueError` unless these are evaluation sets."""
+    if not isinstance(sets, EvaluationSets):
+        raise ClueError(f"the sets to evaluate on must be clue.evaluate.EvaluationSets(forget=..., retain=...), got a"
+                        f" {type(sets).__name__}")
 
 
 @dataclass(frozen=True)
@@ -290,15 +298,32 @@ def _text(value: Any, depth: int, indent: str = "") -> str:
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
+def difference(evaluation: Evaluation, gold: Evaluation, sets: Sequence[str], settings: Sequence[str]) -> str:
+    """Why two evaluations cannot be compared on some sets, where these settings decide, and what to do; empty where they can.
+    How records become tokens always decides."""
+    for name in sets:
+        one, other = (e.detail[name].sha256 if name in e.detail else "" for e in (evaluation, gold))
+        if one != other:
+            return f"the two evaluations were measured on different {name} sets: evaluate both on the same records"
+    for group, name in (*(("evaluate", name) for name in settings), *(("data", f.name) for f in fields(DataSettings))):
+        mine, theirs = (e.settings.get(group, {}).get(name) for e in (evaluation, gold))
+        if mine != theirs:
+            return f"{name} was {mine} for one evaluation and {theirs} for the other: evaluate both with the same settings"
+    return ""
+
+
 def privleak(evaluation: Evaluation, gold: Evaluation, name: str = "min_k") -> float | None:
     """How far the attack's AUC is from a retrained model's, in percent; 0 is ideal.
 
     ((1 - A) - (1 - A_r)) / (1 - A_r) * 100 with A the AUC of this model and A_r that of one retrained without the
     forget set (MUSE, Shi et al., ICLR 2025, arXiv 2407.06460, with AUC 1.0 = members recognised). Negative: members
     still stand out; positive: they were pushed below records the model never saw. None where either evaluation lacks
-    the attack or the retrained model gives every member away (A_r = 1).
+    the attack, the two are of other records or settings, or the retrained model gives every member away (A_r = 1).
     """
     if name not in evaluation.mia or name not in gold.mia or gold.mia[name].auc == 1.0:
+        return None
+    members = "members" if "members" in evaluation.detail else "forget"
+    if difference(evaluation, gold, (members, "holdout"), ("count_eos", *(["min_k"] if name.startswith("min_k") else []))):
         return None
     a, a_r = evaluation.mia[name].auc, gold.mia[name].auc
     return ((1 - a) - (1 - a_r)) / (1 - a_r) * 100

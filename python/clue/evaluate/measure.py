@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ..config import DataSettings, EvaluateSettings, check
+from ..config import DataSettings, EvaluateSettings, check, check_seed
 from ..data.encoding import encode, length_limit, pad_id
 from ..errors import ModelError
 from . import generation, memorization, privacy, truth
-from .evaluation import Evaluation, EvaluationSets, Sample, SetResult
+from .evaluation import Evaluation, EvaluationSets, Sample, SetResult, require_sets
 from .harness import harness
 from .privacy import Attack
 
@@ -81,6 +81,9 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
 
     settings, data = settings or EvaluateSettings(), data or DataSettings()
     check(settings, EvaluateSettings)
+    check(data, DataSettings)
+    seed = check_seed(seed)
+    require_sets(sets)
     sides = ("forget" if sets.members is None else "members", "holdout")
     attacks = [name for name in settings.attacks.split(",") if name] if sets.holdout is not None else []
     pad = pad_id(tokenizer)

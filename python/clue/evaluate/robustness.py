@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import DataSettings, RobustnessSettings, check
+from ..config import DataSettings, RobustnessSettings, check, check_seed
 from ..data.atomic import write_atomically
 from ..data.encoding import IGNORED, batches, encode, length_limit, pad_id
 from ..errors import ClueError, RunError
 from ..model.answers import answer_logits
+from .evaluation import EvaluationSets, require_sets
 from .memorization import exact_match, probability, score
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from ..data.encoding import Example
     from ..data.records import Record, RecordSet
-    from .evaluation import EvaluationSets
 
 FORMAT = 1
 
@@ -126,6 +126,9 @@ def stress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Eva
     """
     settings, data = settings or RobustnessSettings(), data or DataSettings()
     check(settings, RobustnessSettings)
+    check(data, DataSettings)
+    seed = check_seed(seed)
+    require_sets(sets)
     return Robustness(
         {"relearning": relearn(model, tokenizer, sets, settings, data=data, seed=seed),
          "drift": drift(model, tokenizer, sets, settings, data=data, seed=seed),

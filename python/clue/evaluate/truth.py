@@ -107,14 +107,9 @@ def forget_quality(evaluation: Evaluation, gold: Evaluation) -> float | None:
 
 def incomparable(evaluation: Evaluation, gold: Evaluation) -> str:
     """Why the truth ratios of two evaluations cannot be compared, and what to do; empty where they can."""
-    if evaluation.detail["forget"].sha256 != gold.detail["forget"].sha256:
-        return "the two evaluations were measured on different forget sets: evaluate both on the same records"
-    for name in ("truth_mean", "count_eos"):
-        used = [e.settings.get("evaluate", {}).get(name) for e in (evaluation, gold)]
-        if used[0] != used[1]:
-            return (f"{name} was {used[0]} for one evaluation and {used[1]} for the other: evaluate both with the same"
-                    " settings")
-    return ""
+    from .evaluation import difference
+
+    return difference(evaluation, gold, ("forget",), ("truth_mean", "count_eos"))
 
 
 def model_utility(evaluation: Evaluation) -> float | None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ..config import DataSettings, UnlearnSettings, check
+from ..config import DataSettings, UnlearnSettings, check, check_seed
 from ..data.encoding import Example, batches, encode, length_limit, pad_id
 from ..data.records import read_sets
 from ..errors import ClueError, ModelError, PlanError, RecordError
@@ -104,6 +104,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
     check(settings, UnlearnSettings)
     check(data, DataSettings)
     require_plan(plan)
+    seed = check_seed(seed)
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
     sets = read_sets(forget, retain, required=False)

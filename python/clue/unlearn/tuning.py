@@ -17,27 +17,25 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import DataSettings, UnlearnSettings
+from ..config import DataSettings, UnlearnSettings, check, check_seed
 from ..data.atomic import write_atomically
 from ..data.encoding import batches, encode, length_limit, pad_id
 from ..data.held_back import hold_back
 from ..data.records import read_sets
 from ..errors import ClueError, ModelError, RunError
 from ..model.anatomy import check_weights
+from ..plan import Plan, require_plan
 from ..processes import agreed, place
 from ..types import Role
 from .checkpoint import identity
 from .objectives import Forget, Objective, objective_of, suited
 from .reference import ReferenceWeights
 from .role_gradient import forgotten_of
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 #: The first learning rate, in units of the planned weights' root mean square.
 RELATIVE_LR = 0.0045
@@ -127,6 +125,10 @@ def tune(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
     from .loop import made_for, restored, unlearn
 
     settings, data = settings or UnlearnSettings(), data or DataSettings()
+    check(settings, UnlearnSettings)
+    check(data, DataSettings)
+    require_plan(plan)
+    seed = check_seed(seed)
     sets = read_sets(forget, retain, required=False)
     forget, retain = sets.pop("forget"), sets
     objective = suited(settings.objective if objective is None else objective, forget, retain)
