@@ -181,6 +181,10 @@ class _Maker:
         self.tokenizer, self.chat, self.corruption = tokenizer, chat, corruption
         self.prefix = special_prefix(tokenizer)
         self.donors = [(donor, self._prompt_part(donor)) for donor in donors]
+        # Every record asks every donor, so that these are told once and as numbers.
+        self.lengths = np.array([last - first for _, (first, last) in self.donors], dtype=np.int64)
+        self.known: dict[str, int] = {}
+        self.answers = np.array([self.known.setdefault(_answer(d.record), len(self.known)) for d in donors], dtype=np.int64)
 
     def make(self, example: Example, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, str]:
         """Clean ids, corrupted ids, answer start and kind; donors are tried in ``order``."""
@@ -225,12 +229,11 @@ class _Maker:
         ids, start = example.input_ids, self._answer_start(example)
         length = last - first
 
-        def rank(donor: Example, n: int) -> tuple[bool, int]:
-            return _answer(donor.record) == _answer(example.record), 0 if n == length else 1 if n > length else 2
-
-        ranked = sorted((i for i in order if self.donors[i][1][1] > self.donors[i][1][0]), key=lambda i: rank(
-            self.donors[i][0], self.donors[i][1][1] - self.donors[i][1][0]))
-        for i in ranked:
+        # Another answer comes first; then the same length, a longer one, a shorter one.
+        order = order[self.lengths[order] > 0]
+        n = self.lengths[order]
+        rank = 3 * (self.answers[order] == self.known.get(_answer(example.record), -1)) + np.where(n == length, 0, 1 + (n < length))
+        for i in order[np.argsort(rank, kind="stable")].tolist():
             donor, (a, b) = self.donors[i]
             words = donor.input_ids[a:b]
             # The end of a question stands next to the answer, so a longer one keeps its end and a shorter one is tiled
@@ -244,13 +247,14 @@ class _Maker:
         """The pool's other subjects, each once: first those known to have another answer to this very question, then
         those of whom nothing is known, last those whose answer is the same."""
         known: dict[str, int] = {}
-        for i in order:
+        mine = self.known.get(_answer(record), -1)
+        for i in order.tolist():
             other = self.donors[i][0].record
             if other.subject is None or other.subject == record.subject:
                 continue
             rank = 1
             if record.group is not None and other.group == record.group:
-                rank = 2 if _answer(other) == _answer(record) else 0
+                rank = 2 if self.answers[i] == mine else 0
             known[other.subject] = rank if known.get(other.subject, 1) == 1 else known[other.subject]
         return iter(sorted(known, key=known.__getitem__))
 
