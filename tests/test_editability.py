@@ -145,3 +145,6 @@ def test_a_run_keeps_it_and_its_roles_are_explained(world: World, model: Any, tm
     assert graph.name(node) in told and "conflict" in told
     assert main(["plan", "explain", str(run), "nobody"]) == 2
     assert "there is no node 'nobody'" in capsys.readouterr().err
+    assert main([*command[:-1], "0.3", "--method", "random", "-o", str(tmp_path / "random")]) == 0
+    assert main(["plan", "explain", str(tmp_path / "random"), "embed"]) == 2
+    assert "was made with method = random, which gives nodes no roles" in capsys.readouterr().err

@@ -100,13 +100,16 @@ def explain(run: Run, nodes: Sequence[str]) -> list[str]:
     """Why nodes of a run's assignment have their roles, in words.
 
     Raises:
-        RunError: the run has no assignment yet, or one in surgical mode.
+        RunError: the run has no assignment yet, or one in surgical mode, or is a baseline's.
         CircuitError: there is no such node.
     """
     from .logic import Explainer
     from .pipeline import objectives
 
     settings = Settings.from_dict(run.manifest["settings"], source=str(run.folder)).localize
+    if settings.method != "clue":
+        raise RunError(f"{run.folder} was made with method = {settings.method}, which gives nodes no roles: only those of"
+                       " method = clue are explained")
     run.require("assignment", "localize")
     if settings.mode == "surgical":
         raise RunError(f"{run.folder} was made with mode = surgical: only roles in conflict mode are explained")

@@ -98,6 +98,15 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path: Path, make_m
     assert (tmp_path / "training.safetensors").read_bytes() == before
 
 
+def test_a_file_where_the_folder_belongs_is_refused_before_the_training(
+        tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    (tmp_path / "file").write_text("mine")
+    model = make_model()
+    with pytest.raises(RunError, match="file is a file, and a folder is needed: give another path"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), SETTINGS,
+                checkpoint=tmp_path / "file", on_step=lambda step: pytest.fail("a step was made"))
+
+
 def test_the_clock_decides_where_nobody_does(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     retain = {"retain": sets["retain"]}

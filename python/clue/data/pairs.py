@@ -231,8 +231,8 @@ class _Maker:
 
         # Another answer comes first; then the same length, a longer one, a shorter one.
         order = order[self.lengths[order] > 0]
-        n = self.lengths[order]
-        rank = 3 * (self.answers[order] == self.known.get(_answer(example.record), -1)) + np.where(n == length, 0, 1 + (n < length))
+        same, n = self.answers[order] == self.known.get(_answer(example.record), -1), self.lengths[order]
+        rank = 3 * same + np.where(n == length, 0, 1 + (n < length))
         for i in order[np.argsort(rank, kind="stable")].tolist():
             donor, (a, b) = self.donors[i]
             words = donor.input_ids[a:b]

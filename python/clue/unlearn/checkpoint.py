@@ -65,9 +65,14 @@ class Checkpoint:
         folder: made when the first checkpoint is written.
         every: steps between two of them; 0 goes by the clock (:data:`SECONDS`).
         identity: what the training is, from :func:`identity`.
+
+    Raises:
+        RunError: a file is where the folder belongs.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, every: int, identity: Mapping[str, Any]) -> None:
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise RunError(f"checkpoint: {folder} is a file, and a folder is needed: give another path")
         self._file, self._every, self._identity = Path(folder) / FILE, every, dict(identity)
         self._steps, self._took, self._last = 0, 0.0, time.monotonic()
 
