@@ -23,6 +23,7 @@ from clue.provenance import fingerprint
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
 from clue.unlearn.log import SERIES
+from clue.unlearn.objectives import Objective
 from clue.unlearn.refusals import refuse
 from clue.weights import flat_name
 from tests.families import tiny
@@ -266,6 +267,29 @@ def answers(model: torch.nn.Module, tokenizer: Any, records: RecordSet) -> list[
         mean = sum(float(log_p[i - 1, e.input_ids[i]]) for i in at) / len(at)
         found.append((math.exp(mean), all(int(log_p[i - 1].argmax()) == e.input_ids[i] for i in at)))
     return found
+
+
+def test_a_callers_no_grad_is_not_the_trainings(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any, bits: Any) -> None:
+    found = []
+    for outside in (torch.enable_grad, torch.no_grad):
+        model = make_model()
+        with outside():
+            unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model),
+                    replace(PLAIN, objective="npo"))
+        found.append(bits(model))
+    assert all(np.array_equal(found[1][name], now) for name, now in found[0].items())
+    with torch.inference_mode(), pytest.raises(ModelError, match=r"inference_mode\(\) gives none"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), PLAIN)
+
+
+def test_losses_that_do_not_depend_on_the_plan_are_told_from_a_layer_that_is_too_low(
+        make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    model = make_model()
+    constant = Objective(lambda answers, refusals, settings: answers.log_p.mean(),
+                         lambda answers, settings: answers.log_p.detach().mean())
+    with pytest.raises(ClueError, match="no loss of this step depends on a planned weight"):
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), replace(PLAIN, floor=1.0),
+                objective=constant)
 
 
 def test_stops_once_every_record_is_forgotten(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import UnlearnSettings
 from ..data.encoding import IGNORED, Batch, Example, collate
-from ..errors import ClueError, PlanError
+from ..errors import ClueError, ModelError, PlanError
 from ..model.answers import answer_logits
 from ..plan import Plan
 from ..processes import place
@@ -41,6 +41,8 @@ class RoleGradient:
     def __init__(self, model: nn.Module, plan: Plan, roles: Sequence[Role], objective: Objective,
                  settings: UnlearnSettings, metric: RetainMetric | None, before: ReferenceWeights,
                  pad: int, seed: int) -> None:
+        if torch.is_inference_mode_enabled():
+            raise ModelError("gradients are needed, and torch.inference_mode() gives none: call this outside of it")
         self._model, self._objective, self._settings, self._metric = model, objective, settings, metric
         self._before, self._roles = before, tuple(roles)
         self._pad, self._device = pad, next(model.parameters()).device
@@ -50,6 +52,7 @@ class RoleGradient:
         if self._watch is not None and place()[1] > 1:
             raise ClueError("an objective of hidden states (rmu) runs in one process: start it without torchrun")
 
+    @torch.enable_grad()
     def __call__(self, forget: Sequence[Example], reference: Tensor | None, retain: Sequence[Example],
                  retain_weight: float, twins: Sequence[Twin] = ()) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The step's entries of the log, and the gradient of every parameter's planned slices, slices first.
@@ -151,6 +154,9 @@ class RoleGradient:
             parts.append(retain_weight * _scalar(objective.retain(retained, settings), "retain"))
             losses["retain_loss"] = nll(retained.log_p, retained.n_tokens).item()
         if parts and not any(part.requires_grad for part in parts):
+            if self._watch is None:
+                raise ClueError("no loss of this step depends on a planned weight: compute the objective's losses from the"
+                                " answers' token_log_p or logits, and leave out of the plan what the model does not use")
             raise PlanError("no planned weight lies at or below the layer whose hidden states the objective steers: raise"
                             " rmu_layer, or take another objective")
         if parts:
