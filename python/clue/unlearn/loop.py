@@ -43,7 +43,7 @@ from .objectives import Forget, Objective, answer_log_probs, objective_of, suite
 from .optimizer import MaskedAdamW, planned_parameters
 from .reference import ReferenceWeights
 from .refusals import refuse
-from .role_gradient import RoleGradient, divergence_of, forgotten_of
+from .role_gradient import RoleGradient, divergence_of, forgotten_now, forgotten_of
 from .schedule import Pool, RetainWeight, Shuffled, Stage, learning_rate, stages_of
 from .shards import is_sharded
 from .tuning import NOTES, tune
@@ -334,9 +334,16 @@ class _Training:
         if self.place.number % settings.check_every:
             return False
         # The batch is asked first: looking at the whole set costs a pass over it.
-        if self.place.forgotten == 1.0 and self._whole(self.taught)[1] == 1.0 and self._near():
+        if self.place.forgotten == 1.0 and self._gone() and self._near():
             return True
         return bool(self.held_out) and self._whole(self.held_out)[0] <= settings.forget_target and self._near()
+
+    @torch.no_grad()
+    def _gone(self) -> bool:
+        """Whether all forget records that are trained on are forgotten; the first batch with one that is not ends the look."""
+        batches = self._batches([self.forget[i] for i in self.taught])
+        return agreed(float(all(bool(forgotten_now(*answer_logits(self.model, batch), self.settings.floor)[1].all())
+                                for batch in batches))) == 1.0
 
     def _near(self) -> bool:
         """Whether the forget records are as those of strangers, where the objective goes there."""
