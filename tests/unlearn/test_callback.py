@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from clue.errors import PlanError
+from clue.errors import ClueError, PlanError
 from clue.types import Role
-from clue.unlearn import MaskedAdamW, PlanCallback
+from clue.unlearn import MaskedAdamW, PlanCallback, SparseGradients
 
 
 def dataset() -> list[dict[str, torch.Tensor]]:
@@ -62,8 +62,6 @@ def test_a_model_is_let_go_of_after_an_error(tmp_path: Path, make_model: Any, mi
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
-    from clue.unlearn import SparseGradients
-
     model = make_model()
     before = bits(model)
     callback = PlanCallback(mixed_plan(model))
@@ -83,6 +81,47 @@ def test_a_plan_for_another_model_is_refused(make_model: Any, mixed_plan: Any) -
         PlanCallback(plan).on_train_begin(None, None, None, model=make_model(intermediate_size=64))
     with pytest.raises(PlanError, match="plan is a NoneType: give a Plan"):
         PlanCallback(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("roles", [("forget",), "forget", Role.FORGET])
+def test_roles_are_roles(roles: Any, make_model: Any, mixed_plan: Any) -> None:
+    model = make_model()
+    plan = mixed_plan(model)
+    for start in (lambda: PlanCallback(plan, roles).on_init_end(None, None, None, model=model),
+                  lambda: PlanCallback(plan, roles).on_train_begin(None, None, None, model=model),
+                  lambda: SparseGradients(model, plan, roles)):
+        with pytest.raises(ClueError, match="roles = .* must be members of clue.Role"):
+            start()
+
+
+def test_an_optimizer_without_a_planned_weight_is_refused(make_model: Any, mixed_plan: Any) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(make_model().parameters())
+    callback = PlanCallback(mixed_plan(model))
+    callback.on_init_end(None, None, None, model=model, optimizer=optimizer)
+    with pytest.raises(ClueError, match="optimizer holds no planned weight, so nothing would be trained"):
+        callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_loop_begun_again_after_an_error_keeps_the_bits(make_model: Any, mixed_plan: Any, make_plan: Any, bits: Any,
+                                                          moved: Any) -> None:
+    """Hooks that another callback, or this one, left behind would zero gradients of the new plan's weights."""
+    model = make_model()
+    other = make_plan(model, {"model.layers.0.mlp.gate_proj.weight": (0, {Role.FORGET: [9]})})
+    plan = mixed_plan(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callback = PlanCallback(plan)
+    for begun in (PlanCallback(other), callback, callback):
+        begun.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    before = bits(model)
+    row = dataset()[0]["input_ids"][None]
+    model(input_ids=row, labels=row).loss.backward()
+    optimizer.step()
+    callback.on_optimizer_step(None, None, None)
+    moved(before, bits(model), plan)
+    callback.on_train_end(None, None, None, model=model)
+    assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def test_clipping_counts_planned_weights_alone_whatever_optimizer(make_model: Any, mixed_plan: Any) -> None:

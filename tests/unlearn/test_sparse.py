@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from clue.plan import Plan, Slice
 from clue.types import Role
 from clue.unlearn import MaskedAdamW, SparseGradients
 from clue.unlearn.objectives import token_log_probs
+from clue.weights import weight_of
 from tests.families import VARIANTS, tiny
 from tests.oracles.sparse import slice_gradients
 
@@ -371,6 +373,24 @@ def test_planned_weights_outside_linear_layers_are_dense() -> None:
         assert all(p.grad is None for p in model.parameters())
     got = {name: SimpleNamespace(forget=first[name].forget, retain=second[name].retain) for name in first}
     assert_equal(got, expected, 1e-6)
+
+
+def test_single_weights_of_a_layer_with_planned_rows() -> None:
+    """A layer that computes gradients by slices computes none of its whole weight: with a bias next to it that is planned by
+    rows the single weights had none."""
+    model = tiny("llama/biased", torch.float64)
+    plan = small_plan(model, {f"{UPPER}up_proj.bias": NEURONS[f"{UPPER}up_proj.bias"]})
+    flat = f"{UPPER}up_proj.weight[:]"
+    plan = replace(plan, slices=(*plan.slices, Slice(flat, 0, Role.FORGET, np.array([1, 17, 40]))),
+                   shapes={**plan.shapes, flat: (model.get_parameter(weight_of(flat)).numel(),)})
+    expected = oracle(model, plan)
+    with SparseGradients(model, plan) as sparse:
+        assert set(sparse.dense) == set(expected)
+        sparse.split(forget=FORGET, retain=0, seq=IDS.shape[1])
+        forget_loss(log_probs(model, slice(0, FORGET))).backward()
+        got = sparse.take()
+    for name, (forget, _) in expected.items():
+        torch.testing.assert_close(got[name].forget, forget)
 
 
 def test_the_optimizer_takes_compact_gradients(bits: Any) -> None:

@@ -2,7 +2,9 @@
 
 Where the trainer makes its own optimizer, which is the usual case, that optimizer is given the planned slices as parameters
 of their own (:mod:`clue.unlearn.slices`) and sees no others: its state, gradients, clipping and what
-DistributedDataParallel exchanges are those of planned slices, and layers without any compute no weight gradient.
+DistributedDataParallel exchanges are those of planned slices, and layers without any compute no weight gradient. Of a planned
+weight outside linear layers and experts (a norm, an embedding, single weights) the backward pass holds the whole gradient for
+as long as it takes to cut it down to the slices.
 
 An optimizer that was made before, of the model's parameters, may be used too. Parameters without a planned weight are
 frozen then; inside the planned ones the gradient of unplanned weights is zeroed as it is accumulated (so clipping counts
@@ -13,9 +15,9 @@ planned weights only) and their bits are put back after every step, whatever wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,12 +37,16 @@ from .sparse import SparseGradients
 
 #: Name of the planned slices among the model's modules while they are trained.
 MODULE = "planned_slices"
+#: attribute of a model: the callback that holds it
+HOLDER = "_clue_plan_callback"
 SHARDED = ("PlanCallback does not train a model that is sharded over processes: train with DistributedDataParallel, or with"
            " MaskedAdamW in a loop of your own")
 
 
 class PlanCallback(TrainerCallback):
     """Keeps every weight outside the plan as it is, bit by bit, during ``trainer.train()``.
+
+    A model belongs to the trainer that was made last: making another lets go of what an earlier one held of it.
 
     Costs the planned slices themselves (float32 where the model is bf16 or fp16). With an optimizer that was made before
     the trainer: a copy of the unplanned part of every planned parameter, unless it is a :class:`MaskedAdamW`.
@@ -52,13 +58,16 @@ class PlanCallback(TrainerCallback):
     Raises:
         PlanError: (when training starts) the plan does not fit the model or names no weight of these roles, or the model
             is sharded over processes.
+        ClueError: (when training starts) the trainer's optimizer holds no planned weight.
     """
 
     def __init__(self, plan: Plan, roles: Sequence[Role] = (Role.FORGET, Role.CONFLICT)) -> None:
         self._plan = require_plan(plan)
-        self._roles = tuple(roles)
+        self._roles = roles
         self._sparse: SparseGradients | None = None
         self._slices: SliceParameters | None = None
+        self._breaks = ""  # a planned weight that ends compiled graphs, where activations are computed again in them
+        self._stepped = False  # whether the optimizer stepped since training began
         self._checkpoints: list[tuple[nn.Module, Any]] = []
         self._handles: list[Any] = []
         #: parameter, its name or that of a part of it, axis, the unplanned indices along it, and their bits
@@ -72,10 +81,15 @@ class PlanCallback(TrainerCallback):
         All other passes move all planned weights. Without it forget weights follow the sum of both losses.
 
         Raises:
-            ClueError: the trainer was given an optimizer of its own, next to which gradients are not told apart.
+            ClueError: the trainer was given an optimizer of its own, next to which gradients are not told apart, or the model
+                is compiled and checkpointed, and the plan holds weights at which a compiled graph ends.
         """
         if self._sparse is None or self._slices is None:
             raise ClueError("retaining() tells gradients apart in a Trainer that makes its own optimizer: give it none")
+        if self._breaks:
+            raise ClueError(f"{self._breaks} ends a compiled graph, and retaining() cannot tell gradients apart where"
+                            " activations are computed again outside of one: turn torch_compile or gradient_checkpointing off,"
+                            " or leave it out of the plan")
         with self._holding((0, 1, 1)):
             yield
 
@@ -84,9 +98,15 @@ class PlanCallback(TrainerCallback):
         """Show the trainer the planned slices alone, before it builds its optimizer, or freeze what is not planned."""
         if model is None:
             return
-        if optimizer is None and self._plan_slices(model):
-            return
-        self._freeze(model)
+        planned = self._planned(model)
+        if optimizer is None and any(map(is_sharded, planned.values())):
+            raise PlanError(SHARDED)
+        self._hold(model)
+        if optimizer is not None:
+            return self._freeze(model, planned)
+        self._sparse = SparseGradients(model, self._plan, self._roles)
+        self._slices = SliceParameters(self._sparse)
+        self._attach(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None,
                        optimizer: Any = None, **kwargs: Any) -> None:
@@ -94,19 +114,24 @@ class PlanCallback(TrainerCallback):
         if model is None:
             raise PlanError("PlanCallback was not given the trainer's model: pass the model to the Trainer")
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimizer
-        if self._slices is not None:
-            mine = {id(parameter) for parameter in self._slices.parameters()}
-            moving = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-            if mine <= moving:
-                return self._begin(model, inner, checkpoints=not getattr(args, "torch_compile", False))
-            self._release(model)
-            self._sparse = self._slices = None
-        planned = self._freeze(model)
+        moving = {id(parameter) for group in getattr(inner, "param_groups", ()) for parameter in group["params"]}
+        if self._slices is not None and moving.issuperset(map(id, self._slices.parameters())):
+            return self._begin(model, inner, compiled=getattr(args, "torch_compile", False))
+        planned = self._planned(model)
         # What it leaves alone needs no keeping, but clipping counts the whole gradient.
         keeps = not isinstance(inner, MaskedAdamW)
-        if any(map(is_sharded, planned.values())):
-            if keeps:
-                raise PlanError(SHARDED)
+        sharded = any(map(is_sharded, planned.values()))
+        if sharded and keeps:
+            raise PlanError(SHARDED)
+        if inner is not None and moving.isdisjoint(map(id, planned.values())):
+            self.release(model)
+            raise ClueError("the trainer's optimizer holds no planned weight, so nothing would be trained: make another"
+                            " Trainer (if one was made for this model since, train that), or an optimizer of the model's own"
+                            " parameters")
+        self._hold(model)
+        self._sparse = self._slices = None
+        self._freeze(model, planned)
+        if sharded:
             return
         for name, parameter in planned.items():
             slices = [s for s in self._plan.slices if s.parameter == name and s.role in self._roles]
@@ -118,8 +143,15 @@ class PlanCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the slices, or put the unplanned weights back (the trainer calls this after each optimizer step)."""
-        if self._slices is not None:
+        if self._sparse is not None and self._slices is not None:
             self._slices.write()
+            named = zip(self._sparse.planned, self._slices.parameters(), strict=True)
+            idle = [name for name, own in named if own.grad is None and name in self._sparse.dense]
+            if idle and not self._stepped:
+                warnings.warn(f"{idle[0]} had no gradient in the first step: no sample reached it, or another module than its"
+                              " own computes with it, and then it stays as it is; clue.MaskedAdamW as the Trainer's"
+                              " optimizer moves it", stacklevel=2)
+            self._stepped = True
         with torch.no_grad():
             for parameter, name, axis, others, kept in self._kept:
                 view_of(parameter, name).index_copy_(axis, others, kept)
@@ -131,61 +163,72 @@ class PlanCallback(TrainerCallback):
     def release(self, model: nn.Module | None) -> None:
         """Let go of the model: hooks, copies and ``requires_grad`` flags. The trainer does so at the end of training; after an
         error in it, or of a trainer that never trained, call this."""
-        if model is not None:
-            self._release(model)
+        if model is not None and vars(model).get(HOLDER) is self:
+            delattr(model, HOLDER)
+        if model is not None and self._sparse is not None and dict(model.named_children()).get(MODULE) is self._slices:
+            for module, function in self._checkpoints:
+                module._gradient_checkpointing_func = function
+            delattr(model, MODULE)
+            self._sparse.__exit__()
+            self._checkpoints = []
         for handle in self._handles:
             handle.remove()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         self._handles, self._kept, self._flags = [], [], {}
 
-    def _plan_slices(self, model: nn.Module) -> bool:
-        """Make the planned slices parameters, if they all belong to layers whose gradients are computed by slices."""
+    def _planned(self, model: nn.Module) -> dict[str, nn.Parameter]:
         planned = planned_parameters(model, self._plan, self._roles)
-        if any(is_sharded(parameter) for parameter in planned.values()):
-            raise PlanError(SHARDED)
-        sparse = SparseGradients(model, self._plan, self._roles)
-        if sparse.dense:
-            return False
-        self._sparse, self._slices = sparse, SliceParameters(sparse)
-        self._attach(model)
-        return True
+        if not planned:
+            raise PlanError("the plan names no weight of the roles that move, so there is nothing to train")
+        return planned
+
+    def _hold(self, model: nn.Module) -> None:
+        """Let go of what another callback holds of the model, or this one since an earlier trainer or training."""
+        holder: PlanCallback | None = vars(model).get(HOLDER)
+        if holder is not None:
+            holder.release(model)
+        setattr(model, HOLDER, self)
 
     def _attach(self, model: nn.Module) -> None:
         assert self._sparse is not None and self._slices is not None
-        if MODULE not in dict(model.named_children()):
-            self._sparse.__enter__()
-            self._sparse.split(forget=1, retain=0, seq=1)
-            model.add_module(MODULE, self._slices)
+        self._sparse.__enter__()
+        self._sparse.split(forget=1, retain=0, seq=1)
+        model.add_module(MODULE, self._slices)
 
-    def _begin(self, model: nn.Module, optimizer: Any, *, checkpoints: bool) -> None:
+    def _begin(self, model: nn.Module, optimizer: Any, *, compiled: bool) -> None:
         assert self._sparse is not None and self._slices is not None
-        self._attach(model)  # after an earlier train() it was released
+        self._hold(model)
+        self._attach(model)
         self._slices.take_masters(optimizer)
         self._handles.append(self._slices.send_masters(optimizer))
         self._slices.read()
-        self._sparse.freeze_inputs()
-        # Activations are computed again in the backward pass, as what their samples were in the forward pass.
-        for module in model.modules() if checkpoints else ():
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            keywords = getattr(function, "keywords", {})
-            if isinstance(function, partial) and not keywords.get("use_reentrant", True) and "context_fn" not in keywords:
-                self._checkpoints.append((module, function))
-                again = partial(function.func, *function.args, **keywords, context_fn=self._contexts)
-                module._gradient_checkpointing_func = again  # type: ignore[assignment]
-
-    def _release(self, model: nn.Module) -> None:
-        if self._sparse is None or MODULE not in dict(model.named_children()):
+        self._stepped = False
+        self._breaks = ""
+        if compiled:  # a graph keeps the samples it was made for
+            if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                names = (name for name in self._sparse.planned if name in self._sparse.dense or member_of(name) is not None)
+                self._breaks = next(names, "")
             return
-        for module, function in self._checkpoints:
-            module._gradient_checkpointing_func = function
-        self._checkpoints = []
-        delattr(model, MODULE)
-        self._sparse.__exit__()
+        for module in model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None:
+                self._checkpoints.append((module, function))
+                module._gradient_checkpointing_func = self._remembering(function)
 
-    def _contexts(self) -> tuple[Any, Any]:
-        assert self._sparse is not None
-        return nullcontext(), self._holding(self._sparse.samples)
+    def _remembering(self, checkpoint: Callable[..., Any]) -> Any:
+        """A checkpointing function whose activations are computed again as those of the samples of the forward pass."""
+        def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            assert self._sparse is not None
+            samples = self._sparse.samples
+
+            def again(*inner: Any, **named: Any) -> Any:
+                with self._holding(samples):
+                    return forward(*inner, **named)
+
+            return checkpoint(again, *args, **kwargs)
+
+        return run
 
     @contextmanager
     def _holding(self, samples: tuple[int, int, int] | None) -> Iterator[None]:
@@ -208,16 +251,11 @@ class PlanCallback(TrainerCallback):
             hook = _zeroing(name, axis, others)
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
-    def _freeze(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        planned = planned_parameters(model, self._plan, self._roles)
-        if not planned:
-            raise PlanError("the plan names no weight of the roles that move, so there is nothing to train")
-        if not self._flags:
-            self._flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    def _freeze(self, model: nn.Module, planned: Mapping[str, nn.Parameter]) -> None:
+        self._flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.requires_grad_(False)
         for parameter in planned.values():
             parameter.requires_grad_(True)
-        return planned
 
 
 def _zeroing(name: str, axis: int, others: Tensor) -> Any:

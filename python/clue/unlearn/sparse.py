@@ -21,7 +21,7 @@ work as for any operation, and the model's parameters never get a ``.grad``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from ..types import Role
 from ..weights import is_flat, member_of, parameter_of, view_of
 from .optimizer import planned_index, planned_parameters
 from .shards import is_sharded
-from .sparse_layers import HALF, MARK, Layer, Part, layer_of
+from .sparse_layers import HALF, MARK, AnyLayer, Layer, Part, layer_of
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -117,29 +117,24 @@ class SparseGradients:
         #: by name, in plan order
         self.planned: dict[str, PlannedSlices] = {}
         self._parts: dict[str, Part] = {}
-        layers: dict[str, Layer] = {}
+        self._layers: dict[str, Layer] = {}
+        modules: dict[str, list[str]] = {}
         for name, parameter in planned_parameters(model, plan, roles).items():
             axis, union = planned_index(plan, name, roles)
             conflicts = [s.index for s in plan.of_role(Role.CONFLICT) if s.parameter == name and s.role in roles]
             index = torch.from_numpy(union).to(parameter.device)
             chosen = torch.from_numpy(conflicts[0]).to(index) if conflicts else index[:0]
-            slices = self.planned[name] = PlannedSlices(name, parameter, axis, index, torch.searchsorted(index, chosen),
-                                                        half)
-            if is_flat(name):  # single weights, which a whole gradient is picked from
-                continue
-            path, _, kind = parameter_of(name).rpartition(".")
-            if path not in layers:
-                layer = layer_of(self, path, model.get_submodule(path))
-                if layer is None:
-                    continue
-                layers[path] = layer
-            if layers[path].takes(name):
-                self._parts[name] = layers[path].add(slices, kind)
+            self.planned[name] = PlannedSlices(name, parameter, axis, index, torch.searchsorted(index, chosen), half)
+            modules.setdefault(parameter_of(name).rpartition(".")[0], []).append(name)
         if not self.planned:
             wanted = " or ".join(role.name.lower() for role in roles)
             raise PlanError(f"the plan names no {wanted} weight, so there is nothing to train")
-        self._layers = list(layers.values())
-        #: planned single weights, and parameters outside plain linear layers and experts
+        for path, names in modules.items():
+            layer = layer_of(self, path, model.get_submodule(path))
+            # Single weights are picked from a whole gradient, which such a layer does not compute of any of its weights.
+            if layer is not None and all(layer.takes(name) and not is_flat(name) for name in names):
+                self._add(layer, names)
+        #: planned weights outside plain linear layers and experts, and of modules with planned single weights
         self.dense = tuple(name for name in self.planned if name not in self._parts)
         for name in self.dense:
             if is_sharded(self.planned[name].parameter):
@@ -151,14 +146,20 @@ class SparseGradients:
         #: forget samples, all samples, and positions of each; set by :meth:`split`
         self.samples: tuple[int, int, int] | None = None
 
+    def _add(self, layer: Layer, names: Iterable[str]) -> None:
+        self._layers[layer.path] = layer
+        for name in names:
+            self._parts[name] = layer.add(self.planned[name], parameter_of(name).rpartition(".")[2])
+
     def __enter__(self) -> SparseGradients:
-        if self._flags is not None or any(hasattr(layer.module, MARK) for layer in self._layers):
+        if self._flags is not None or any(hasattr(layer.module, MARK) for layer in self._layers.values()):
             raise ClueError("this model already computes sparse gradients: leave that context first")
         self._flags = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
         self._model.requires_grad_(False)
         for name in self.dense:
-            self.planned[name].parameter.requires_grad_(True)
-        for layer in self._layers:
+            if name not in self._parts:
+                self.planned[name].parameter.requires_grad_(True)
+        for layer in self._layers.values():
             layer.attach()
         self.freeze_inputs()
         return self
@@ -171,7 +172,7 @@ class SparseGradients:
             self._input_grads = True
 
     def __exit__(self, *error: object) -> None:
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.detach()
         if self._input_grads:
             self._model.enable_input_require_grads()  # type: ignore[operator]
@@ -193,7 +194,7 @@ class SparseGradients:
         if self.samples is not None and any(self.planned[name].parameter.grad is not None for name in self.dense):
             mixed = mixed or bool(forget) != bool(self.samples[0])  # of one kind now, of the other kind before
         if mixed and self.dense:
-            raise PlanError(f"{self.dense[0]} does not belong to a linear layer, so its gradient cannot be split by"
+            raise PlanError(f"{self.dense[0]} is not rows or columns of a linear layer, so its gradient cannot be split by"
                             " sample: run forget and retain batches apart, and take the gradients in between")
         self.samples = forget, forget + retain, seq
 
@@ -220,11 +221,16 @@ class SparseGradients:
         return taken
 
     def gather_into(self, name: str, parameter: nn.Parameter) -> None:
-        """From now on sum the gradients of a planned weight, of both kinds of samples, into this parameter's ``.grad``.
+        """From the next entering on sum the gradients of a planned weight, of both kinds of samples, into this parameter's
+        ``.grad``. A :attr:`dense` weight then requires no gradient itself: where its module computes with it, the gradient is
+        cut down to the slices.
 
         Args:
             parameter: of the shape of :class:`SliceGradient`; its values are not looked at.
         """
+        if name not in self._parts:
+            path = parameter_of(name).rpartition(".")[0]
+            self._add(self._layers.get(path) or AnyLayer(self, path, self._model.get_submodule(path)), [name])
         self._parts[name].own = parameter
 
     def _clear(self) -> None:

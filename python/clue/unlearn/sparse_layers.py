@@ -1,5 +1,5 @@
 """The layers of :mod:`.sparse`: modules with planned weights, whose forward is replaced by one that runs the same forward
-and a backward for planned channels alone.
+and a backward for planned channels alone, or cuts whole gradients down to the planned slices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ClueError
 from ..model.anatomy import is_transposed
 from ..model.experts import Routed, differentiate, is_experts
-from ..weights import member_of
+from ..weights import member_of, view_of
 
 if TYPE_CHECKING:
     from .sparse import PlannedSlices, SparseGradients
@@ -29,7 +29,7 @@ class Part:
     """The planned slices of a matrix or bias: the channels they select, and the leaves that gather gradients."""
 
     def __init__(self, slices: PlannedSlices, of_outputs: bool) -> None:
-        self.of_outputs, self.parameter = of_outputs, slices.parameter
+        self.slices, self.of_outputs, self.parameter = slices, of_outputs, slices.parameter
         self.index = slices.index
         self.conflict_index = slices.index.index_select(0, slices.conflict)
         other = [n for axis, n in enumerate(slices.shape) if axis != slices.axis]
@@ -39,7 +39,6 @@ class Part:
         #: takes the place of the two: the slices as a parameter of their own, whose ``.grad`` sums both kinds
         self.own: nn.Parameter | None = None
         self.dtype = slices.dtype
-        self._conflict = slices.conflict
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -53,7 +52,7 @@ class Part:
             return found
         total = torch.zeros_like(self.own) if found[0] is None else found[0]
         if len(found) > 1 and found[1] is not None:
-            total.index_add_(0, self._conflict, found[1])
+            total.index_add_(0, self.slices.conflict, found[1])
         return [total]
 
     def sides(self, cut: int, count: int) -> list[tuple[slice, Tensor]]:
@@ -103,12 +102,17 @@ class Layer(ABC):
         if self._own:
             self.module.forward = self.original
 
-    def cut(self, x: Tensor) -> int:
-        """How many of the tokens in x [..., d_in] belong to forget samples."""
+    @property
+    def samples(self) -> tuple[int, int, int]:
+        """What the pass holds: forget samples, all samples, and positions of each."""
         if self._owner.samples is None:
             raise ClueError("sparse gradients need to know which samples are to be forgotten: call split before the"
                             " model")
-        forget, total, seq = self._owner.samples
+        return self._owner.samples
+
+    def cut(self, x: Tensor) -> int:
+        """How many of the tokens in x [..., d_in] belong to forget samples."""
+        forget, total, seq = self.samples
         tokens = x.numel() // x.shape[-1]
         if forget in (0, total):
             return tokens if forget else 0
@@ -294,6 +298,59 @@ class _Experts(torch.autograd.Function):
                     total.copy_(_product(a[tokens].index_select(1, channels), b[tokens], total.dtype))
         return (None if dx is None else dx.to(x.dtype), dweights, None, None, None,
                 *(gradient for key, part in layer.parts.items() for gradient in part.handed(found[key])))
+
+
+class AnyLayer(Layer):
+    """A module of any kind: autograd computes the whole gradients of its planned weights, which are cut down to the slices
+    at once. All samples of a pass are of one kind."""
+
+    def __init__(self, owner: SparseGradients, path: str, module: nn.Module) -> None:
+        super().__init__(owner, path, module)
+        #: name of a parameter in the module -> the planned slices of it, or of matrices stacked in it
+        self.parts: dict[str, list[Part]] = {}
+
+    def takes(self, name: str) -> bool:
+        return True
+
+    def add(self, slices: PlannedSlices, kind: str) -> Part:
+        part = Part(slices, slices.axis == 0)
+        self.parts.setdefault(kind, []).append(part)
+        return part
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if _plain_pass(part for parts in self.parts.values() for part in parts):
+            return self.original(*args, **kwargs)
+        forget, total, _ = self.samples
+        own: Any = self.module._parameters
+        before = dict(own)
+        try:
+            for kind, parts in self.parts.items():
+                own[kind] = _Cut.apply(own[kind], parts, forget, total, *(leaf for part in parts for leaf in part.leaves))
+            return self.original(*args, **kwargs)
+        finally:
+            own.update(before)
+
+
+class _Cut(torch.autograd.Function):
+    """A parameter as it is, whose gradient is handed to its planned slices alone."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, parts: list[Part], forget: int, total: int, *leaves: Tensor) -> Tensor:
+        ctx.parts, ctx.forget, ctx.total = parts, forget, total
+        return weight.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradients: list[Tensor | None] = []
+        for part in ctx.parts:
+            name, axis = part.slices.name, part.slices.axis
+            whole = view_of(grad.contiguous(), name)
+            gradients += part.handed([
+                whole.index_select(axis, index).movedim(axis, 0).contiguous().to(part.dtype) if samples.stop > samples.start
+                else None for samples, index in part.sides(ctx.forget, ctx.total)])
+        return (None, None, None, None, *gradients)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
