@@ -454,7 +454,7 @@ def test_records_that_changed_since_are_not_trained_or_measured_on(
     (["--holdout", "nofile.jsonl"], "nofile.jsonl: no such file"), (["--gold", "{world}"], "holds no config.json"),
     (["--reference", "{world}"], "holds no config.json"), (["--gold", "{world}/run.json"], "run.json"),
     (["--benchmark", "nonsense"], "nonsense"), (["--paraphrase", "{world}/forget.jsonl"], "shares"),
-    (["--seed", "99999999999999999999"], "seed = 99999999999999999999 must lie in"),
+    (["--seed", "99999999999999999999"], "seed = 99999999999999999999 must be a whole number in"),
     (["--harness", "arc_easy"], "or leave them out (--harness '')"),
 ])
 def test_what_is_measured_at_the_end_is_looked_at_first(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
