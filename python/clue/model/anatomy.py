@@ -9,7 +9,7 @@ The residual stream is what every layer receives and passes on. What a family ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -141,6 +141,11 @@ class Layer:
         if self.mlp_output_norm is not None:
             return self.mlp_output_norm.module
         return self.mlp if self.down is None else self.down.module
+
+    @property
+    def projections(self) -> KeysView[nn.Module]:
+        """The modules of q, k and v, each once: where they are fused it is one."""
+        return dict.fromkeys((self.q.module, self.k.module, self.v.module)).keys()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ layer instead of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -200,6 +200,7 @@ def _replayed(body: Anatomy, number: int, start: Tensor, args: Any, kwargs: Any,
         args, kwargs = _with_first(args, kwargs, start)
         output = layer.block(*args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
+        _check(body, [found], number)
         at = _differentiated(found)
         grads = torch.autograd.grad(output, [*at, start], above, allow_unused=True)
     below = _reached(body, f"layer {number}", [start], grads[-1:])[0]
@@ -317,7 +318,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
         def written(module: nn.Module, args: Any, output: Tensor) -> None:
             found["mlp_output"] = output
 
-        for module in dict.fromkeys((layer.q.module, layer.k.module, layer.v.module)):
+        for module in layer.projections:
             on_output(module, projected)
         on_input(layer.mlp, branch)
         if layer.down is not None:
@@ -357,26 +358,19 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
             handle.remove()
 
 
-def _check(body: Anatomy, layers: list[dict[str, Any]]) -> None:
-    units = "hidden" if body.layers[0].experts is None else "routed"
-    for name in ("residual", "heads", "mlp", *(("mlp_input", units) if "projected" in layers[0] else ())):
-        count = sum(name in found for found in layers)
-        if count != body.n_layers:
-            raise _misfit(body, count, name)
-    _check_projected(body, [found["projected"] for found in layers if "projected" in found])
-
-
-def _check_projected(body: Anatomy, projected: Sequence[Collection[nn.Module]]) -> None:
-    """Kernels may use the weight of a projection without calling it, and nothing passes through it then."""
-    count = sum({layer.q.module, layer.k.module, layer.v.module} <= set(seen)
-                for layer, seen in zip(body.layers, projected, strict=False))
-    if count != len(projected):
-        raise _misfit(body, count, "q, k and v")
-
-
-def _misfit(body: Anatomy, count: int, name: str) -> ModelError:
-    return ModelError(f"{count} of {body.n_layers} layers passed through the modules that the {body.family} entry names"
-                      f" ({name}): the entry does not fit this model, or something replaces its forward pass")
+def _check(body: Anatomy, layers: list[dict[str, Any]], first: int = 0) -> None:
+    """Raise unless what was noted of the layers from number ``first`` on is all that they are scored by."""
+    names = ["residual", "heads", "mlp"]
+    if "projected" in layers[0]:
+        names += ["mlp_input", "hidden" if body.layers[0].experts is None else "routed"]
+    counts = {name: sum(name in found for found in layers) for name in names}
+    # Kernels may use the weight of a projection without calling it, and nothing passes through it then.
+    counts["q, k and v"] = sum(layer.projections <= found.get("projected", dict.fromkeys(layer.projections)).keys()
+                               for layer, found in zip(body.layers[first:], layers, strict=False))
+    for name, count in counts.items():
+        if count != len(layers):
+            raise ModelError(f"{count} of {len(layers)} layers passed through the modules that the {body.family} entry names"
+                             f" ({name}): the entry does not fit this model, or something replaces its forward pass")
 
 
 def _differentiated(found: dict[str, Any]) -> list[Tensor]:

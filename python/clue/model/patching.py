@@ -84,7 +84,7 @@ def record(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
     """Run the model once and keep what its writers add. Arguments as in :func:`patched`."""
     recorder = _Recorder(body)
     logits = recorder.run(input_ids, attention_mask, positions)
-    read = sum({layer.q.module, layer.k.module, layer.v.module} <= recorder.read for layer in body.layers)
+    read = sum(layer.projections <= recorder.read for layer in body.layers)
     passed = min(len(recorder.mlps), len(recorder.heads), len(recorder.hidden) + len(recorder.routed), read)
     if passed != body.n_layers:
         raise ModelError(f"{passed} of {body.n_layers} layers passed through the modules that the"
@@ -223,7 +223,7 @@ class _Pass:
             new = self.projected(module)
             return None if new is None else new.to(output.dtype).view(output.shape)
 
-        after += [(module, project) for module in dict.fromkeys((layer.q.module, layer.k.module, layer.v.module))]
+        after += [(module, project) for module in layer.projections]
         norm = layer.attention_output_norm
         kept: dict[int, Tensor] = {}  # the heads, until their norm has seen them
         if norm is None:
