@@ -39,7 +39,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/native/emulation -name "*.cpp" -o -name "*.[hc]*")
 
 bench: $(VENV)/.dev
 	@for name in attribution update training_step selection sat logic evaluation world tofu_smollm2; do \

@@ -29,4 +29,13 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+// Starts a kernel and returns. A function and not <<<...>>>, so that ordinary compilers read the sources, too:
+// tests/native/emulation runs them without a GPU.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  const cudaLaunchConfig_t config{blocks, threads, 0, stream};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace clue

@@ -42,7 +42,8 @@ struct Piece {
   __device__ void read(const T* row, int column, std::int64_t left, bool wanted) {
     if constexpr (kAligned) {
       // A predicate rather than a branch, so that the reads of all inputs and tokens are on their way together.
-      uint4 bytes;
+      uint4 bytes{};
+#ifdef __CUDACC__
       asm("{\n"
           "  .reg .pred wanted;\n"
           "  setp.ne.u32 wanted, %5, 0;\n"
@@ -54,6 +55,9 @@ struct Piece {
           "}"
           : "=&r"(bytes.x), "=&r"(bytes.y), "=&r"(bytes.z), "=&r"(bytes.w)
           : "l"(row + column * kNumbers), "r"(static_cast<unsigned>(wanted)));
+#else
+      if (wanted) std::memcpy(&bytes, row + column * kNumbers, sizeof bytes);
+#endif
       std::memcpy(numbers, &bytes, sizeof bytes);
     } else {
 #pragma unroll
@@ -179,7 +183,7 @@ bool aligned(const NeuronArguments& a) {
 }
 
 template <class T, class Sum>
-void launch(const NeuronArguments& a, int device, cudaStream_t stream) {
+void attribute(const NeuronArguments& a, int device, cudaStream_t stream) {
   constexpr std::int64_t kNeurons = kColumns * kAccess / sizeof(T);
   const std::int64_t blocks = (a.neurons + kNeurons - 1) / kNeurons;
   const std::int64_t multiprocessors = attribute_of(cudaDevAttrMultiProcessorCount, device);
@@ -196,13 +200,12 @@ void launch(const NeuronArguments& a, int device, cudaStream_t stream) {
   auto* kernel = aligned(a) ? (gradients == 2 ? neuron_kernel<T, Sum, true, 2> : neuron_kernel<T, Sum, true, 1>)
                             : (gradients == 2 ? neuron_kernel<T, Sum, false, 2> : neuron_kernel<T, Sum, false, 1>);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
-  kernel<<<grid, warps * 32, 0, stream>>>(a, static_cast<Sum*>(parts), split);
-  cudaError_t status = cudaGetLastError();
+  cudaError_t status = launch(kernel, grid, warps * 32, stream, a, static_cast<Sum*>(parts), split);
   if (parts) {
     if (status == cudaSuccess) {
       const dim3 all(static_cast<unsigned>((a.neurons + 255) / 256), 2 * gradients);
-      add_parts<Sum><<<all, 256, 0, stream>>>(a, static_cast<const Sum*>(parts), static_cast<int>(splits), gradients);
-      status = cudaGetLastError();
+      status = launch(add_parts<Sum>, all, 256, stream, a, static_cast<const Sum*>(parts), static_cast<int>(splits),
+                      gradients);
     }
     const cudaError_t freed = cudaFreeAsync(parts, stream);
     if (status == cudaSuccess) status = freed;
@@ -216,22 +219,21 @@ void neuron_attribution_cuda(const NeuronArguments& a, int device, void* stream)
   const DeviceGuard guard(device, kOperation);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   if (a.count && a.tokens > 0) {
-    count_tokens<<<1, 1024, 0, queue>>>(a);
-    check_cuda(cudaGetLastError(), kOperation);
+    check_cuda(launch(count_tokens, 1, 1024, queue, a), kOperation);
   }
   if (a.tokens == 0 || a.neurons == 0) return;
   switch (a.dtype) {
     case Dtype::kBf16:
-      launch<__nv_bfloat16, float>(a, device, queue);
+      attribute<__nv_bfloat16, float>(a, device, queue);
       break;
     case Dtype::kF16:
-      launch<__half, float>(a, device, queue);
+      attribute<__half, float>(a, device, queue);
       break;
     case Dtype::kF32:
-      launch<float, float>(a, device, queue);
+      attribute<float, float>(a, device, queue);
       break;
     default:
-      launch<double, double>(a, device, queue);
+      attribute<double, double>(a, device, queue);
   }
 }
 

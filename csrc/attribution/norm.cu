@@ -48,12 +48,8 @@ void norm_backward_cuda(const NormArguments& a, int device, void* stream) {
   const DeviceGuard guard(device, operation);
   const dim3 blocks(static_cast<unsigned>((a.rows + kWarps - 1) / kWarps)), threads(kLanes, kWarps);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  if (a.dtype == Dtype::kF64) {
-    norm_kernel<double><<<blocks, threads, 0, queue>>>(a);
-  } else {
-    norm_kernel<float><<<blocks, threads, 0, queue>>>(a);
-  }
-  check_cuda(cudaGetLastError(), operation);
+  auto* kernel = a.dtype == Dtype::kF64 ? norm_kernel<double> : norm_kernel<float>;
+  check_cuda(launch(kernel, blocks, threads, queue, a), operation);
 }
 
 }  // namespace clue

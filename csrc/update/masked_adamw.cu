@@ -139,15 +139,16 @@ __global__ void __launch_bounds__(kTile* kTileWarps) across_kernel(const Step<P,
 }
 
 template <class P, class G, class State>
-void launch(const MaskedAdamWArguments& a, const AdamWConstants& constants, cudaStream_t stream) {
+cudaError_t update(const MaskedAdamWArguments& a, const AdamWConstants& constants, cudaStream_t stream) {
   const Step<P, G, State> step(a, constants);
   if (a.param_element == 1 && a.grad_element == 1) {
     const std::int64_t blocks = a.slices * ((a.length + kThreads - 1) / kThreads);
-    along_kernel<<<static_cast<unsigned>(std::min(blocks, kMostBlocks)), kThreads, 0, stream>>>(step);
-  } else {
-    const std::int64_t blocks = ((a.slices + kTile - 1) / kTile) * ((a.length + kTile - 1) / kTile);
-    across_kernel<<<static_cast<unsigned>(std::min(blocks, kMostBlocks)), dim3(kTile, kTileWarps), 0, stream>>>(step);
+    return launch(along_kernel<P, G, State>, static_cast<unsigned>(std::min(blocks, kMostBlocks)), kThreads, stream,
+                  step);
   }
+  const std::int64_t blocks = ((a.slices + kTile - 1) / kTile) * ((a.length + kTile - 1) / kTile);
+  return launch(across_kernel<P, G, State>, static_cast<unsigned>(std::min(blocks, kMostBlocks)),
+                dim3(kTile, kTileWarps), stream, step);
 }
 
 }  // namespace
@@ -157,26 +158,23 @@ void masked_adamw_cuda(const MaskedAdamWArguments& a, const AdamWConstants& cons
   constexpr const char* operation = "masked_adamw";
   const DeviceGuard guard(device, operation);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  switch (a.types) {
-    case kBf16Bf16:
-      launch<__nv_bfloat16, __nv_bfloat16, float>(a, constants, queue);
-      break;
-    case kBf16F32:
-      launch<__nv_bfloat16, float, float>(a, constants, queue);
-      break;
-    case kF16F16:
-      launch<__half, __half, float>(a, constants, queue);
-      break;
-    case kF16F32:
-      launch<__half, float, float>(a, constants, queue);
-      break;
-    case kF32F32:
-      launch<float, float, float>(a, constants, queue);
-      break;
-    default:
-      launch<double, double, double>(a, constants, queue);
-  }
-  check_cuda(cudaGetLastError(), operation);
+  const auto step = [&] {
+    switch (a.types) {
+      case kBf16Bf16:
+        return update<__nv_bfloat16, __nv_bfloat16, float>(a, constants, queue);
+      case kBf16F32:
+        return update<__nv_bfloat16, float, float>(a, constants, queue);
+      case kF16F16:
+        return update<__half, __half, float>(a, constants, queue);
+      case kF16F32:
+        return update<__half, float, float>(a, constants, queue);
+      case kF32F32:
+        return update<float, float, float>(a, constants, queue);
+      default:
+        return update<double, double, double>(a, constants, queue);
+    }
+  };
+  check_cuda(step(), operation);
 }
 
 }  // namespace clue

@@ -1,4 +1,4 @@
-"""The same tests run on every device that is there: on the CPU, and on CUDA where there is a GPU."""
+"""The same tests run on every device: on the CPU, on CUDA where there is a GPU, and the CUDA kernels without one."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ import torch
 
 from clue import _core
 
+from .emulated import Emulated, load
+
 
 @dataclass(frozen=True)
 class Native:
     """The native module of a device, and the device its tensors go to."""
 
     device: str
-    kernels: ModuleType
+    kernels: ModuleType | Emulated
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
+@pytest.fixture(scope="session", params=["cpu", "cuda", pytest.param("emulated", marks=pytest.mark.slow)])
 def native(request: pytest.FixtureRequest) -> Native:
     if request.param == "cpu":
         return Native("cpu", _core)
+    if request.param == "emulated":
+        return Native("cpu", load())
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return Native("cuda", pytest.importorskip("clue._cuda"))
