@@ -24,6 +24,7 @@ from .. import _core
 from ..model import capture
 from ..model.anatomy import Anatomy, Norm, Projection
 from ..model.experts import neuron_attribution
+from ..model.writers import Written, head_outputs
 from .graph import Graph
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Sums:
         written = []
         for _ in body.layers:
             change = points[0].written.pop(0)
-            written.append(capture.Written(take(change.heads), None if change.head_scale is None else take(change.head_scale),
+            written.append(Written(take(change.heads), None if change.head_scale is None else take(change.head_scale),
                                            take(change.mlp)))
         del change
         size = body.n_heads + 2 * body.n_kv_heads + 1
@@ -189,7 +190,7 @@ class Sums:
             native.neuron_attribution(*hidden, near_clean, near_corrupted, *self.units[number], mask=rows)
 
     def _add_tile(self, at: slice | Tensor, tokens: int, first: int, layers: list[_Layer], top: list[_Readers], embed: Tensor,
-                  written: list[capture.Written], ends: tuple[Sequence[int], Sequence[int]], room: _Room) -> None:
+                  written: list[Written], ends: tuple[Sequence[int], Sequence[int]], room: _Room) -> None:
         """Contract the readers of ``layers``, the lowest of which is number ``first``, on some of the tokens."""
         body, heads = self.body, self.body.n_heads
         last = first + len(layers)
@@ -206,7 +207,7 @@ class Sums:
                 # Unless it is parallel to them, the MLP reads what this layer's heads write.
                 waiting.append((filled if body.parallel else filled + heads, readers.mlp))
             change, scale = written[number].heads[at].to(self.dtype), written[number].head_scale
-            capture.head_outputs(body.layers[number], change, None if scale is None else scale[at].to(self.dtype),
+            head_outputs(body.layers[number], change, None if scale is None else scale[at].to(self.dtype),
                                  out=z[filled:filled + heads])
             z[filled + heads] = written[number].mlp[at]
             filled += heads + 1

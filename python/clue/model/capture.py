@@ -23,6 +23,7 @@ from .anatomy import Anatomy, Layer, Norm
 from .answers import to_keep
 from .experts import Routed
 from .modes import evaluating
+from .writers import Written, mlp_with_rounding, more
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,26 +39,6 @@ LOGIT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Written:
-    """What the writers of one layer *add* to the residual stream in one run.
-
-    Where a norm stands in between, y = gain * (W z + b) / rms is linear in z and b once the rms of this run is given, so
-    heads and hidden units are z / rms, their gradient is that of z / rms, and a head's addition is gain * W_h z_h / rms
-    plus its equal share of gain * b / rms: the heads of a block add up to exactly what the block adds, and so do the
-    hidden units. Differences between two runs inherit that.
-
-    Attributes:
-        heads: [batch, seq, n_heads * d_head], head outputs before W_o.
-        head_scale: [batch, seq, 1], the 1 / rms that ``heads`` were multiplied by; ``None`` without an output norm.
-        mlp: [batch, seq, d_model], what the MLP adds.
-    """
-
-    heads: Tensor
-    head_scale: Tensor | None
-    mlp: Tensor
-
-
-@dataclass(frozen=True)
 class LayerRun:
     """What the readers and hidden units of one layer saw in one run.
 
@@ -66,7 +47,7 @@ class LayerRun:
         grad_q, grad_k, grad_v: gradients at the projections' outputs, [batch, seq, heads or groups * d_head].
         grad_mlp: [batch, seq, d_model], gradient at what the MLP reads, after its norm.
         hidden, grad_hidden: [batch, seq, d_mlp], activations of the hidden units (input of the down projection), and
-            the gradient there; behind an output norm as in :class:`Written`.
+            the gradient there; behind an output norm as in :class:`~clue.model.writers.Written`.
         routed: where there are experts, what they were called with; ``hidden`` is ``None`` then, and ``grad_hidden`` is
             [batch, seq, d_model], the gradient at the MLP's output.
 
@@ -258,6 +239,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
             the layer is done.
     """
     handles = []
+    half = next(body.model.parameters()).dtype in (torch.bfloat16, torch.float16)
 
     def on_input(module: nn.Module, hook: Callable[..., Any]) -> None:
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -270,8 +252,11 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
             found["residual"], found["args"], found["kwargs"] = _first(args, kwargs), args, kwargs
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            found["output"] = output
+            if "attention" in found and "mlp" in found:
+                after = output[0] if isinstance(output, tuple) else output
+                found["mlp"] = mlp_with_rounding(found["residual"], found.pop("attention"), found["mlp"], after)
             if passed is not None:
+                found["output"] = output
                 passed(layer, found)
 
         def heads(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -282,18 +267,24 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
                 found[name] = _scale(norm, _first(args, kwargs).detach())
             return hook
 
-        def mlp(module: nn.Module, args: Any, output: Tensor) -> None:
-            # The product or clone is a copy: Falcon adds the attention output to the MLP's in place.
-            output = output.detach()
-            found["mlp"] = output.clone() if layer.multiplier == 1 else output * layer.multiplier
+        def adds(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                # The product or clone is a copy: Falcon adds the attention output to the MLP's in place.
+                output = output.detach()
+                found[name] = output.clone() if layer.multiplier == 1 else output * layer.multiplier
+            return hook
 
         on_input(layer.block, enter)
         on_input(layer.o.module, heads)
         if layer.attention_output_norm is not None:
             on_input(layer.attention_output_norm.module, scale("head_scale", layer.attention_output_norm))
-        on_output(layer.mlp_writer, mlp)
-        if passed is not None:
+        on_output(layer.mlp_writer, adds("mlp"))
+        if half:
+            on_output(layer.o.module if layer.attention_output_norm is None else layer.attention_output_norm.module,
+                      adds("attention"))
+        if half or passed is not None:
             on_output(layer.block, leave)
+        if passed is not None:
             return
         found["projected"] = {}  # q, k and v; one entry where they are fused
 
@@ -388,14 +379,8 @@ def _note_written(written: list[Written], layer: Layer, found: dict[str, Any], a
     """Append what a layer's writers add, as :func:`run` says of ``against``."""
     if against is not None and not against:
         return
-    heads, scale, mlp = found["heads"], found.get("head_scale"), found["mlp"]
-    here = Written(heads if scale is None else (heads * scale).to(heads.dtype), scale, mlp)
-    if against is None:
-        written.append(here)
-        return
-    there = against.pop(0)
-    written.append(Written(there.heads - here.heads, None if scale is None else there.head_scale - scale,
-                           there.mlp - here.mlp))
+    here = Written(found["heads"], found.get("head_scale"), found["mlp"])
+    written.append(here if against is None else more(against.pop(0), here))
 
 
 def _reached(body: Anatomy, what: str, ends: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -437,29 +422,6 @@ def norm_factors(norm: Norm, residual: Tensor) -> tuple[Tensor, Tensor]:
         residual = residual - residual.mean(-1, keepdim=True)
     scale = _scale(norm, residual)
     return residual * scale, scale[:, 0]
-
-
-def head_outputs(layer: Layer, change: Tensor, scale_change: Tensor | None, out: Tensor) -> None:
-    """What each head would add to the residual stream if it were patched: W_o times the difference of its factors.
-
-    Args:
-        layer: the heads' layer.
-        change: [tokens, n_heads * d_head], corrupted minus clean ``heads``.
-        scale_change: [tokens, 1], corrupted minus clean ``head_scale``; ``None`` without an output norm.
-        out: float [n_heads, tokens, d_model], overwritten.
-    """
-    n_heads, tokens, d_model = out.shape
-    weight, bias = layer.o.weight.to(out), layer.o.bias
-    gain = None if layer.attention_output_norm is None else layer.attention_output_norm.gain
-    if gain is not None:
-        weight = gain.to(out)[:, None] * weight
-    if layer.multiplier != 1:
-        weight = layer.multiplier * weight
-    heads = change.view(tokens, n_heads, -1).transpose(0, 1)
-    torch.bmm(heads, weight.view(d_model, n_heads, -1).permute(1, 2, 0), out=out)
-    if bias is not None and scale_change is not None:  # without a norm the bias is the same in both runs
-        share = bias.to(out) if gain is None else bias.to(out) * gain.to(out)
-        out += scale_change * share * (layer.multiplier / n_heads)
 
 
 def _scale(norm: Norm, x: Tensor) -> Tensor:
