@@ -67,7 +67,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, initial: 
         settings = {key: value for key, value in settings.items() if key not in ("initializer_range", "init_std")}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, **changes})).to(dtype).eval()
-    for parameter in () if initial else model.parameters():  # norms and biases too: at their initial 1 and 0 they would hide mistakes
-        if parameter.ndim == 1:
+    for parameter in model.parameters():  # norms and biases too: at their initial 1 and 0 they would hide mistakes
+        if parameter.ndim == 1 and not initial:
             torch.nn.init.normal_(parameter, 0.8, 0.3)
     return model

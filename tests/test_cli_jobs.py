@@ -88,10 +88,10 @@ def test_torchrun_starts_processes_that_share_a_job(world: Path, localized: Path
     from torch.distributed.run import __file__ as torchrun
     from transformers import AutoModelForCausalLM
 
-    def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def started(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([sys.executable, torchrun, "--nproc-per-node", "2", "--standalone", "-m", "clue", *arguments],
                               capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == status, done.stderr
         return done
 
     shared = tmp_path / "shared"
@@ -99,6 +99,9 @@ def test_torchrun_starts_processes_that_share_a_job(world: Path, localized: Path
     assert done.stderr.count("plan  ") == 1
     alone, both = (Plan.load(run) for run in (localized, shared))
     assert both.nodes == alone.nodes and np.array_equal(both.role, alone.role)
+    refused = started("localize", *inputs(world), "-o", str(world), *QUICK, status=1)  # each in its sentence
+    assert "choose an empty or new folder" in refused.stderr and "the first process made no run in" in refused.stderr
+    assert refused.stderr.count("clue: error: ") == 2
 
     one, two = (shutil.copytree(localized, tmp_path / name) for name in ("one", "two"))
     assert main(["unlearn", str(one), "--lr", "0.01", "--objective", "npo"]) == 0
@@ -349,6 +352,16 @@ def test_a_stage_out_of_order_names_the_one_before(localized: Path, capsys: pyte
     assert "has no evaluation yet: make it with `clue evaluate`" in failure(capsys, "report", localized)
     assert "seed = 0, which can no longer change" in failure(capsys, "unlearn", localized, "--seed", "1")
     assert snapshot(localized) == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", '["people"]', "3"])
+def test_a_stage_whose_list_of_sets_is_damaged_is_named(world: Path, localized: Path, tmp_path: Path, text: str,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(localized, tmp_path / "run")
+    (run / "scores" / "sets.json").write_text(text)
+    shutil.rmtree(run / "plan")
+    said = failure(capsys, "localize", *inputs(world, retain=f"people={world / 'retain.jsonl'}"), "-o", run, *QUICK)
+    assert "sets.json is damaged" in said and "remove that folder" in said
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [

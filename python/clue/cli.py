@@ -18,7 +18,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -101,13 +101,20 @@ def _localize(arguments: argparse.Namespace) -> int:
 
     with joined(settings.device) as first:
         if first:
-            with _new_run(arguments, settings, inputs, later=("unlearn", "evaluate", "robustness")) as run:
+            with ExitStack() as stack:
+                try:
+                    run = stack.enter_context(_new_run(arguments, settings, inputs,
+                                                       later=("unlearn", "evaluate", "robustness")))
+                except BaseException:
+                    everywhere(False)
+                    raise
                 everywhere(True)
                 plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
             print(plan_command.summary(plan))
-        else:
-            everywhere(True)  # the run is there then
+        elif everywhere(True):  # the run is there then
             jobs.localize(Run.open(arguments.output), **inputs, settings=settings, progress=lambda message: None)
+        else:
+            raise RunError(f"the first process made no run in {arguments.output}; its own message says why")
     return 0
 
 

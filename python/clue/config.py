@@ -64,7 +64,7 @@ class LocalizeSettings(_Plain):
                              " twice the share of edges where that does too")
     faithfulness: float = _option(0.0, "keep as few edges as reach this share of the model's target when the circuit runs"
                                   " alone, in (0, 1], instead of a share of all edges; 0 turns this off")
-    confirm: int = _option(0, "check the AND and OR gates of this many receivers, strongest first, by exact patching; 0"
+    confirm: int = _option(0, "check the gates of this many receivers, strongest first, by exact patching; 0"
                            " checks none")
     target: str = _option("margin", "what is attributed: margin (answer token against the corrupted run's top token)"
                           " or logprob", choices=("margin", "logprob"))

@@ -431,7 +431,14 @@ def _kept(run: Run, stage: str, make: Callable[[], Any]) -> Any:
     folder = run.path(stage)
     if stage in by_set:
         if run.has(stage):
-            order = json.loads((folder / "sets.json").read_text())
+            try:
+                order = json.loads((folder / "sets.json").read_text())
+                whole = set(order) == set(run.manifest.get("data") or order)
+            except (OSError, ValueError, TypeError):
+                whole = False
+            if not whole:
+                raise RunError(f"{folder / 'sets.json'} is damaged: it should name the sets of {folder}; remove that folder to"
+                               " make it again")
             return {name: by_set[stage].load(folder / f"{name}.safetensors") for name in order}
         if place()[0]:
             return make()

@@ -16,7 +16,7 @@ from clue.data.pairs import Pairs
 from clue.errors import AttributionError, ClueError, ModelError, RecordError
 from clue.model.anatomy import anatomy
 from clue.model.patching import record
-from clue.types import NodeKind
+from clue.types import Direction, NodeKind
 from tests.families import VARIANTS, tiny
 from tests.oracles.attribution import (
     InDouble,
@@ -224,6 +224,47 @@ def test_named_arguments_replace_the_settings():
     assert not np.array_equal(named.ns, attribute(body, PAIRS, settings, norm="exact").ns)
     with pytest.raises(ClueError, match="path_steps = 3"):
         attribute(body, PAIRS, steps=3)
+
+
+@pytest.mark.parametrize(("direction", "own", "other"), [(Direction.NOISING, "ns", "dn"), ("denoising", "dn", "ns")])
+def test_one_direction_alone_is_that_of_both(direction, own, other):
+    body = anatomy(tiny("llama"))
+    both, one = attribute(body, PAIRS), attribute(body, PAIRS, direction=direction)
+    for array in ("", "neuron_", "neuron_sq_"):
+        np.testing.assert_array_equal(getattr(one, array + own), getattr(both, array + own))
+        assert not getattr(one, array + other).any()
+    assert getattr(one, f"gap_{own}") == getattr(both, f"gap_{own}")
+    assert np.isnan(getattr(one, f"gap_{other}"))
+    with pytest.raises(ClueError, match=r"^direction = 'both' is not one of Direction.NOISING, Direction.DENOISING, None$"):
+        attribute(body, PAIRS, direction="both")
+
+
+def test_an_answer_that_corruption_makes_less_likely_is_enough_for_its_probability():
+    """Its token stays on top: the margin is zero, the log-probability is not."""
+    body = anatomy(tiny("llama"))
+    top = int(body.model(torch.tensor([[1, 6, 8]])).logits[0, -1].argmax())
+    pairs = make_pairs([[1, 5, 7, top]], [[1, 6, 8, top]], [3])
+    with pytest.raises(AttributionError, match="changes the model's answer"):
+        attribute(body, pairs)
+    assert attribute(body, pairs, target="log-prob").ns.any()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_padding_beyond_a_short_window_reaches_nobody(name, in_double):
+    """transformers' own attention makes NaN of a row that may look at nothing, in float64."""
+    body = anatomy(tiny(name, attn_implementation="eager", sliding_window=2))
+    pairs = make_pairs([[1, 5, 7, 9, 4, 3, 2, 8, 6], [1, 8, 6]], [[1, 6, 8, 9, 4, 3, 2, 8, 6], [1, 5, 6]], [7, 2])
+    together, apart = (attribute(body, pairs, LocalizeSettings(batch_size=size)) for size in (2, 1))
+    np.testing.assert_allclose(together.ns, apart.ns, atol=1e-12)
+    assert np.isfinite(measure(body, pairs, 0, lambda i: None).full).all()
+
+
+def test_mixed_precision_around_it_changes_nothing():
+    body = anatomy(tiny("llama", torch.float32))
+    plain = attribute(body, PAIRS)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attribute(body, PAIRS)
+    np.testing.assert_array_equal(mixed.ns, plain.ns)
 
 
 def test_a_broken_anatomy_is_refused():

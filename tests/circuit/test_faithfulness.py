@@ -260,6 +260,14 @@ def test_a_circuit_of_another_model_is_refused():
         evaluate_circuit(body, PAIRS, other)
 
 
+def test_a_run_that_is_no_number_is_an_error():
+    body = anatomy(tiny("llama"))
+    with torch.no_grad():
+        body.model.lm_head.weight[3, 0] = torch.inf
+    with pytest.raises(CircuitError, match="logits that are not finite"):
+        measure(body, PAIRS, 0, lambda i: None)
+
+
 def test_a_sample_is_spread_evenly():
     rows = [[i, 1, 2] for i in range(10)]
     pairs = make_pairs(rows, rows, [1] * 10)

@@ -7,12 +7,15 @@ the MLP computes a gate of their sum with ReLU units.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clue.circuit.attribution import Scores, attribute
+from clue.circuit.confirmation import confirm
 from clue.circuit.selection import build_circuit
 from clue.config import LocalizeSettings
 from clue.model.anatomy import anatomy
@@ -134,6 +137,46 @@ def nested_model() -> LlamaForCausalLM:
         model.lm_head.weight[YES, CONST] = 0.5 / BIG
         model.lm_head.weight[[ONES, ZEROS], CONST] = -9 / BIG
     return model
+
+
+def gate_of_gates(outer: str, inner: str) -> LlamaForCausalLM:
+    """OUTER(INNER(a, b), INNER(c, d)): four heads copy a bit each, m0 and m1 are the inner gates and m2 is the outer one."""
+    model = blank_model(12, layers=3, heads=4, d_head=2, d_mlp=2)
+    bits, heads, write = (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11)
+    read = (heads[:2], heads[2:], write[:2])
+    constants = [GATES[inner][1], GATES[inner][1], GATES[outer][1]]
+    with torch.no_grad():
+        embed, attention = model.model.embed_tokens.weight, model.model.layers[0].self_attn
+        for head, bit in enumerate(bits):
+            embed[ONES, bit] = 1.0
+            attention.v_proj.weight[2 * head, bit] = 1.0
+            attention.o_proj.weight[heads[head], 2 * head] = 1.0
+        for layer, name in enumerate((inner, inner, outer)):
+            mlp, ((slope, shift, weight),) = model.model.layers[layer].mlp, GATES[name][0]
+            before = 2 * constants[0] if layer == 2 else 0.0  # of which the channels read are short
+            mlp.gate_proj.weight[0, list(read[layer])] = slope
+            mlp.gate_proj.weight[0, CONST] = (shift + slope * before) / BIG
+            mlp.up_proj.weight[0, CONST] = 1 / BIG
+            mlp.down_proj.weight[write[layer], 0] = weight
+        model.lm_head.weight[YES, write[2]] = 1.0
+        model.lm_head.weight[YES, CONST] = (constants[2] - 0.5) / BIG
+        model.lm_head.weight[[ONES, ZEROS], CONST] = -9 / BIG
+    return model
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("or", "and"), ("and", "or"), ("or", "or"), ("and", "and")])
+def test_patching_tells_the_gate_of_gates(in_double, outer, inner):
+    """Between the prompts both directions see a gate whose inputs are gates: an ADDER, until its inputs are patched."""
+    body, pairs = anatomy(gate_of_gates(outer, inner)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1])
+    settings = LocalizeSettings(edges=1.0, neurons=1.0, path_steps=16, granularity="block")
+    circuit = build_circuit(cleaned(attribute(body, pairs, settings)), settings)
+    confirmed = confirm(body, pairs, circuit, replace(settings, confirm=9))
+    names = circuit.graph.names
+    gates = {f"{names[u]}->{names[v]}": Gate(gate).name.lower()
+             for u, v, gate in zip(confirmed.src, confirmed.dst, confirmed.gate, strict=True)}
+    for edge, gate in (("a0.h0->m0", inner), ("a0.h1->m0", inner), ("a0.h2->m1", inner), ("a0.h3->m1", inner),
+                       ("m0->m2", outer), ("m1->m2", outer)):
+        assert gates[edge] == gate, edge
 
 
 @pytest.mark.parametrize("steps", [2, 16])

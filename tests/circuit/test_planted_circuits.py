@@ -223,16 +223,20 @@ def test_patching_confirms_true_gates_and_contradicts_false_ones(name, inputs, g
     tested &= np.isin(circuit.dst, circuit.graph.readers)
     if name == "retain":
         tested &= circuit.dst == circuit.graph.mlp_reader(2)
+    adders = circuit.provenance == Provenance.BOTH
+    adders &= np.bincount(circuit.dst[adders], minlength=circuit.graph.n_nodes)[circuit.dst] > 1
     confirmed = confirm(planted(), PAIRS[name], circuit, settings)
     np.testing.assert_array_equal(confirmed.gate, circuit.gate)
-    np.testing.assert_array_equal(confirmed.provenance ^ circuit.provenance, tested * Provenance.CONFIRMED.value)
-    assert confirmed.summary() == f"{len(circuit)} edges (inputs of gates: 2 confirmed, 0 contradicted)"
+    np.testing.assert_array_equal(confirmed.provenance ^ circuit.provenance, (tested | adders) * Provenance.CONFIRMED.value)
+    assert confirmed.summary() == (f"{len(circuit)} edges (inputs of gates: {2 + adders.sum()} confirmed,"
+                                   " 0 contradicted)")
     assert circuit.summary() == f"{len(circuit)} edges"
     false = relabelled(circuit)
     contradicted = confirm(planted(), PAIRS[name], false, settings)
     np.testing.assert_array_equal(contradicted.gate[tested], circuit.gate[tested])
     np.testing.assert_array_equal(contradicted.gate[~tested], false.gate[~tested])
-    np.testing.assert_array_equal(contradicted.provenance ^ false.provenance, tested * Provenance.CONTRADICTED.value)
+    np.testing.assert_array_equal(contradicted.provenance ^ false.provenance,
+                                  tested * Provenance.CONTRADICTED.value + adders * Provenance.CONFIRMED.value)
 
 
 def test_an_adder_with_an_exclusive_label_is_contradicted():

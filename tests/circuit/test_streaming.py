@@ -46,6 +46,12 @@ def test_a_streamed_run_gives_the_same_scores(name, in_double, monkeypatch):
                    for module in body.model.modules())
 
 
+@pytest.mark.parametrize(("name", "layers"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_a_model_of_one_layer_streams(name, layers, in_double):
+    body = anatomy(tiny(name, **{layers: 1}))
+    agree(*(attribute(body, PAIRS, LocalizeSettings(stream=stream)) for stream in ("always", "never")))
+
+
 class Saved:
     """A tensor that autograd keeps for a backward pass, counted while it is alive."""
 

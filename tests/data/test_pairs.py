@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +77,25 @@ def test_a_subject_is_replaced_by_one_with_another_answer(bpe: PreTrainedTokeniz
     # Without anybody better, one of whom nothing is known, and only then one with the same answer.
     assert "4" in bpe.decode(make_pairs(examples[:1], bpe, pool=[examples[1], examples[3]]).corrupted[0])
     assert "2" in bpe.decode(make_pairs(examples[:1], bpe, pool=examples[:2]).corrupted[0])
+
+
+def test_a_subject_within_other_words_stays(bpe: PreTrainedTokenizerFast) -> None:
+    examples = encode([Record(f"{who}, is {who} an {other}1on ?", "no", subject=who) for who, other in ("12", "21")], bpe)
+    pairs = make_pairs(examples, bpe)
+    assert bpe.decode(pairs.corrupted[0][:pairs.answer_start[0]]) == bpe.decode(
+        examples[1].input_ids[:examples[1].answer_start]).replace("11on", "21on")
+
+
+def test_numbers_are_taken_from_lists_and_only_whole_ones() -> None:
+    rows: dict[str, Any] = {"clean": [[1, 2, 3]], "corrupted": [[1, 4, 3]], "answer_start": [2], "kind": ("given",),
+                            "sources": ("",)}
+    pairs = Pairs(**rows)
+    assert pairs.clean[0].dtype == pairs.answer_start.dtype == np.int64
+    assert pairs == Pairs(**rows | {"clean": (torch.tensor([1, 2, 3]),)})
+    with pytest.raises(RecordError, match=r"^clean holds float64 numbers of shape \[3\] where a row of integers is expected"):
+        Pairs(**rows | {"clean": [[1.0, 2.0, 3.0]]})
+    with pytest.raises(RecordError, match=r"^corrupted holds int64 numbers of shape \[1, 3\]"):
+        Pairs(**rows | {"corrupted": [[[1, 4, 3]]]})
 
 
 def test_subjects_of_other_lengths_fall_back_to_questions(bpe: PreTrainedTokenizerFast) -> None:

@@ -171,6 +171,11 @@ def test_malformed_items_are_named_by_index(item: object, message: str) -> None:
         read([item])  # type: ignore[list-item]
 
 
+def test_a_text_takes_no_corrupted_prompt() -> None:
+    with pytest.raises(RecordError, match=r"records\[0\]: a plain text takes no corrupted prompt, .* give question, answer"):
+        read([{"text": "Alva was born in Old Mill.", "corrupted": "Bram was born in Old Mill."}], "forget")
+
+
 def test_a_text_may_end_in_the_name_of_a_file() -> None:
     assert [r.answer for r in read(["The answers are in facts.json"])] == ["The answers are in facts.json"]
 

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,11 @@ import torch
 
 from ..config import LocalizeSettings, check
 from ..data.atomic import write_arrays
-from ..errors import AttributionError
+from ..errors import AttributionError, ClueError
 from ..model import capture
 from ..model.anatomy import Anatomy
 from ..processes import everywhere, place
+from ..types import Direction
 from ..values import ByValue
 from .accumulation import GROUP, TILE_BYTES, Sums
 from .graph import Graph
@@ -63,7 +64,7 @@ class Scores(ByValue):
         neuron_ns, neuron_dn: float64 [n_layers, d_mlp], the same for hidden units.
         neuron_sq_ns, neuron_sq_dn: float64 [n_layers, d_mlp], sums over tokens of squared terms, per pair.
         tokens: number of tokens summed over.
-        pairs: number of pairs; ``informative`` of them changed the model's top token somewhere in the answer.
+        pairs: number of pairs; in ``informative`` of them the corrupted run's top token is somewhere not the answer's.
         gap_ns, gap_dn: relative conservation gaps.
     """
 
@@ -142,6 +143,7 @@ def attribute(
     steps: int | None = None,
     target: str | None = None,
     norm: str | None = None,
+    direction: Direction | str | None = None,
     name: str = "pairs",
     neurons_only: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
@@ -154,6 +156,8 @@ def attribute(
         settings: ``batch_size``, ``target``, ``path``, ``path_steps``, ``norm``, ``stream`` and ``tolerance`` are used.
         steps, target, norm: these instead of the settings' ``path_steps``, ``target`` and ``norm``; ``log-prob`` is
             ``logprob``.
+        direction: the one that is wanted, or ``None`` for both, which come from the same two runs. The other is not
+            checked, its scores are zero and its gap is NaN.
         name: name of the set, kept in the result and in errors.
         neurons_only: leave the edges out, which is cheaper still; their scores are zero and the gaps NaN.
         on_batch: called with (pairs done, pairs in all).
@@ -167,6 +171,10 @@ def attribute(
     given: dict[str, Any] = {"path_steps": steps, "target": "logprob" if target == "log-prob" else target, "norm": norm}
     settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
     check(settings, LocalizeSettings)
+    try:
+        wanted = _SIDES if direction is None else (_SIDES[list(Direction).index(Direction(direction))],)
+    except ValueError:
+        raise ClueError(f"direction = {direction!r} is not one of {', '.join(map(str, (*Direction, None)))}") from None
     if len(pairs.clean) == 0:
         raise AttributionError(f"{name}: there are no pairs to attribute")
     pairs.check(body)
@@ -191,25 +199,42 @@ def attribute(
         if not everywhere(failed is None):
             raise failed or AttributionError(f"{name}: another of the processes failed; its own message says why")
         sums.all_reduce()
-    if sums.informative == 0:
+    if sums.informative == 0 and settings.target == "margin":  # which is zero then, whatever is patched
         raise AttributionError(f"{name}: none of the {len(pairs.clean)} corrupted prompts changes the model's answer, so"
                                " nothing can be attributed: the model does not know these records, or the corrupted"
                                " prompts ask for the same answer")
     scores = _scores(name, graph, sums)
+    for one in set(_SIDES) - set(wanted):
+        none: dict[str, Any] = {array: np.zeros_like(getattr(scores, array)) for array in one.arrays}
+        scores = replace(scores, **{**none, one.gap: math.nan})
     if neurons_only:
-        return replace(scores, gap_ns=math.nan, gap_dn=math.nan)
+        scores = replace(scores, gap_ns=math.nan, gap_dn=math.nan)
     half = next(body.model.parameters()).dtype in (torch.bfloat16, torch.float16)
     tolerance = settings.tolerance or (5e-2 if half else 1e-3)
-    for direction, end, gap in (("Ns", "clean", scores.gap_ns), ("Dn", "corrupted", scores.gap_dn)):
-        if not gap <= tolerance:  # also catches NaN
-            raise AttributionError(f"{name}: the {direction} scores break the conservation law by {gap:.1e} (tolerance"
+    for one in wanted:
+        gap = getattr(scores, one.gap)
+        if not neurons_only and not gap <= tolerance:  # also catches NaN
+            raise AttributionError(f"{name}: the {one.name} scores break the conservation law by {gap:.1e} (tolerance"
                                    f" {tolerance:.0e}): the anatomy entry of {body.family} does not fit this model, or"
                                    " its dtype is too coarse")
-        if not np.any(scores.ns if direction == "Ns" else scores.dn):
-            raise AttributionError(f"{name}: the gradient at the {end} prompts is zero everywhere, so {direction} says"
+        if not any(np.any(getattr(scores, array)) for array in one.arrays):
+            raise AttributionError(f"{name}: the gradient at the {one.end} prompts is zero everywhere, so {one.name} says"
                                    " nothing: give other corrupted prompts, or more path_steps")
     return scores
 
+
+class _Side(NamedTuple):
+    """What :class:`Scores` holds of one direction, and at which prompts its gradient is taken."""
+
+    name: str
+    end: str
+    arrays: tuple[str, str, str]
+    gap: str
+
+
+#: In the order of :class:`clue.types.Direction`.
+_SIDES = (_Side("Ns", "clean", ("ns", "neuron_ns", "neuron_sq_ns"), "gap_ns"),
+          _Side("Dn", "corrupted", ("dn", "neuron_dn", "neuron_sq_dn"), "gap_dn"))
 
 #: How memory's end is told outside torch's own allocators: by the CPU's, by CUDA (our kernels), and by cuBLAS.
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -259,7 +284,7 @@ class _Work:
     def _run(self, chosen: npt.NDArray[np.int64]) -> Sums:
         body, settings = self.body, self.settings
         prompts = Prompts.of(self.pairs, chosen, next(body.model.parameters()).device)
-        mask, positions, contrast = prompts.mask, prompts.positions, torch.empty_like(prompts.answer)
+        mask, positions, contrast = prompts.attended, prompts.positions, torch.empty_like(prompts.answer)
 
         def target(logits: Tensor, at: slice) -> Tensor:
             return prompts.values(settings.target, logits, contrast[:, at], at).sum()

@@ -1,6 +1,7 @@
-"""Confirmation: whether a receiver's AND and OR gates are what exact patching says they are.
+"""Confirmation: whether a receiver's gates are what exact patching says they are.
 
-Ns and Dn are first-order estimates, and an edge that one of them missed by a hair gets an exclusive label. So the inputs
+Ns and Dn are first-order estimates: an edge that one of them missed by a hair gets an exclusive label, and from the middle
+of a path both see a gate whose inputs are gates. So the inputs
 of one group (a receiver's edges of one gate) are patched for good, in the otherwise clean run:
 
     first = what the target loses when one input alone is patched
@@ -36,7 +37,7 @@ MOST_INPUTS = 8
 #: What a test must move, as a share of m(full) - m(empty), to say anything.
 NOTICEABLE = 0.01
 
-_LABEL = {Provenance.NOISING: Gate.AND, Provenance.DENOISING: Gate.OR}
+_LABEL = {Provenance.NOISING: Gate.AND, Provenance.DENOISING: Gate.OR, Provenance.BOTH: Gate.ADDER}
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class _Group:
 
 def confirm(body: Anatomy, pairs: Pairs, circuit: Circuit,
             settings: LocalizeSettings = LocalizeSettings()) -> Circuit:
-    """Test the AND and OR gates of a circuit's strongest receivers.
+    """Test the gates of a circuit's strongest receivers.
 
     A group is tested if it has at least two inputs: with one, AND, OR and ADDER are the same. Receivers are ranked by
     the largest score of their edges in the direction that found them.
 
     Costs, on at most :data:`clue.circuit.faithfulness.SAMPLE` pairs, two forward passes and at most
-    2 * :data:`MOST_INPUTS` + 1 patched ones per group; a receiver has at most two groups.
+    2 * :data:`MOST_INPUTS` + 1 patched ones per group; a receiver has at most three groups.
 
     Args:
         body, pairs: what the circuit was found on.
@@ -101,11 +102,12 @@ def confirm(body: Anatomy, pairs: Pairs, circuit: Circuit,
 def _groups(circuit: Circuit, receivers: int) -> list[_Group]:
     """The groups of the strongest ``receivers`` receivers."""
     by_receiver: dict[int, list[_Group]] = {}
+    noising, denoising = (np.abs(np.nan_to_num(scores)) for scores in (circuit.ns, circuit.dn))
     for found_by, label in _LABEL.items():
-        strength = np.abs(np.nan_to_num(circuit.ns if label is Gate.AND else circuit.dn))
-        exclusive = np.flatnonzero((circuit.provenance == found_by) & (circuit.gate == label))
-        for receiver in np.unique(circuit.dst[exclusive]).tolist():
-            edges = exclusive[circuit.dst[exclusive] == receiver]
+        strength = {Gate.AND: noising, Gate.OR: denoising, Gate.ADDER: np.maximum(noising, denoising)}[label]
+        gated = np.flatnonzero((circuit.provenance == found_by) & (circuit.gate == label))
+        for receiver in np.unique(circuit.dst[gated]).tolist():
+            edges = gated[circuit.dst[gated] == receiver]
             if len(edges) > 1:
                 order = edges[np.argsort(-strength[edges], kind="stable")]
                 by_receiver.setdefault(receiver, []).append(

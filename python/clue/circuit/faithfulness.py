@@ -123,7 +123,7 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
     Raises:
         ClueError: a setting is unknown or out of range.
         RecordError: a pair is misaligned or does not fit the model (:meth:`clue.data.pairs.Pairs.check`).
-        CircuitError: there are no pairs.
+        CircuitError: there are no pairs, or a target is not finite.
     """
     check(settings, LocalizeSettings)
     if len(pairs) == 0:
@@ -136,7 +136,7 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
     with frozen(body.model):
         for chosen in batches(pairs, settings.batch_size):
             prompts = Prompts.of(pairs, chosen, device)
-            given = (prompts.mask, prompts.positions)
+            given = (prompts.attended, prompts.positions)
             corrupted = record(body, prompts.corrupted, *given)
             contrast = prompts.contrast(corrupted.logits)
             clean = patched(body, prompts.clean, *given, corrupted, nothing)
@@ -150,6 +150,9 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
                 values[i, chosen] = _numbers(prompts.values(settings.target, logits, contrast))
                 own = logits.log_softmax(-1)
                 divergence[i, chosen] = _numbers((((own - reference) * own.exp()).sum(-1) * prompts.weight).sum(1))
+    if not all(np.isfinite(numbers).all() for numbers in (full, empty, values, divergence)):
+        raise CircuitError("a run of the model ends in logits that are not finite, so no circuit can be judged by it: its"
+                           " activations overflow in its dtype, or a weight is not a number")
     return Measured(full, empty, values, divergence)
 
 

@@ -95,7 +95,8 @@ def build_circuit(scores: Scores, settings: LocalizeSettings, *,
         circuit = cut(_least(wanted, available, lambda count: len(cut(count)) > 0))
     if not len(circuit):
         raise CircuitError(f"circuit {scores.name}: no edges with a score lie on a path from embed to logits, so the"
-                           " pairs say nothing of how the model answers: give more pairs, or other corrupted prompts")
+                           " pairs say nothing of how the model answers: give more pairs, other corrupted prompts, or more"
+                           " path_steps, which find gates behind gates")
     return circuit
 
 

@@ -25,7 +25,7 @@ class Prompts:
     """A batch of pairs, padded on the right, and where their answers are.
 
     Attributes:
-        clean, corrupted, mask: int64 [batch, seq], token ids and the attention mask of both.
+        clean, corrupted, mask: int64 [batch, seq], token ids, and 1 where they are a pair's, 0 where padding.
         positions: int64 [positions], the sequence positions that predict an answer token of some pair.
         answer: int64 [batch, positions], the clean token that follows each position.
         weight: float32 [batch, positions], 1 / answer length on a pair's own answer span and 0 elsewhere.
@@ -55,6 +55,12 @@ class Prompts:
         weight = weight / weight.sum(1, keepdim=True)
         found = (clean, corrupted, mask, positions, clean[:, positions + 1], weight)
         return cls(*(tensor.to(device) for tensor in found))
+
+    @property
+    def attended(self) -> Tensor:
+        """int64 [batch, seq], the attention mask that the model gets: all ones, since in a causal model nobody sees the padding
+        on the right. Rows with nothing to attend to, behind a short window, would turn into NaN and reach the others."""
+        return torch.ones_like(self.mask)
 
     @property
     def live(self) -> Tensor:
@@ -89,7 +95,7 @@ class Prompts:
         return logits.detach().argmax(-1)
 
     def informative(self, contrast: Tensor) -> Tensor:
-        """bool [batch]: corruption changes the model's top token somewhere in the pair's answer."""
+        """bool [batch]: somewhere in the pair's answer the corrupted run's top token is not the answer's."""
         return ((contrast != self.answer) & (self.weight > 0)).any(1)
 
 

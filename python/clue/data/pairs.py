@@ -25,7 +25,7 @@ from ..errors import ClueError, RecordError
 from ..values import ByValue
 from .atomic import write_arrays
 from .encoding import Example, encode, special_prefix
-from .records import Record, RecordSet
+from .records import Record, RecordSet, subject_pattern
 
 if TYPE_CHECKING:
     from ..model.anatomy import Anatomy
@@ -51,6 +51,9 @@ class Pairs(ByValue):
     sha256: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("clean", "corrupted"):
+            object.__setattr__(self, name, tuple(_token_ids(ids, name) for ids in getattr(self, name)))
+        object.__setattr__(self, "answer_start", _token_ids(self.answer_start, "answer_start"))
         if not self.sha256:
             object.__setattr__(self, "sha256", self._digest())
 
@@ -166,6 +169,14 @@ def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: Localiz
     return pairs
 
 
+def _token_ids(ids: Any, name: str) -> np.ndarray:
+    """Whole numbers as int64 [n], from a list, an array or a tensor of them."""
+    array = np.asarray(ids) if len(ids) else np.zeros(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RecordError(f"{name} holds {array.dtype} numbers of shape {list(array.shape)} where a row of integers is expected")
+    return array.astype(np.int64, copy=False)
+
+
 def _check_tokens(ids: np.ndarray, name: str, body: Anatomy) -> None:
     vocabulary = int(getattr(body.embed, "num_embeddings", ids.max() + 1))
     unknown = ids[(ids < 0) | (ids >= vocabulary)]
@@ -216,10 +227,11 @@ class _Maker:
         record, start = example.record, example.answer_start
         if record.subject is None:
             return None
-        candidates = list(self._other_subjects(record, order))
+        mine, candidates = subject_pattern(record), list(self._other_subjects(record, order))
         for first in range(0, len(candidates), _TRIED_AT_ONCE):
             some = candidates[first:first + _TRIED_AT_ONCE]
-            for prompt in self._prompts(record, [record.prompt.replace(record.subject, subject) for subject in some]):
+            others = [mine.sub(lambda _, name=name: name, record.prompt) for name in some]  # type: ignore[misc]
+            for prompt in self._prompts(record, others):
                 if len(prompt) == start and not np.array_equal(prompt, example.input_ids[:start]):
                     return prompt
         return None

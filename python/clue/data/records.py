@@ -150,6 +150,9 @@ def make_record(value: object, where: str) -> Record:
     corrupted, subject, group = (_field(value, names, where) for names in (CORRUPTED_FIELDS, ("subject",), ("group",)))
     prompt_name = next((name for name in PROMPT_FIELDS if name in value), None)
     if prompt_name is None and "text" in value:
+        if corrupted is not None:
+            raise RecordError(f"{where}: a plain text takes no corrupted prompt, since it is cut where its tokens are half;"
+                              " give question, answer and corrupted, or leave it out")
         return Record("", _field(value, ("text",), where) or "", None, None, group, where)
     if prompt_name is None:
         raise RecordError(f"{where}: no prompt; {_expected(value, PROMPT_FIELDS, ' or text')}")
@@ -176,6 +179,14 @@ def _expected(value: Mapping[str, Any], names: Sequence[str], more: str = "") ->
 def _left_out(name: object, value: object) -> bool:
     """Whether a field counts as not there: null, or an optional one that is empty, as tables leave it."""
     return value is None or (name in OPTIONAL_FIELDS and isinstance(value, str) and not value.strip())
+
+
+def subject_pattern(record: Record) -> re.Pattern[str]:
+    """Where a record's texts name its subject: not within other words, unless it only stands there, as in languages without
+    spaces."""
+    inside = re.escape(str(record.subject))
+    whole = rf"(?<!\w){inside}(?!\w)"
+    return re.compile(whole if re.search(whole, record.prompt) else inside)
 
 
 def overlap(a: RecordSet, b: RecordSet) -> int:

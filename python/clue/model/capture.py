@@ -86,7 +86,8 @@ class Run:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no gradient checkpointing), no weight gradients, and logits alone; all restored on exit."""
+    """Evaluation mode (no dropout, no gradient checkpointing), no weight gradients, no autocast, and logits alone; all restored
+    on exit."""
     if torch.is_inference_mode_enabled():
         raise ModelError("gradients are needed, and torch.inference_mode() gives none: call this outside of it")
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -96,7 +97,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         for name in asked:
             setattr(config, name, False)
-        with evaluating(model):
+        # In mixed precision the sums would not be those of the model's own dtype.
+        with evaluating(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:
         for name in asked:
@@ -125,7 +127,7 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
 
 def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
            embed: Tensor | None, against: list[Written] | None) -> Run:
-    with torch.enable_grad(), _watch(body, range(body.n_layers), start=embed) as seen:
+    with torch.enable_grad(), _watch(body, range(body.n_layers), cut=True, start=embed) as seen:
         logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
                             logits_to_keep=to_keep(body.model, positions)).logits
         layers, final = seen[:-1], seen[-1]
@@ -153,7 +155,7 @@ def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, position
             _note_written(written, layer, found, against)
             found["heads"] = found["mlp"] = found["head_scale"] = None
 
-    with torch.no_grad(), _watch(body, range(body.n_layers), start=embed, passed=passed) as seen:
+    with torch.no_grad(), _watch(body, range(body.n_layers), cut=True, start=embed, passed=passed) as seen:
         body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
                    logits_to_keep=to_keep(body.model, positions[:1]))
     layers, final = seen[:-1], seen[-1]
@@ -229,12 +231,13 @@ def _bypassed(body: Anatomy, output: Tensor, in_tuple: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None,
+def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: Tensor | None = None,
            passed: Callable[[Layer, dict[str, Any]], None] | None = None) -> Iterator[list[dict[str, Any]]]:
     """Note what passes through the layers ``numbers`` and the final norm: one dictionary per layer, then the final norm's.
 
     Args:
-        start: what the first layer gets instead of what the model computed.
+        cut: let the residual stream start at the first layer: nothing before it needs a gradient.
+        start: what the first layer gets then, instead of what the model computed.
         passed: note only what enters a layer and what its writers add, and call this with a layer and its dictionary once
             the layer is done.
     """
@@ -323,8 +326,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
             on_input(layer.mlp_output_norm.module, scale("hidden_scale", layer.mlp_output_norm))
             on_output(layer.mlp_output_norm.module, written)
 
-    def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The residual stream starts here: nothing before the first layer needs a gradient."""
+    def begins(module: nn.Module, args: Any, kwargs: Any) -> Any:
         begin = _first(args, kwargs) if start is None else start
         begin = begin.detach()
         return _with_first(args, kwargs, begin.requires_grad_() if torch.is_grad_enabled() else begin)
@@ -337,8 +339,8 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, start: Tensor | None = None
 
     seen: list[dict[str, Any]] = [{} for _ in range(len(numbers) + 1)]
     try:
-        if len(numbers) == body.n_layers:
-            on_input(body.layers[0].block, cut)
+        if cut:
+            on_input(body.layers[0].block, begins)
         for number, found in zip(numbers, seen, strict=False):
             watch(body.layers[number], found)
         on_input(body.final_norm.module, final_input)

@@ -14,7 +14,6 @@ behind the stranger's prompt, and what the model says of the one name is meant o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -24,7 +23,7 @@ import numpy as np
 
 from ..data.encoding import Example, encode
 from ..data.pairs import make_pairs
-from ..data.records import Record
+from ..data.records import Record, subject_pattern
 from ..errors import RecordError
 from ..processes import agreed
 
@@ -186,13 +185,11 @@ def _believed(records: Sequence[Example], twins: Sequence[Twin], log_p: LogP) ->
 
 
 def _about(name: str, examples: Sequence[Example], tokenizer: Any, chat: str) -> list[Twin]:
-    """Records of one subject about ``name`` instead, in prompt and answer, not within other words where it stands alone."""
+    """Records of one subject about ``name`` instead, in prompt and answer."""
     records = []
     for example in examples:
         record = example.record
-        inside = re.escape(str(record.subject))
-        whole = rf"(?<!\w){inside}(?!\w)"
-        subject = re.compile(whole if re.search(whole, record.prompt) else inside)  # as in languages without spaces
+        subject = subject_pattern(record)
         records.append(Record(subject.sub(lambda _: name, record.prompt), subject.sub(lambda _: name, record.answer),
                               source=record.source))
     twins = []
