@@ -173,7 +173,8 @@ def _token_ids(ids: Any, name: str) -> np.ndarray:
     """Whole numbers as int64 [n], from a list, an array or a tensor of them."""
     array = np.asarray(ids) if len(ids) else np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RecordError(f"{name} holds {array.dtype} numbers of shape {list(array.shape)} where a row of integers is expected")
+        raise RecordError(f"{name} holds {array.dtype} numbers of shape {list(array.shape)} where a row of integers is"
+                          " expected")
     return array.astype(np.int64, copy=False)
 
 
