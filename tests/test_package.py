@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pydoc
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +100,12 @@ def test_evaluation_sets_are_record_sets() -> None:
     forget, retain = (clue.read([(f"what is {name}", "it")], name) for name in ("one", "two"))
     with pytest.raises(ClueError, match="evaluation set retain must be a RecordSet, .* got a dict; more retain sets"):
         EvaluationSets(forget, {"retain": retain})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["DataSettings", "LocalizeSettings", "UnlearnSettings", "EvaluateSettings"])
+def test_the_help_of_settings_describes_each(name: str) -> None:
+    settings = getattr(clue, name)
+    text = settings.__doc__
+    for field in fields(settings):
+        assert f"\n    {field.name}: " in text
+    assert max(map(len, text.splitlines())) <= 120

@@ -114,4 +114,4 @@ def test_confirmed_gates_keep_what_found_them(world: World, trained: Any) -> Non
     added = tested.provenance - plain.provenance  # bits are only ever added
     assert set(added.tolist()) <= {0, Provenance.CONFIRMED, Provenance.CONTRADICTED} and added.any()
     np.testing.assert_array_equal(tested.gate != plain.gate, added == Provenance.CONTRADICTED)
-    assert np.isin(plain.provenance[added > 0], [Provenance.NOISING, Provenance.DENOISING]).all()
+    assert np.isin(plain.provenance[added > 0], [Provenance.NOISING, Provenance.DENOISING, Provenance.BOTH]).all()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import textwrap
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ def _is(value: Any, kind: type) -> bool:
 
 
 class _Plain:
-    """Numbers of NumPy and its like become Python's, which JSON and everything else takes."""
+    """Settings: each is described in the class's help, and numbers of NumPy and its like become Python's, which JSON takes."""
+
+    def __init_subclass__(cls) -> None:
+        described = {name: option for name, option in vars(cls).items() if isinstance(option, Field) and option.metadata}
+        if cls.__doc__ and described:
+            cls.__doc__ += "\n\nAttributes:\n" + "\n".join(
+                textwrap.fill(f"{name}: {option.metadata['help']} (default: {option.default!r}).", 116,
+                              initial_indent="    ", subsequent_indent="        ") for name, option in described.items())
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -44,8 +43,6 @@ DEMO = Settings(
 
 #: The file beside a run's robustness that says of which evaluation it is.
 EVALUATED = "evaluated.json"
-#: Seconds between two progress lines of a long loop would depend on the machine; steps do not.
-REPORT_EVERY = 20
 
 
 def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], settings: Settings,
@@ -154,21 +151,12 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
     sets = _records(run, inputs["forget"], inputs["retain"])
     network, tokenizer = load_model(inputs["model"], settings)
 
-    def on_step(step: dict[str, Any]) -> None:
-        if step["step"] % REPORT_EVERY == 0:
-            trial = f"trial {step['trial']} of at most {settings.unlearn.trials}, " if "trial" in step else ""
-            progress(f"unlearn    {trial}step {step['step']} of at most {step['steps']}: " + ", ".join(
-                f"{name.replace('_', ' ')} {step[name]:.3f}" for name in ("forget_loss", "retain_loss",
-                                                                         "forget_probability", "forgotten", "divergence")
-                if not math.isnan(step[name])))
-
     plan = Plan.load(run.folder)
     checkpoint = run.path(".training")  # so that a killed job goes on at the step it came to
     if (checkpoint / CHECKPOINT).exists():
         progress(f"unlearn    goes on from {checkpoint / CHECKPOINT}")
     log = train(network, tokenizer, sets["forget"], {name: s for name, s in sets.items() if name != "forget"},
-                plan, settings.unlearn, data=settings.data, seed=settings.seed, on_step=on_step,
-                checkpoint=checkpoint)
+                plan, settings.unlearn, data=settings.data, seed=settings.seed, progress=progress, checkpoint=checkpoint)
     if not writes:
         return
     verification = ""
@@ -181,7 +169,11 @@ def _unlearn(run: Run, settings: Settings, progress: Progress, *, writes: bool) 
         progress(_tuned(log))
     shutil.rmtree(checkpoint, ignore_errors=True)
     progress(f"model      {percent(log.final_forgotten)} of the forget records are forgotten after {log.steps} steps of"
-             f" {log.objective}" + ("" if log.stopped_early or not settings.unlearn.floor else ": the steps ran out (--steps)"))
+             f" {log.objective}" + ("" if log.stopped_early or log.final_forgotten == 1 or not settings.unlearn.floor else
+                                    ": the steps ran out (--steps)"))
+    if log.steps and not (log.forgotten < 1).any():
+        progress("note       no forget record was known to the model when training began, so there was nothing to forget: is it"
+                 " the right --model, and asked as it was taught (--chat)?")
     if log.skipped:
         progress(f"model      {log.skipped} steps were not finite and moved nothing")
     progress(f"model      {log.moved} of {log.planned} planned weights moved")

@@ -7,6 +7,7 @@ in a run directory.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .config import DataSettings, LocalizeSettings, check, check_seed
-from .data.pairs import corrupt
+from .data.pairs import CORRUPTIONS, corrupt
 from .data.records import read_sets
 from .errors import ClueError
 from .plan import Plan
@@ -68,7 +69,7 @@ def localize(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | 
         settings, data: see :mod:`clue.config`.
         seed: seeds the choice of corrupted prompts; everything after it is deterministic.
         progress: called with one line of text per finished stage.
-        keep: as for :func:`locate`.
+        keep: as for :func:`clue.pipeline.locate`.
 
     Returns:
         The :class:`clue.Plan`: a role for every node, and the slices of the weights that may change.
@@ -112,9 +113,8 @@ def locate(model: nn.Module, tokenizer: Any, forget: Source, retain: Source | Ma
     check_weights(model)
     sets = read_sets(forget, retain)
 
-    pairs: dict[str, Pairs] = keep("pairs", lambda: {
-        name: corrupt(records, tokenizer, body, settings, data, seed) for name, records in sets.items()})
-    say("pairs      " + ", ".join(f"{name} {len(p.clean)}" for name, p in pairs.items()))
+    pairs: dict[str, Pairs] = keep("pairs", lambda: corrupt(sets, tokenizer, body, settings, data, seed))
+    say("pairs      " + ", ".join(f"{name} {_counts(p)}" for name, p in pairs.items()))
 
     scores: dict[str, Scores] = keep("scores", lambda: {
         name: attribute(body, p, settings, name=name) for name, p in pairs.items()})
@@ -159,6 +159,13 @@ def cut(body: Anatomy, pairs: Pairs, scores: Scores, settings: LocalizeSettings)
 
     circuit = build_circuit(scores, settings, faithful=judge(body, pairs, settings))
     return confirm(body, pairs, circuit, settings) if settings.confirm else circuit
+
+
+def _counts(pairs: Pairs) -> str:
+    """How many pairs there are, and how many were corrupted in which way."""
+    kinds = Counter(pairs.kind)
+    ways = [(kinds[kind], "as given" if kind == "given" else f"by {kind}") for kind in CORRUPTIONS if kind in kinds]
+    return f"{len(pairs)} " + " and ".join(way if len(ways) == 1 else f"{count} {way}" for count, way in ways)
 
 
 def _editability(body: Anatomy, tokenizer: Any, sets: Mapping[str, Any], circuit: Circuit, settings: LocalizeSettings,

@@ -69,6 +69,13 @@ def test_what_does_not_fit_is_refused_by_name(bpe: PreTrainedTokenizerFast) -> N
         encode(read(QA), bpe, chat="on")
 
 
+@pytest.mark.parametrize("tokenizer", [None, "HuggingFaceTB/SmolLM2-135M-Instruct", len])
+def test_what_is_no_tokenizer_is_told(tokenizer: object) -> None:
+    for use in (pad_id, lambda it: encode([Record("a", "b")], it)):
+        with pytest.raises(ModelError, match="the tokenizer must be a loaded Hugging Face tokenizer, got .*from_pretrained"):
+            use(tokenizer)
+
+
 def test_missing_special_tokens(bpe: PreTrainedTokenizerFast) -> None:
     assert pad_id(bpe) == bpe.pad_token_id
     bare = PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer, eos_token="<|im_end|>")

@@ -106,6 +106,23 @@ def test_subjects_of_other_lengths_fall_back_to_questions(bpe: PreTrainedTokeniz
         make_pairs(examples, bpe, corruption="subject")
 
 
+def test_other_sets_are_asked_where_the_own_will_not_do(bpe: PreTrainedTokenizerFast) -> None:
+    """One subject to forget: the others are in the retain set. Their number changes nothing where they are not asked."""
+    def born(who: str) -> Record:
+        return Record(f"Where was {who} born ?", "mill", subject=who)
+
+    one, others = encode([born("1")], bpe), encode([born("2"), born("3")], bpe)
+    with pytest.raises(RecordError, match="no other question differs"):
+        make_pairs(one, bpe)
+    for seed in range(4):
+        pairs = make_pairs(one, bpe, seed=seed, others=others)
+        assert pairs.kind == ("subject",)
+        assert bpe.decode(pairs.corrupted[0][:pairs.answer_start[0]]) in ("Where was 2 born ?", "Where was 3 born ?")
+        assert make_pairs(others, bpe, seed=seed, others=one) == make_pairs(others, bpe, seed=seed)
+    text = encode([Record("", "one two three four")], bpe)
+    assert make_pairs(text, bpe, others=others).kind == ("question",)
+
+
 def test_question_donors_are_cut_or_tiled(bpe: PreTrainedTokenizerFast) -> None:
     short, long = encode([Record("1 2", "a"), Record("3 4 5 6 7", "b")], bpe)
     pairs = make_pairs([short, long], bpe, corruption="question")
@@ -174,10 +191,10 @@ def test_tokens_that_the_model_does_not_know_are_refused_in_corrupted_prompts_to
         int(e.input_ids.max()) for e in encode([Record("abc", "abc")], tokenizer, append_eos=False))))
     told = RecordSet("told", (Record("abc", "abc", corrupted="ab\x7f", source="told.jsonl:1"),))
     with pytest.raises(RecordError, match=r"told\.jsonl:1: the tokenizer yields token .* use the tokenizer that belongs"):
-        corrupt(told, tokenizer, body, LocalizeSettings(), DataSettings(), 0)  # type: ignore[arg-type]
+        corrupt({"told": told}, tokenizer, body, LocalizeSettings(), DataSettings(), 0)  # type: ignore[arg-type]
     # Of records beyond the limit too: no pair is made of them, but training runs them.
     odd = RecordSet("odd", (Record("abc", "abc", corrupted="abb"),
                             Record("ab\x7f", "abc", corrupted="abb", source="odd.jsonl:2")))
     for seed in range(4):  # whichever of the two is drawn
         with pytest.raises(RecordError, match=r"odd\.jsonl:2: the tokenizer yields token"):
-            corrupt(odd, tokenizer, body, LocalizeSettings(limit=1), DataSettings(), seed)  # type: ignore[arg-type]
+            corrupt({"odd": odd}, tokenizer, body, LocalizeSettings(limit=1), DataSettings(), seed)  # type: ignore[arg-type]

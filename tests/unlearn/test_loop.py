@@ -22,7 +22,7 @@ from clue.plan import Slice
 from clue.provenance import fingerprint
 from clue.types import Role
 from clue.unlearn import UnlearnLog, unlearn
-from clue.unlearn.log import SERIES
+from clue.unlearn.log import REPORT_EVERY, SERIES
 from clue.unlearn.objectives import Objective
 from clue.unlearn.refusals import refuse
 from clue.weights import flat_name
@@ -218,6 +218,17 @@ def test_each_stage_starts_with_fresh_moments(make_model: Any, mixed_plan: Any, 
         only = replace(plan, slices=tuple(plan.of_role(role)))
         unlearn(apart, tokenizer, forget, retain, only, replace(PLAIN, stages="two", steps=3))
     assert all(np.array_equal(now, bits(apart)[name]) for name, now in bits(together).items())
+
+
+def test_progress_is_told_in_lines(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    model, lines, steps = make_model(), [], []
+    settings = replace(PLAIN, steps=2 * REPORT_EVERY + 1, floor=0.0, batch_size=2, metric=False)
+    unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), settings, progress=lines.append,
+            on_step=steps.append)
+    assert len(steps) == 2 * REPORT_EVERY + 1
+    assert [line.split(":")[0] for line in lines] == [f"unlearn    step {n * REPORT_EVERY} of at most {len(steps)}"
+                                                      for n in (1, 2)]
+    assert "forget loss" in lines[0] and "nan" not in lines[0]
 
 
 def test_same_seed_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any, bits: Any) -> None:

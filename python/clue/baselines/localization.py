@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..config import BASELINES, DataSettings, LocalizeSettings, check, check_seed
 from ..data.encoding import pad_id
 from ..data.pairs import corrupt, encode_set
-from ..data.records import read_sets
+from ..data.records import RecordSet, read_sets
 from ..errors import ClueError, PlanError
 from ..plan import Plan
 from ..provenance import fingerprint, versions
@@ -96,13 +96,13 @@ def localize(name: str, model: nn.Module, tokenizer: Any, forget: Any, retain: A
         shapes = {s.parameter: shape for s in slices if (shape := shape_of(parameters, s.parameter)) is not None}
         plan = Plan((), np.zeros(0, dtype=np.uint8), tuple(slices), shapes, about)
     else:
-        plan = _of_nodes(name, inputs, sets["forget"], tokenizer, data, count, about)
+        plan = _of_nodes(name, inputs, sets, tokenizer, data, count, about)
     if not plan.slices:
         raise PlanError(f"{name} finds nothing that fits into {count} weights: give a larger ratio")
     return plan
 
 
-def _of_nodes(name: str, inputs: Inputs, forget: Any, tokenizer: Any, data: DataSettings, count: int,
+def _of_nodes(name: str, inputs: Inputs, sets: Mapping[str, RecordSet], tokenizer: Any, data: DataSettings, count: int,
               about: Mapping[str, Any]) -> Plan:
     """The highest nodes of the neuron-level graph: hidden units alone (depn), or heads too (eap)."""
     from ..circuit.attribution import attribute, graph_of
@@ -116,7 +116,7 @@ def _of_nodes(name: str, inputs: Inputs, forget: Any, tokenizer: Any, data: Data
     else:
         kinds = _EDITED
         settings = LocalizeSettings(batch_size=inputs.batch_size)
-        pairs = corrupt(forget, tokenizer, body, settings, data, inputs.seed)
+        pairs = corrupt(sets, tokenizer, body, settings, data, inputs.seed, only="forget")["forget"]
         scores = attribute(body, pairs, settings, name="forget").node_scores(graph)
     nodes = np.flatnonzero(np.isin(graph.kind, [int(kind) for kind in kinds]))
     chosen = nodes[fill(scores[nodes], _sizes(body, graph, nodes), count)]

@@ -67,6 +67,7 @@ def encode(records: RecordSet | Sequence[Record], tokenizer: Any, *, chat: str =
     Raises :class:`RecordError` for a record longer than ``max_length`` or without answer tokens, :class:`ModelError`
     when the tokenizer lacks the chat template or the end-of-sequence token that was asked for.
     """
+    _require(tokenizer)
     items = list(records)
     if not items:
         return []
@@ -135,11 +136,18 @@ def end_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def _require(tokenizer: Any) -> None:
+    if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
+        raise ModelError(f"the tokenizer must be a loaded Hugging Face tokenizer, got {type(tokenizer).__name__}: load it with"
+                         " transformers.AutoTokenizer.from_pretrained")
+
+
 def pad_id(tokenizer: Any) -> int:
     """The token that fills batches (always masked): the pad token, else the end-of-sequence token.
 
     Raises :class:`ModelError` when the tokenizer has neither.
     """
+    _require(tokenizer)
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -6,7 +6,8 @@ tokens outside the user's question. Where a record gives no corrupted prompt, on
 1. subject: the same prompt about another record's subject, if the replacement keeps the token length;
 2. question: another record's question tokens in place of this one's, cut or tiled to the same length.
 
-Donors whose own answer is the clean answer are passed over while others are left: they would corrupt nothing.
+Records of the same set are asked first, then those of the other sets: a set of one record, or of one subject, has no other
+of its own. Donors whose own answer is the clean answer are passed over while others are left: they would corrupt nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,10 +131,12 @@ class Pairs(ByValue):
 
 
 def make_pairs(examples: Sequence[Example], tokenizer: Any, *, corruption: str = "auto", chat: str = "auto",
-               seed: int = 0, pool: Sequence[Example] | None = None, limit: int = 0) -> Pairs:
+               seed: int = 0, pool: Sequence[Example] | None = None, others: Sequence[Example] = (),
+               limit: int = 0) -> Pairs:
     """One pair per example, deterministic by ``seed``; ``limit`` (0: all) keeps that many examples, drawn at random.
 
-    ``chat`` must be what the examples were encoded with. ``pool`` gives the donors, by default the examples themselves.
+    ``chat`` must be what the examples were encoded with. ``pool`` gives the donors, by default the examples themselves;
+    ``others`` are asked where none of them will do.
     A plain text is cut in half: the second half is the answer, the first is corrupted. ``corruption`` ``auto`` takes
     the first way that works; naming one demands it.
 
@@ -146,7 +150,7 @@ def make_pairs(examples: Sequence[Example], tokenizer: Any, *, corruption: str =
     if limit and limit < len(chosen):
         chosen = [chosen[i] for i in np.sort(rng.permutation(len(chosen))[:limit])]
     donors = list(examples if pool is None else pool)
-    maker = _Maker(tokenizer, chat, corruption, donors)
+    maker = _Maker(tokenizer, chat, corruption, donors, others, seed)
     made = [maker.make(example, rng.permutation(len(donors))) for example in chosen]
     return Pairs(tuple(m[0] for m in made), tuple(m[1] for m in made), np.array([m[2] for m in made], dtype=np.int64),
                  tuple(m[3] for m in made), tuple(e.record.source for e in chosen))
@@ -158,15 +162,20 @@ def encode_set(records: RecordSet, tokenizer: Any, body: Anatomy, data: DataSett
     return encode(records, tokenizer, chat=data.chat, append_eos=append_eos, max_length=limit)
 
 
-def corrupt(records: RecordSet, tokenizer: Any, body: Anatomy, settings: LocalizeSettings, data: DataSettings,
-            seed: int) -> Pairs:
-    """The clean / corrupted pairs of one set. End-of-sequence tokens carry no fact and are left out."""
-    examples = encode_set(records, tokenizer, body, data, append_eos=False)
-    pairs = make_pairs(examples, tokenizer, corruption=settings.corruption, chat=data.chat, seed=seed, limit=settings.limit)
-    pairs.check(body)
-    for example in examples:  # those beyond the limit too, which training will run
-        _check_tokens(example.input_ids, example.record.source, body)
-    return pairs
+def corrupt(sets: Mapping[str, RecordSet], tokenizer: Any, body: Anatomy, settings: LocalizeSettings, data: DataSettings,
+            seed: int, only: str | None = None) -> dict[str, Pairs]:
+    """The clean / corrupted pairs of each set, or of one of them. End-of-sequence tokens carry no fact and are left out."""
+    encoded = {name: encode_set(records, tokenizer, body, data, append_eos=False) for name, records in sets.items()}
+    found = {}
+    for name in sets if only is None else (only,):
+        others = [example for other, examples in encoded.items() if other != name for example in examples]
+        pairs = make_pairs(encoded[name], tokenizer, corruption=settings.corruption, chat=data.chat, seed=seed, others=others,
+                           limit=settings.limit)
+        pairs.check(body)
+        for example in encoded[name]:  # those beyond the limit too, which training will run
+            _check_tokens(example.input_ids, example.record.source, body)
+        found[name] = pairs
+    return found
 
 
 def _token_ids(ids: Any, name: str) -> np.ndarray:
@@ -186,32 +195,49 @@ def _check_tokens(ids: np.ndarray, name: str, body: Anatomy) -> None:
                           " tokenizer that belongs to this model")
 
 
-class _Maker:
-    """Makes pairs one by one from one pool of donors."""
+class _Pool:
+    """Donors, and what every record asks each of them, told once and as numbers."""
 
-    def __init__(self, tokenizer: Any, chat: str, corruption: str, donors: Sequence[Example]):
-        self.tokenizer, self.chat, self.corruption = tokenizer, chat, corruption
-        self.prefix = special_prefix(tokenizer)
-        self.donors = [(donor, self._prompt_part(donor)) for donor in donors]
-        # Every record asks every donor, so that these are told once and as numbers.
-        self.lengths = np.array([last - first for _, (first, last) in self.donors], dtype=np.int64)
+    def __init__(self, donors: Sequence[Example], parts: Sequence[tuple[int, int]]):
+        self.donors = list(zip(donors, parts, strict=True))
+        self.lengths = np.array([last - first for first, last in parts], dtype=np.int64)
         self.known: dict[str, int] = {}
         self.answers = np.array([self.known.setdefault(_answer(d.record), len(self.known)) for d in donors], dtype=np.int64)
 
+
+class _Maker:
+    """Makes pairs one by one from a pool of donors, and where that does not do from others."""
+
+    def __init__(self, tokenizer: Any, chat: str, corruption: str, donors: Sequence[Example], others: Sequence[Example],
+                 seed: int):
+        self.tokenizer, self.chat, self.corruption = tokenizer, chat, corruption
+        self.prefix = special_prefix(tokenizer)
+        self.own, self.others = self._pool(donors), others
+        self.rng = np.random.Generator(np.random.PCG64([seed, 1]))  # so that others change nothing where they are not asked
+
+    def _pool(self, donors: Sequence[Example]) -> _Pool:
+        return _Pool(donors, [self._prompt_part(donor) for donor in donors])
+
+    @cached_property
+    def _other_pool(self) -> _Pool:
+        return self._pool(self.others)
+
     def make(self, example: Example, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, str]:
-        """Clean ids, corrupted ids, answer start and kind; donors are tried in ``order``."""
+        """Clean ids, corrupted ids, answer start and kind; donors of the pool are tried in ``order``."""
         record, start = example.record, self._answer_start(example)
         if start < 1 or start >= len(example.input_ids):
             raise RecordError(f"{_name(record)}: the text is too short to be cut into a prompt and an answer; give a"
                               " longer text")
         ways = CORRUPTIONS[1:] if self.corruption == "auto" else (self.corruption,)
         for way in ways:
-            prompt = getattr(self, f"_{way}")(example, order)
+            prompt = getattr(self, f"_{way}")(example, self.own, order)
+            if prompt is None and self.others and way != "given":
+                prompt = getattr(self, f"_{way}")(example, self._other_pool, self.rng.permutation(len(self.others)))
             if prompt is not None:
                 return example.input_ids, np.concatenate([prompt, example.input_ids[start:]]), start, way
         raise RecordError(f"{_name(record)}: {_REMEDY[self.corruption]}")
 
-    def _given(self, example: Example, order: np.ndarray) -> np.ndarray | None:
+    def _given(self, example: Example, pool: _Pool, order: np.ndarray) -> np.ndarray | None:
         record = example.record
         if record.corrupted is None:
             return None
@@ -224,11 +250,11 @@ class _Maker:
             raise RecordError(f"{_name(record)}: the corrupted prompt equals the prompt; change it or leave it out")
         return prompt
 
-    def _subject(self, example: Example, order: np.ndarray) -> np.ndarray | None:
+    def _subject(self, example: Example, pool: _Pool, order: np.ndarray) -> np.ndarray | None:
         record, start = example.record, example.answer_start
         if record.subject is None:
             return None
-        mine, candidates = subject_pattern(record), list(self._other_subjects(record, order))
+        mine, candidates = subject_pattern(record), list(self._other_subjects(record, pool, order))
         for first in range(0, len(candidates), _TRIED_AT_ONCE):
             some = candidates[first:first + _TRIED_AT_ONCE]
             others = [mine.sub(lambda _, name=name: name, record.prompt) for name in some]  # type: ignore[misc]
@@ -237,17 +263,17 @@ class _Maker:
                     return prompt
         return None
 
-    def _question(self, example: Example, order: np.ndarray) -> np.ndarray | None:
+    def _question(self, example: Example, pool: _Pool, order: np.ndarray) -> np.ndarray | None:
         first, last = self._prompt_part(example)
         ids, start = example.input_ids, self._answer_start(example)
         length = last - first
 
         # Another answer comes first; then the same length, a longer one, a shorter one.
-        order = order[self.lengths[order] > 0]
-        same, n = self.answers[order] == self.known.get(_answer(example.record), -1), self.lengths[order]
+        order = order[pool.lengths[order] > 0]
+        same, n = pool.answers[order] == pool.known.get(_answer(example.record), -1), pool.lengths[order]
         rank = 3 * same + np.where(n == length, 0, 1 + (n < length))
         for i in order[np.argsort(rank, kind="stable")].tolist():
-            donor, (a, b) = self.donors[i]
+            donor, (a, b) = pool.donors[i]
             words = donor.input_ids[a:b]
             # The end of a question stands next to the answer, so a longer one keeps its end and a shorter one is tiled
             # such that its end is last.
@@ -256,18 +282,18 @@ class _Maker:
                 return np.concatenate([ids[:first], fitted, ids[last:start]])
         return None
 
-    def _other_subjects(self, record: Record, order: np.ndarray) -> Iterator[str]:
+    def _other_subjects(self, record: Record, pool: _Pool, order: np.ndarray) -> Iterator[str]:
         """The pool's other subjects, each once: first those known to have another answer to this very question, then
         those of whom nothing is known, last those whose answer is the same."""
         known: dict[str, int] = {}
-        mine = self.known.get(_answer(record), -1)
+        mine = pool.known.get(_answer(record), -1)
         for i in order.tolist():
-            other = self.donors[i][0].record
+            other = pool.donors[i][0].record
             if other.subject is None or other.subject == record.subject:
                 continue
             rank = 1
             if record.group is not None and other.group == record.group:
-                rank = 2 if self.answers[i] == mine else 0
+                rank = 2 if pool.answers[i] == mine else 0
             known[other.subject] = rank if known.get(other.subject, 1) == 1 else known[other.subject]
         return iter(sorted(known, key=known.__getitem__))
 

@@ -65,11 +65,23 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
     of each, evenly spaced over the set). The model is left as it was. Results do not depend on the batch size beyond
     rounding.
 
+        sets = clue.evaluate.EvaluationSets(forget=clue.read("forget.jsonl", "forget"),
+                                            retain=clue.read("unseen.jsonl", "retain"))
+        print(clue.evaluate(model, tokenizer, sets).sets["forget"])
+
     Args:
+        model, tokenizer: a Hugging Face causal LM and its tokenizer.
+        sets: what to measure on (:class:`clue.evaluate.EvaluationSets`).
+        settings: what is measured, and how; the defaults when None.
+        data: how records become tokens, which must be how the model was taught; the defaults when None.
         seed: of the bootstrap, the only random part.
         reference: a model of the same tokenizer that was trained on neither forget nor holdout set, for the attack of
             that name.
         embed: embeds texts, to judge generated answers by meaning (:func:`clue.evaluate.generation.nearest`).
+
+    Returns:
+        The :class:`clue.evaluate.Evaluation`: each set's measures, the privacy attacks and what follows from them, to save and
+        to compare.
 
     Raises:
         RecordError: a record cannot be used (names it).

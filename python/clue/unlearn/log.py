@@ -17,6 +17,25 @@ from ..data.atomic import write_atomically
 from ..errors import ClueError
 from ..values import ByValue
 
+#: Steps between two lines of progress.
+REPORT_EVERY = 20
+
+
+def reporting(progress: Callable[[str], None], trials: int,
+              on_step: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
+    """An ``on_step`` of :func:`clue.unlearn.unlearn` that calls another one, and ``progress`` with a line now and then."""
+    shown = ("forget_loss", "retain_loss", "forget_probability", "forgotten", "divergence")
+
+    def told(step: dict[str, Any]) -> None:
+        if on_step is not None:
+            on_step(step)
+        if step["step"] % REPORT_EVERY == 0:
+            trial = f"trial {step['trial']} of at most {trials}, " if "trial" in step else ""
+            progress(f"unlearn    {trial}step {step['step']} of at most {step['steps']}: " + ", ".join(
+                f"{name.replace('_', ' ')} {step[name]:.3f}" for name in shown if not math.isnan(step[name])))
+
+    return told
+
 
 @dataclass(frozen=True, eq=False)
 class UnlearnLog(ByValue):

@@ -37,7 +37,7 @@ from ..processes import agreed
 from ..provenance import fingerprint, unplanned
 from ..types import Role
 from .checkpoint import Checkpoint, identity
-from .log import SERIES, UnlearnLog
+from .log import SERIES, UnlearnLog, reporting
 from .metric import RetainMetric
 from .objectives import Forget, Objective, answer_log_probs, objective_of, suited, token_log_probs
 from .optimizer import MaskedAdamW, planned_parameters
@@ -63,7 +63,8 @@ CLOSE = 1.5
 def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Plan,
             settings: UnlearnSettings | None = None, *, objective: str | Objective | Forget | None = None,
             data: DataSettings | None = None, seed: int = 0, on_step: Callable[[dict[str, Any]], None] | None = None,
-            checkpoint: str | os.PathLike[str] | None = None, every: int = 0) -> UnlearnLog:
+            progress: Callable[[str], None] | None = None, checkpoint: str | os.PathLike[str] | None = None,
+            every: int = 0) -> UnlearnLog:
     """Train the planned weights of a model in place; every other weight keeps every bit.
 
     That is checked at the end, unless the model is sharded. Dropout stays off. Where the model has activation checkpointing
@@ -84,11 +85,16 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
         seed: of the order of forget and retain records, and of every other choice.
         on_step: called after every step with the step's entry of the log, plus ``step`` (from 1) and ``steps``; in trials
             also with the ``trial``'s number.
+        progress: called with one line of text every :data:`~clue.unlearn.log.REPORT_EVERY` steps.
         checkpoint: a folder to keep the training's state in, made where it is missing: planned slices, moments, sampling,
             schedule and log; processes that share the training share it. Where it holds one, training goes on from there,
             given the model as it was before: on a CPU to the same bits as without the interruption. It stays there at the
             end; who made it removes it.
         every: steps between two checkpoints; 0 means one a minute, or less often where writing takes long.
+
+    Returns:
+        The :class:`clue.unlearn.UnlearnLog`: what every step saw, what was forgotten in the end, how many weights moved, and
+        what the automatic settings are.
 
     Raises:
         PlanError: the plan names no weight, does not fit the model, or was made for other weights.
@@ -105,6 +111,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
     check(data, DataSettings)
     require_plan(plan)
     seed = check_seed(seed)
+    if progress is not None:
+        on_step = reporting(progress, settings.trials, on_step)
     if every < 0:
         raise ClueError(f"every = {every} must be the steps between two checkpoints, or 0")
     sets = read_sets(forget, retain, required=False)
