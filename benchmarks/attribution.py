@@ -4,6 +4,7 @@
   same batches by the same model (activation gradients only, logits at answer positions only). The model has the shape of
   SmolLM2-135M and random weights, which take the same time. Expected from operations alone: 1.26 times the passes, for
   prompts that differ from their first token on; the part of a prompt that both share (a template) costs nothing extra.
+- Conservation: the larger relative gap of Ns and Dn, in float32 and in bfloat16.
 - Scaling: seconds over four numbers of tokens, and seconds beyond the passes over four depths.
 - Memory: see ``memory.py``; the neuron kernel against torch and against reading its inputs: see ``neuron_kernel.py``.
 
@@ -47,17 +48,17 @@ def smollm2_shape(layers: int) -> LlamaForCausalLM:
         num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True)).eval()
 
 
-def make_pairs(count: int, prompt: int, answer: int, shared: int = 0) -> Pairs:
+def make_pairs(count: int, prompt: int, answer: int, shared: int = 0, vocabulary: int = VOCABULARY) -> Pairs:
     """Random prompts of which the first ``shared`` tokens are the same in both runs."""
     random = np.random.default_rng(0)
-    clean = [random.integers(0, VOCABULARY, prompt + answer) for _ in range(count)]
-    corrupted = [np.concatenate([ids[:shared], random.integers(0, VOCABULARY, prompt - shared), ids[prompt:]]) for ids in clean]
+    clean = [random.integers(0, vocabulary, prompt + answer) for _ in range(count)]
+    corrupted = [np.concatenate([ids[:shared], random.integers(0, vocabulary, prompt - shared), ids[prompt:]]) for ids in clean]
     return Pairs(tuple(clean), tuple(corrupted), np.full(count, prompt), ("given",) * count, ("",) * count)
 
 
 def passes(model: LlamaForCausalLM, pairs: Pairs) -> None:
     """Two forward and two backward passes, and nothing else."""
-    clean, corrupted = (torch.from_numpy(np.stack(rows)) for rows in (pairs.clean, pairs.corrupted))
+    clean, corrupted = (torch.from_numpy(np.stack(rows)).to(model.device) for rows in (pairs.clean, pairs.corrupted))
     first = int(pairs.answer_start[0])
     answer, keep = clean[:, first:], torch.arange(first - 1, clean.shape[1] - 1)
     with frozen(model):
@@ -87,6 +88,11 @@ def time_of_scores(found: Claims, layers: int, repeats: int) -> None:
             ("streamed", "all edges and neurons, streamed: one more forward pass, and the least memory", 0.0)):
         ratio = seconds[name] / seconds["passes"]
         found.add(claim, ratio, "times the passes", peer, f"at most {goal}" if goal else "", not goal or ratio <= goal)
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        scores = attribute(anatomy(model.to(dtype)), differing, settings)
+        gap = max(scores.gap_ns, scores.gap_dn)
+        found.add(f"conservation gap, {str(dtype).removeprefix('torch.')}", gap, "of the sums", "the scores' own sums over"
+                  " writers, against the residual stream's difference times the gradient", f"under {most:g}", gap < most)
 
 
 def scaling(found: Claims, repeats: int) -> None:

@@ -26,7 +26,7 @@ class Claims:
 
     def add(self, claim: str, value: float, unit: str, peer: str, goal: str = "", met: bool = True) -> None:
         """``goal`` is empty where the value is only told."""
-        self.found.append({"claim": claim, "value": round(float(value), 4), "unit": unit, "peer": peer, "goal": goal,
+        self.found.append({"claim": claim, "value": float(f"{value:.5g}"), "unit": unit, "peer": peer, "goal": goal,
                            "met": bool(met)})
 
     def report(self, target: str | None, **more: Any) -> None:
