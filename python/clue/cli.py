@@ -16,23 +16,22 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, certificate_command, compare_command, delta_command, plan_command, solve
 from .config import Settings
 from .data.atomic import FULL
 from .errors import ClueError, RunError
+from .options import Parser, add_settings, add_tests, add_threads
 
 if TYPE_CHECKING:
     from .run_directory import Run
 
 _DEFAULTS = Settings()
-_GROUPS = {f.name: getattr(_DEFAULTS, f.name) for f in fields(Settings) if is_dataclass(getattr(_DEFAULTS, f.name))}
 # The stage's folder in a run, and the settings that earlier stages have used already and that can no longer change.
 _FOLDERS = {"unlearn": "model", "evaluate": "evaluation"}
 _SETTLED = {"unlearn": ("seed", "data", "localize"), "evaluate": ("seed", "data", "localize", "unlearn")}
@@ -345,18 +344,8 @@ def _json_target(path: str | None) -> Path | None:
 # --- the parser -----------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes end like every other one: as a ClueError."""
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(allow_abbrev=False, **keywords)
-
-    def error(self, message: str) -> NoReturn:
-        raise ClueError(f"{message}; see `{self.prog} --help`")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="clue", description="Make a language model forget something and keep everything else.")
+    parser = Parser(prog="clue", description="Make a language model forget something and keep everything else.")
     parser.add_argument("--version", action="version", version=f"clue {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -369,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="new run directory (default: runs/demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder (nothing else)")
     demo.add_argument("--json", metavar="FILE", help="write the results as JSON; - for stdout")
-    _add_threads(demo)
+    add_threads(demo)
 
     for name, command, summary in (("localize", _localize, "find the circuits and make a plan"),
                                    ("run", _run, "localize, unlearn, evaluate and report")):
@@ -383,8 +372,8 @@ def _parser() -> argparse.ArgumentParser:
                            help="records to keep; may be repeated")
         stage.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to make")
         if name == "run":
-            _add_tests(stage)
-        _add_settings(stage, own="" if name == "run" else name)
+            add_tests(stage)
+        add_settings(stage, own="" if name == "run" else name)
 
     for name, command, summary in (("unlearn", _unlearn, "train the planned weights of a run"),
                                    ("evaluate", _evaluate, "measure what a run has forgotten and kept")):
@@ -392,15 +381,15 @@ def _parser() -> argparse.ArgumentParser:
         stage.set_defaults(command=command)
         stage.add_argument("run", metavar="RUN", help="run directory")
         if name == "evaluate":
-            _add_tests(stage)
+            add_tests(stage)
             stage.add_argument("--robustness", action="store_true", help="also try to bring back what was forgotten:"
                                " relearning, fine-tuning, quantization, prompts (it trains copies of the models)")
-        _add_settings(stage, own=name)
+        add_settings(stage, own=name)
 
     compare = compare_command.add_to(commands)
     compare.set_defaults(command=_compare)
-    _add_tests(compare, benchmarks=False)
-    _add_settings(compare, own="", without=compare_command.DECIDED)
+    add_tests(compare, benchmarks=False)
+    add_settings(compare, own="", without=compare_command.DECIDED)
 
     report = commands.add_parser("report", help="write the report of a run as one HTML file")
     report.set_defaults(command=_report)
@@ -415,72 +404,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
     doctor.add_argument("--json", action="store_true", help="as JSON")
     return parser
-
-
-def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
-
-
-def _add_tests(parser: argparse.ArgumentParser, benchmarks: bool = True) -> None:
-    tests = parser.add_argument_group("tests", "what to measure on, besides the forget and retain sets of the run")
-    tests.add_argument("--test", action="append", default=[], metavar="[NAME=]F",
-                       help="records to keep that were never used to localize or train; may be repeated")
-    tests.add_argument("--skill", action="append", default=[], metavar="[NAME=]F",
-                       help="records of a general skill, reported apart; may be repeated")
-    tests.add_argument("--paraphrase", metavar="F", help="the facts to forget in other words")
-    tests.add_argument("--holdout", metavar="F", help="records like the forgotten ones that the model was never trained"
-                       " on: non-members for membership inference")
-    tests.add_argument("--gold", metavar="M", help="a model trained without the forget set, to compare with, or the .json file"
-                       " of its evaluation")
-    tests.add_argument("--reference", metavar="M", help="a model that knows neither forget set nor holdout, for the reference"
-                       " attack")
-    if not benchmarks:
-        return
-    tests.add_argument("--benchmark", metavar="NAME[:PART]", help="the sets of a public benchmark: tofu, muse, wmdp, mmlu, bbh,"
-                       " rwku, world, or custom (files named for their purpose)")
-    tests.add_argument("--data", metavar="FOLDER", help="where the benchmark's files are (default: the hub)")
-
-
-def _add_settings(parser: argparse.ArgumentParser, own: str, without: Sequence[str] = ()) -> None:
-    """One option per field of every settings group, but for the fields ``without`` (``group.field``).
-
-    A name that several groups have is prefixed by its group (``--unlearn-batch-size``); the command ``own`` stands for
-    also takes its own one without prefix.
-    """
-    general = parser.add_argument_group("general")
-    general.add_argument("--config", metavar="TOML", help="settings file with the tables [data], [localize], [unlearn],"
-                         " [evaluate], [robustness]; the command line wins")
-    for f in fields(Settings):
-        if f.name not in _GROUPS and f".{f.name}" not in without:
-            _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name))
-    _add_threads(parser)
-    shared = Counter(f.name for group in _GROUPS.values() for f in fields(group))
-    for name, group in _GROUPS.items():
-        section = parser.add_argument_group(name)
-        for f in fields(group):
-            if f"{name}.{f.name}" in without:
-                continue
-            flags = [_flag(f.name)] if shared[f.name] == 1 else [_flag(f"{name}_{f.name}")]
-            if shared[f.name] > 1 and name == own:
-                flags.append(_flag(f.name))
-            _add_option(section, flags, f"{name}.{f.name}", f, getattr(group, f.name))
-
-
-def _add_option(group: Any, flags: list[str], destination: str, field: Any, default: Any) -> None:
-    text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-    keywords: dict[str, Any] = {"dest": destination, "default": argparse.SUPPRESS, "help": text}
-    if isinstance(default, bool):
-        keywords["action"] = argparse.BooleanOptionalAction
-        keywords["help"] = text.replace("default: True", "default: on").replace("default: False", "default: off")
-    elif choices := field.metadata.get("choices"):
-        keywords["choices"] = choices
-    else:
-        keywords |= {"type": type(default), "metavar": {int: "N", float: "X"}.get(type(default), "TEXT")}
-    group.add_argument(*flags, **keywords)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 if __name__ == "__main__":
