@@ -205,6 +205,16 @@ def test_a_retain_set_is_not_called_forget() -> None:
         read_sets([("q", "a")], {"forget": [("r", "b")]})
 
 
+def test_a_set_shows_itself_in_a_line(tmp_path: Path) -> None:
+    row = '{"question": "Where is Ada?", "answer": "here", "subject": "Ada"}\n'
+    found = read(write(tmp_path / "forget.jsonl", 71 * row + GOOD + "\n"))
+    assert repr(found) == "<RecordSet forget: 72 records, 71 with a subject, from forget.jsonl>"
+    assert repr(read([("q", "a")])) == "<RecordSet records: 1 record>" and repr(RecordSet("none", ())).endswith("0 records>")
+    hub = RecordSet("x", (Record("q", "a", source="locuslab/TOFU:forget01@train:7"),))
+    assert repr(hub) == "<RecordSet x: 1 record, from locuslab/TOFU:forget01@train>"
+    assert found == RecordSet("forget", found.records) and found != RecordSet("other", found.records)
+
+
 def test_overlapping_sets_are_refused_by_name() -> None:
     forget, retain = read([("Who is A?", "B"), ("x", "y")]), read([("z", "w"), ("who  is a?", "b ")])
     assert overlap(forget, retain) == 1

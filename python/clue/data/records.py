@@ -68,6 +68,15 @@ class RecordSet:
         rows = [astuple(replace(r, source="")) for r in self.records]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
+    def __repr__(self) -> str:
+        said = f"{len(self)} record{'s' * (len(self) != 1)}"
+        if subjects := sum(record.subject is not None for record in self.records):
+            said += f", {subjects} with a subject"
+        origins = {record.source.rpartition(":")[0] for record in self.records}  # empty for items of a list
+        if len(origins) == 1 and (origin := origins.pop()):
+            said += f", from {Path(origin).name if Path(origin).suffix.lower() in SUFFIXES else origin}"
+        return f"<RecordSet {self.name}: {said}>"
+
     def __len__(self) -> int:
         return len(self.records)
 
