@@ -76,6 +76,15 @@ def test_help_gives_every_setting_with_its_default(capsys: pytest.CaptureFixture
             assert f.name.replace("_", "-") in text
 
 
+@pytest.mark.parametrize("command", ["run", "evaluate", "compare"])
+def test_help_says_what_is_measured_with_and_without_tests(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "what to measure on, besides the forget set" in text and "measured in place of the --retain sets" in text
+    assert "else the first --retain set, which was trained on)" in text or command == "compare"
+
+
 def test_the_module_is_the_command() -> None:
     result = clue("--version")
     assert (result.returncode, result.stdout.split()[0]) == (0, "clue")

@@ -59,9 +59,11 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tests(parser: argparse.ArgumentParser, benchmarks: bool = True) -> None:
-    tests = parser.add_argument_group("tests", "what to measure on, besides the forget and retain sets of the run")
+    tests = parser.add_argument_group("tests", "what to measure on, besides the forget set")
+    default = "those of --benchmark, else the first --retain set" if benchmarks else "the first --retain set"
     tests.add_argument("--test", action="append", default=[], metavar="[NAME=]F",
-                       help="records to keep that were never used to localize or train; may be repeated")
+                       help="records to keep that were never used to localize or train, measured in place of the --retain sets;"
+                       f" may be repeated, and the first is the headline (default: {default}, which was trained on)")
     tests.add_argument("--skill", action="append", default=[], metavar="[NAME=]F",
                        help="records of a general skill, reported apart; may be repeated")
     tests.add_argument("--paraphrase", metavar="F", help="the facts to forget in other words")

@@ -276,6 +276,15 @@ def test_the_terminal_table_is_aligned_ascii_within_eighty_columns():
     assert ends == {60}  # right-aligned: every row ends in the same column
 
 
+def test_the_terminal_table_says_which_set_the_headline_is_as_the_page_does(tmp_path):
+    found = EVALUATIONS["after"]
+    detail = {**found.detail, "retain": replace(found.detail["retain"], name="unseen")}
+    text = table({"after": replace(found, detail=detail)})
+    assert "\n  retain: unseen  " in text and "\n  retain_unseen  " in text and "\n  forget  " in text
+    _, page = write(tmp_path, evaluations={"after": replace(found, detail=detail)})
+    assert "retain: unseen" in page.visible
+
+
 def test_answers_that_rouge_has_no_word_of_are_not_left_out_silently():
     known = EVALUATIONS["before"]
 

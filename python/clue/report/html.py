@@ -22,7 +22,7 @@ from ..errors import ClueError
 from ..evaluate.evaluation import Evaluation, privleak
 from ..evaluate.truth import forget_quality, incomparable, model_utility
 from ..types import Role
-from .measures import ATTACKS, MEASURES, caption, pooled
+from .measures import ATTACKS, MEASURES, caption, pooled, titled
 from .svg import Series, dumbbell, line_plot, number, percent, split_bar, stacked_columns, strip_scale
 
 if TYPE_CHECKING:
@@ -247,8 +247,7 @@ def _set_names(columns: Sequence[Column], purpose: str | None = None) -> list[st
 
 def _label(name: str, columns: Sequence[Column]) -> str:
     """A set as people write it, with its own name where that is another one."""
-    own = next((r.name for c in columns if (r := c.evaluation.detail.get(name)) is not None), name)
-    return (name if own == name else f"{name}: {own}").replace("_", " ")
+    return titled(name, [c.evaluation for c in columns]).replace("_", " ")
 
 
 def _samples(columns: Sequence[Column]) -> list[dict[str, Any]]:
