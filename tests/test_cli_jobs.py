@@ -68,7 +68,9 @@ def test_localize_says_how_faithful_the_circuits_it_was_asked_for_are(world: Pat
                                                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["localize", *inputs(world), "-o", str(tmp_path / "run"), *QUICK, "--faithfulness", "0.5", "--neurons", "1",
                  "--confirm", "2"]) == 0
-    said = re.findall(r"(\w+) (\d+) edges \(faithfulness (\d\.\d\d)", capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert told.endswith(f"\nnext: clue unlearn {tmp_path / 'run'}\n")
+    said = re.findall(r"(\w+) (\d+) edges \(faithfulness (\d\.\d\d)", told)
     assert [name for name, _, _ in said] == ["forget", "retain"]
     for name, edges, faithfulness in said:
         circuit = Circuit.load(tmp_path / "run" / "circuits" / f"{name}.safetensors")
@@ -118,7 +120,8 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     """unlearn, evaluate, report and verify on a localized run; only planned weights changed, and stages are kept."""
     run = shutil.copytree(localized, tmp_path / "run")
     assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "model")
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(run / "model") and captured.err.endswith(f"\nnext: clue evaluate {run}\n")
     assert Run.open(run).manifest["settings"]["unlearn"]["lr"] == 0.01
     assert re.fullmatch(r"exact: \d+ of \d+ planned weights changed, and not a bit of any other",
                         Run.open(run).manifest["verification"])
@@ -126,7 +129,8 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert "exact: " in capsys.readouterr().out
 
     assert main(["evaluate", str(run), "--test", str(world / "retain_unseen.jsonl")]) == 0
-    table = capsys.readouterr().out
+    table, told = capsys.readouterr()
+    assert told.endswith(f"\nnext: clue report {run}\n")
     assert "before" in table
     assert "after" in table
     evaluation = json.loads((run / "evaluation" / "after.json").read_text())
@@ -492,6 +496,31 @@ def test_localizing_again_does_not_mind_what_later_stages_were_told(world: Path,
     assert "localize.batch_size" in failure(capsys, *again, "--localize-batch-size", "3")
 
 
+def test_an_interrupt_says_whether_the_same_command_goes_on(world: Path, localized: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(localized, tmp_path / "run")
+
+    def stopped(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    def told(*argv: str) -> str:
+        assert main(list(argv)) == 130
+        return capsys.readouterr().err.splitlines()[-1]
+
+    again = ["localize", *inputs(world, retain=f"people={world / 'retain.jsonl'}"), *QUICK, "-o"]
+    for name in ("localize", "unlearn", "evaluate", "robustness", "demo"):
+        monkeypatch.setattr(f"clue.jobs.{name}", stopped)
+    assert told(*again, str(run)) == "clue: interrupted; the same command goes on from here"
+    assert told(*again, str(tmp_path / "new")) == told("demo", "-o", str(tmp_path / "demo")) == "clue: interrupted"
+    assert told("unlearn", str(run)) == told("evaluate", str(run)) == "clue: interrupted"
+    (run / ".training").mkdir()
+    (run / ".training" / "training.safetensors").touch()
+    assert told("unlearn", str(run)) == "clue: interrupted; the same command goes on from here"
+    (run / "evaluation").mkdir()
+    assert told("evaluate", str(run), "--robustness") == "clue: interrupted; the same command goes on from here"
+
+
 def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
@@ -503,5 +532,6 @@ def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "clue: interrupted"
+    told = "clue: interrupted" + "; the same command goes on from here" * run.exists()  # without a stage nothing is left
+    assert errors.splitlines()[-1] == told
     assert not run.exists() or not [p for p in run.iterdir() if p.name.startswith(".")]

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Progress is told in lines of our own; read when transformers is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    arguments = argparse.Namespace(command=None)
     try:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClueError as error:
         message = " ".join(str(error).split())
     except KeyboardInterrupt:
-        print("clue: interrupted", file=sys.stderr)
+        print("clue: interrupted" + "; the same command goes on from here" * _goes_on(arguments), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has seen enough (`clue plan show run | head`); the exit handler must not complain.
@@ -110,6 +112,7 @@ def _localize(arguments: argparse.Namespace) -> int:
                 everywhere(True)
                 plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
             print(plan_command.summary(plan))
+            _next("unlearn", arguments.output)
         elif everywhere(True):  # the run is there then
             jobs.localize(Run.open(arguments.output), **inputs, settings=settings, progress=lambda message: None)
         else:
@@ -123,6 +126,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
 
     if jobs.unlearn(run, settings, _progress):
         print(run.path("model"))
+        _next("evaluate", arguments.run)
     return 0
 
 
@@ -137,6 +141,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.robustness:
         text += "\n\n" + robustness_table(jobs.robustness(run, settings, Tests(**tests), _progress))
     print(text)
+    _next("report", arguments.run)
     return 0
 
 
@@ -199,6 +204,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _next(command: str, run: str) -> None:
+    sys.stdout.flush()  # this comes last, wherever the two go
+    _progress(f"next: clue {command} {shlex.quote(run)}")
+
+
+def _goes_on(arguments: argparse.Namespace) -> bool:
+    """Whether an interrupted command left something that the same command would not make again: stages or a checkpoint."""
+    if arguments.command in (_localize, _run, _compare):
+        return any(Path(arguments.output).glob("*/"))
+    if arguments.command is _unlearn:
+        return any(Path(arguments.run, ".training").glob("*.safetensors"))
+    return arguments.command is _evaluate and arguments.robustness and Path(arguments.run, "evaluation").is_dir()
 
 
 def _settings(arguments: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
