@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clue.circuit.graph import Graph
 from clue.cli import main
 from clue.plan import Plan, Slice
 from clue.types import Role
@@ -47,6 +49,15 @@ def test_plan_show_counts_layers_slices_and_weights(plan: Path, capsys: pytest.C
     text = capsys.readouterr().out
     for expected in ("6 weights may change", "m0.n0  forget", "4 rows", "logits"):
         assert expected in text
+
+
+def test_help_explains_the_names_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    graph = Graph(3, 4, 2, 300, True)
+    for command in ("show", "explain"):
+        with pytest.raises(SystemExit):
+            main(["plan", command, "--help"])
+        named = re.findall(r"\b[am]\d\S*\b>?", capsys.readouterr().out)
+        assert named and set(named) <= set(graph.names)
 
 
 def test_plan_verify_accepts_what_was_planned(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
