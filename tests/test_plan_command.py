@@ -81,6 +81,8 @@ def test_plan_verify_finds_one_bit_outside_the_plan(plan: Path, capsys: pytest.C
 
 def test_plan_verify_says_what_it_cannot_compare(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "verify", str(plan / "nowhere"), str(plan / "after"), str(plan / "run")]) == 2
+    assert f"{plan / 'nowhere'} does not exist: give the folder of a saved model; hub ids are not" in capsys.readouterr().err
+    assert main(["plan", "verify", str(plan / "run"), str(plan / "after"), str(plan / "run")]) == 2
     assert "holds no model weights" in capsys.readouterr().err
     (plan / "run" / "plan" / "plan.json").write_text("{")
     assert main(["plan", "verify", str(plan / "before"), str(plan / "after"), str(plan / "run")]) == 2
