@@ -83,6 +83,7 @@ def test_help_says_what_is_measured_with_and_without_tests(command: str, capsys:
     text = " ".join(capsys.readouterr().out.split())
     assert "what to measure on, besides the forget set" in text and "measured in place of the --retain sets" in text
     assert "else the first --retain set, which was trained on)" in text or command == "compare"
+    assert ("For programs, RUN/evaluation/before.json and after.json hold" in text) == (command != "compare")
 
 
 def test_the_module_is_the_command() -> None:

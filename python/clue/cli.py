@@ -27,7 +27,7 @@ from . import __version__, certificate_command, compare_command, delta_command, 
 from .config import Settings
 from .data.atomic import FULL
 from .errors import ClueError, RunError
-from .options import Parser, add_settings, add_tests, add_threads
+from .options import RESULT, Parser, add_settings, add_tests, add_threads
 
 if TYPE_CHECKING:
     from .run_directory import Run
@@ -382,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, summary in (("localize", _localize, "find the circuits and make a plan"),
                                    ("run", _run, "localize, unlearn, evaluate and report")):
         stage = commands.add_parser(name, help=summary, usage=f"clue {name} --model M --forget F --retain [NAME=]R ..."
-                                    " -o RUN [settings]")
+                                    " -o RUN [settings]", epilog=RESULT if name == "run" else None)
         stage.set_defaults(command=command)
         stage.add_argument("--model", required=True, metavar="M", help="folder or hub id of a causal language model")
         stage.add_argument("--forget", required=True, metavar="F", help="records to forget: .jsonl, .json, .csv,"
@@ -396,7 +396,8 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, command, summary in (("unlearn", _unlearn, "train the planned weights of a run"),
                                    ("evaluate", _evaluate, "measure what a run has forgotten and kept")):
-        stage = commands.add_parser(name, help=summary, usage=f"clue {name} RUN [settings]")
+        stage = commands.add_parser(name, help=summary, usage=f"clue {name} RUN [settings]",
+                                    epilog=RESULT if name == "evaluate" else None)
         stage.set_defaults(command=command)
         stage.add_argument("run", metavar="RUN", help="run directory")
         if name == "evaluate":

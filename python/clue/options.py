@@ -22,6 +22,10 @@ _DEFAULTS = Settings()
 _GROUPS = {f.name: getattr(_DEFAULTS, f.name) for f in fields(Settings) if is_dataclass(getattr(_DEFAULTS, f.name))}
 
 
+#: Where the result of `clue evaluate` is, for programs.
+RESULT = "For programs, RUN/evaluation/before.json and after.json hold the result: every measure, and what it was per record."
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose mistakes end like every other one: as a ClueError, which says what may have been meant."""
 
