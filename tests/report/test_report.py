@@ -173,6 +173,14 @@ def test_works_for_three_nodes_without_log_circuits_or_holdout(tmp_path):
     assert "m0" in page.visible and "Hardly any conflict was left to choose" in page.visible
 
 
+def test_layers_without_a_role_are_not_drawn_and_one_node_serves(tmp_path):
+    role = np.array([Role.FREE, Role.FORGET, Role.CONFLICT, Role.FREE, Role.FREE], np.uint8)
+    plan = Plan(("embed", "a0.h0", "a0.h1", "m0.n0", "m0.n1"), role, (Slice("w", 0, Role.FORGET, np.arange(3)),), {"w": (9, 9)})
+    _, page = write(tmp_path, plan=plan, assignment=None, circuits=None)
+    assert "Attention nodes by layer" in page.visible and "MLP nodes by layer" not in page.visible
+    assert "Of 5 nodes, 1 serves only what must go (forget) and 1 serves both sides" in page.visible
+
+
 def test_a_hundred_thousand_nodes_stay_a_small_page_with_layer_counts_that_add_up(tmp_path):
     graph = Graph(32, 32, 8, 3000, True)
     large = run(graph)

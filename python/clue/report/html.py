@@ -280,8 +280,8 @@ def _roles(plan: Plan) -> dict[str, Any]:
         by_role = {r: counts[:, Role[r.upper()]].tolist() for r in _ROLES}
         for i, row in enumerate(table):
             row[name] = [by_role[r][i] for r in _ROLES]  # type: ignore[assignment]
-        if chosen.any():
-            used = {r: by_role[r] for r in _ROLES if r != "free"}
+        used = {r: by_role[r] for r in _ROLES if r != "free"}
+        if any(map(any, used.values())):
             panels.append({"name": name, "plot": stacked_columns(
                 [str(i) for i in range(n_layers)], used, x_label="layer", y_label="nodes",
                 label=f"{name} nodes of each role by layer; the table below has the numbers")})
