@@ -95,6 +95,15 @@ def test_the_module_is_the_command() -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_the_hub_warns_of_no_attempt_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, told in ((None, "error"), ("debug", "debug")):
+        monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+        if given is not None:
+            monkeypatch.setenv("HF_HUB_VERBOSITY", given)
+        assert main(["plan", "show", "nowhere"]) == 2
+        assert os.environ["HF_HUB_VERBOSITY"] == told
+
+
 # --- settings -------------------------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,11 @@ from clue.cli import main
 from clue.config import Settings
 from clue.errors import RunError
 from clue.evaluate import Evaluation
+from clue.jobs import _tuned
 from clue.loading import load_model
 from clue.plan import Plan
 from clue.run_directory import Run
+from clue.unlearn.log import SERIES, UnlearnLog
 
 from .test_cli import failure, snapshot
 
@@ -143,11 +145,20 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert "<html" in page and Run.open(run).manifest["verification"] in page
 
     before = snapshot(run)
-    assert "made with other unlearn settings: remove" in failure(capsys, "unlearn", run, "--lr", "0.02")
-    assert "made with other evaluate settings" in failure(capsys, "evaluate", run, "--min-k", "0.5")
+    folders = " and ".join(str(run / name) for name in ("model", "evaluation"))
+    told = failure(capsys, "unlearn", run, "--lr", "0.02", "--trials", "2")
+    assert f"{run / 'model'} was made with lr = 0.01 instead of 0.02 and trials = 4 instead of 2: remove {folders} to" in told
+    assert "evaluation was made with min_k = 0.4 instead of 0.5: remove" in failure(capsys, "evaluate", run, "--min-k", "0.5")
     assert "other tests (gold)" in failure(capsys, "evaluate", run, "--gold", world / "model")
     assert "made with edges = 0.0" in failure(capsys, "evaluate", run, "--edges", "0.5")
     assert snapshot(run) == before
+
+
+def test_one_trial_is_counted_as_one() -> None:
+    tuning = {"trials": [{}], "lr": 1e-3, "retain_weight": 1.0, "before": None, "kept": None}
+    log = UnlearnLog(np.zeros(0, np.uint8), **{name: np.zeros(0) for name in SERIES}, stopped_early=True, final_probability=0.0,
+                     final_forgotten=1.0, tuning=tuning)
+    assert _tuned(log) == "tuned      1 trial on retain records held back: lr 0.001, retain weight 1"
 
 
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(
@@ -286,7 +297,7 @@ def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model
     assert sorted(f.stem for f in (run / "robustness").iterdir()) == ["after", "before", "evaluated", "gold"]
     assert main(["evaluate", str(run), "--robustness"]) == 0  # read back, with the run's own settings
     assert capsys.readouterr().out == tried
-    assert "other robustness settings" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
+    assert "made with hints = 2 instead of 1: remove it" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "does it come back?" in page and "Forget quality" in page

@@ -19,7 +19,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Progress is told in lines of our own; read when transformers is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What the hub fails at is told once, at the end: it warns of every attempt.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     arguments = argparse.Namespace(command=None)
     try:
         arguments = _parser().parse_args(argv)
@@ -325,7 +327,7 @@ def _new_run(arguments: argparse.Namespace, settings: Settings, inputs: dict[str
 
 def _open_run(arguments: argparse.Namespace, stage: str) -> tuple[Run, Settings]:
     """An existing run, with its own settings changed by the command line where they are not settled yet."""
-    from .run_directory import Run
+    from .run_directory import Run, differing
 
     run = Run.open(arguments.run)
     recorded = Settings.from_dict(run.manifest["settings"], source=str(run.folder))
@@ -334,9 +336,9 @@ def _open_run(arguments: argparse.Namespace, stage: str) -> tuple[Run, Settings]
     later = [folder for name in ("evaluation", "robustness") if (folder := run.path(name)).is_dir() and folder != done]
     if stage == "unlearn" and later and not done.is_dir():
         raise RunError(f"{later[0]} belongs to a model that is no longer there: remove it too")
-    if done.is_dir() and getattr(recorded, stage) != getattr(settings, stage):
-        folders = " and ".join(map(str, (done, *later)))
-        raise RunError(f"{done} was made with other {stage} settings: remove {folders} to make it again")
+    other = differing(asdict(getattr(recorded, stage)), asdict(getattr(settings, stage)))
+    if other and done.is_dir():
+        raise RunError(f"{done} was made with {other}: remove {' and '.join(map(str, (done, *later)))} to make it again")
     for part in _SETTLED[stage]:
         old, new = getattr(recorded, part), getattr(settings, part)
         if old == new:
