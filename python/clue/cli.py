@@ -399,14 +399,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, summary in (("unlearn", _unlearn, "train the planned weights of a run"),
                                    ("evaluate", _evaluate, "measure what a run has forgotten and kept")):
         stage = commands.add_parser(name, help=summary, usage=f"clue {name} RUN [settings]",
-                                    epilog=RESULT if name == "evaluate" else None)
+                                    epilog=f"Settings used before ({', '.join(_SETTLED[name])}) are those of the run."
+                                    + f" {RESULT}" * (name == "evaluate"))
         stage.set_defaults(command=command)
         stage.add_argument("run", metavar="RUN", help="run directory")
         if name == "evaluate":
             add_tests(stage)
             stage.add_argument("--robustness", action="store_true", help="also try to bring back what was forgotten:"
                                " relearning, fine-tuning, quantization, prompts (it trains copies of the models)")
-        add_settings(stage, own=name)
+        add_settings(stage, own=name, settled=_SETTLED[name])
 
     compare = compare_command.add_to(commands)
     compare.set_defaults(command=_compare)

@@ -47,9 +47,9 @@ class Parser(argparse.ArgumentParser):
         return found, left
 
     def _unrecognized(self, text: str) -> str:
-        shown = [flag for action in self._actions if action.help is not argparse.SUPPRESS for flag in action.option_strings]
-        prefixed = [flag for group in _GROUPS if (flag := f"--{group}{text[1:]}") in shown]
-        close = difflib.get_close_matches(text, shown, 2, 0.8) or difflib.get_close_matches(text, shown, 1)
+        known = self._option_string_actions
+        prefixed = [flag for group in _GROUPS if (flag := f"--{group}{text[1:]}") in known]
+        close = difflib.get_close_matches(text, known, 2, 0.8) or difflib.get_close_matches(text, known, 1)
         return f"unrecognized argument {text}" + (
             f": here it is {', '.join(prefixed[:-1])} or {prefixed[-1]}" if len(prefixed) > 1 else
             f"; did you mean {' or '.join(close)}?" if close else "")
@@ -84,8 +84,9 @@ def add_tests(parser: argparse.ArgumentParser, benchmarks: bool = True) -> None:
     tests.add_argument("--data", metavar="FOLDER", help="where the benchmark's files are (default: the hub)")
 
 
-def add_settings(parser: argparse.ArgumentParser, own: str, without: Sequence[str] = ()) -> None:
-    """One option per field of every settings group, but for the fields ``without`` (``group.field``).
+def add_settings(parser: argparse.ArgumentParser, own: str, without: Sequence[str] = (), settled: Sequence[str] = ()) -> None:
+    """One option per field of every settings group, but for the fields ``without`` (``group.field``). Those of the groups
+    ``settled`` can only be given as they are, so the help does not name them.
 
     A name that several groups have is prefixed by its group (``--unlearn-batch-size``); the command ``own`` stands for
     also takes its own one without prefix.
@@ -95,7 +96,7 @@ def add_settings(parser: argparse.ArgumentParser, own: str, without: Sequence[st
                          " [evaluate], [robustness]; the command line wins")
     for f in fields(Settings):
         if f.name not in _GROUPS and f".{f.name}" not in without:
-            _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name))
+            _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name), f.name in settled)
     add_threads(parser)
     shared = Counter(f.name for group in _GROUPS.values() for f in fields(group))
     for name, group in _GROUPS.items():
@@ -106,10 +107,10 @@ def add_settings(parser: argparse.ArgumentParser, own: str, without: Sequence[st
             flags = [_flag(f.name)] if shared[f.name] == 1 else [_flag(f"{name}_{f.name}")]
             if shared[f.name] > 1 and name == own:
                 flags.append(_flag(f.name))
-            _add_option(section, flags, f"{name}.{f.name}", f, getattr(group, f.name))
+            _add_option(section, flags, f"{name}.{f.name}", f, getattr(group, f.name), name in settled)
 
 
-def _add_option(group: Any, flags: list[str], destination: str, field: Any, default: Any) -> None:
+def _add_option(group: Any, flags: list[str], destination: str, field: Any, default: Any, hidden: bool) -> None:
     text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
     keywords: dict[str, Any] = {"dest": destination, "default": argparse.SUPPRESS, "help": text}
     if isinstance(default, bool):
@@ -119,7 +120,7 @@ def _add_option(group: Any, flags: list[str], destination: str, field: Any, defa
         keywords["choices"] = choices
     else:
         keywords |= {"type": type(default), "metavar": {int: "N", float: "X"}.get(type(default), "TEXT")}
-    group.add_argument(*flags, **keywords)
+    group.add_argument(*flags, **keywords | ({"help": argparse.SUPPRESS} if hidden else {}))
 
 
 def _flag(name: str) -> str:
