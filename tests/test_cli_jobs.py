@@ -543,6 +543,6 @@ def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    told = "clue: interrupted" + "; the same command goes on from here" * run.exists()  # without a stage nothing is left
+    told = "clue: interrupted" + "; the same command goes on from here" * any(run.glob("*/"))  # once a stage is there
     assert errors.splitlines()[-1] == told
     assert not run.exists() or not [p for p in run.iterdir() if p.name.startswith(".")]
