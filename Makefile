@@ -11,9 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Byte-compiling half a gigabyte of packages takes longer than importing the part that is used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile -c constraints.txt
-CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
+# The versions that pyproject.toml names; a newer one can be given as PYTHON.
+CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
-  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 # A compiler newer than ours may warn of more: here that is no error. CUDA kernels are built where there is a GPU to run
 # them (make CUDA=ON or OFF to insist).
 CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
@@ -50,7 +51,7 @@ clean:
 
 # torch goes first and alone, with its exact pin: no later resolution can then pick another (much larger) build of it.
 $(VENV)/.tools: constraints.txt
-	@test -n "$(PYTHON)" || { echo "CLUE needs Python 3.11 or newer: install one, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "CLUE needs Python 3.11 to 3.13: install one, or say make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11: say make PYTHON=/path/to/a/newer/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

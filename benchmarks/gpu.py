@@ -125,18 +125,15 @@ def kernels(bench: Bench) -> None:
             gradient = torch.randn(chosen, length, device=device).to(dtype)
             state = [torch.zeros(chosen, length, device=device) for _ in range(3 if half else 2)]
 
-            def update(axis: int = axis, index: Tensor = index, gradient: Tensor = gradient,
-                       state: list[Tensor] = state) -> None:
-                native.masked_adamw(weight, gradient if axis == 0 else gradient.T, state[0], state[1], index, axis, lr=1e-5,
-                                    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=1, grad_scale=1.0,
-                                    master=state[2] if half else None)
-
+            update = partial(native.masked_adamw, weight, gradient if axis == 0 else gradient.T, state[0], state[1], index, axis,
+                             lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=1, grad_scale=1.0,
+                             master=state[2] if half else None)
             own = bench.seconds(update)
             moved = 3 * _bytes(gradient) + 2 * sum(map(_bytes, state))
             found.add(f"update of 5% of the {('rows', 'columns')[axis]}, {_name(dtype)}" + (" with masters" if half else ""),
                       moved / own / limit, "of the bandwidth", peer, "at least 0.75" if axis == 0 else "",
                       axis == 1 or moved / own >= 0.75 * limit)
-            del gradient, state
+            del gradient, state, update
             if axis == 0:
                 found.add(f"the same rows, {_name(dtype)}", _masked(bench, weight, count) / own, "times faster",
                           "torch fused AdamW on the whole weight, gradient times mask")
@@ -178,7 +175,8 @@ def attribution(bench: Bench) -> None:
     peaks = [bench.peak(partial(attribute, body, memory.a_pair(tokens, vocabulary), settings)) for tokens in (few, many)]
     slope = (peaks[1] - peaks[0]) / (many - few) / 1e6
     found.add(f"{what}: memory above the weights, streamed", slope, "MB per token",
-              f"peaks of {peaks[0] / 1e9:.2f} GB at {few} and {peaks[1] / 1e9:.2f} GB at {many} tokens", "at most 2.0", slope <= 2)
+              f"peaks of {peaks[0] / 1e9:.2f} GB at {few} and {peaks[1] / 1e9:.2f} GB at {many} tokens", "at most 2.0",
+              slope <= 2)
 
 
 def step(bench: Bench) -> None:
@@ -217,9 +215,9 @@ def training(bench: Bench) -> None:
     start = time.perf_counter()
     above = bench.peak(lambda: unlearn(model, tokenizer, forget, {"retain": retain}, plan, settings))
     total = (weights + above) / 1e9
-    bench.found.add(f"Llama-3-8B's shape, bf16, {share:.1%} planned, all conflict, the retain metric on, batches of 4 records of"
-                    f" about {length} tokens, checkpointing", total, "GB at the peak",
-                    f"weights {weights / 1e9:.1f} GB; 3 steps with all that is around them in {time.perf_counter() - start:.0f} s",
+    bench.found.add(f"Llama-3-8B's shape, bf16, {share:.1%} planned, all conflict, the retain metric on, batches of 4 records"
+                    f" of about {length} tokens, checkpointing", total, "GB at the peak",
+                    f"weights {weights / 1e9:.1f} GB; 3 steps and all around them: {time.perf_counter() - start:.0f} s",
                     "under 24", total < 24)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -76,6 +77,29 @@ def test_help_gives_every_setting_with_its_default(capsys: pytest.CaptureFixture
             assert f.name.replace("_", "-") in text
 
 
+@pytest.mark.parametrize(("command", "hidden"), [("unlearn", ("localize",)), ("evaluate", ("localize", "unlearn"))])
+def test_help_leaves_out_settings_that_can_no_longer_change(command: str, hidden: tuple[str, ...],
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    shown = re.findall(r"^(\w+):$", text, re.M)
+    assert not {*hidden, "data"} & {*shown} and {"general", "evaluate", "robustness"} <= {*shown}
+    assert "--edges" not in text and "--seed" not in text and "--device" in text
+    assert f"Settings used before (seed, data, {', '.join(hidden)}) are those of the run." in " ".join(text.split())
+    assert parsed("--edges", "0.25", base=[command, "run"]).localize.edges == 0.25  # refused later, if it is another
+
+
+@pytest.mark.parametrize("command", ["run", "evaluate", "compare"])
+def test_help_says_what_is_measured_with_and_without_tests(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "what to measure on, besides the forget set" in text and "measured in place of the --retain sets" in text
+    assert "else the first --retain set, which was trained on)" in text or command == "compare"
+    assert ("For programs, RUN/evaluation/before.json and after.json hold" in text) == (command != "compare")
+
+
 def test_the_module_is_the_command() -> None:
     result = clue("--version")
     assert (result.returncode, result.stdout.split()[0]) == (0, "clue")
@@ -83,6 +107,15 @@ def test_the_module_is_the_command() -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("clue: error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_hub_warns_of_no_attempt_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, told in ((None, "error"), ("debug", "debug")):
+        monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("HF_HUB_VERBOSITY", asked)
+        assert main(["plan", "show", "nowhere"]) == 2
+        assert os.environ["HF_HUB_VERBOSITY"] == told
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -189,7 +222,17 @@ def test_a_wrong_settings_file_is_named(
     ([*LOCALIZE, "--lr", "inf"], "lr = inf must be finite"),
     ([*LOCALIZE, "--seed", "-1"], "seed = -1 must be a whole number in 0..2^48 - 1"),
     ([*LOCALIZE, "--objective", "x"], "argument --objective: invalid choice: 'x'"),
-    ([*LOCALIZE, "--edg", "0.1"], "unrecognized arguments: --edg"),
+    ([*LOCALIZE, "--edg", "0.1"], "unrecognized argument --edg; did you mean --edges? See `clue localize --help`"),
+    (["unlearn", "run", "--lrr", "3"], "unrecognized argument --lrr; did you mean --lr? See `clue unlearn --help`"),
+    (["evaluate", "--tset=x"], "unrecognized argument --tset; did you mean --test? See `clue evaluate --help`"),
+    (["localize", "--modle", "m"], "unrecognized argument --modle; did you mean --mode or --model? See"),
+    (["run", *LOCALIZE[1:], "--batch-size", "4"], "unrecognized argument --batch-size: here it is --localize-batch-size,"
+     " --unlearn-batch-size, --evaluate-batch-size or --robustness-batch-size; see `clue run --help`"),
+    (["plan", "show", "run", "--node", "3"], "did you mean --nodes? See `clue plan show --help`"),
+    (["unlearn", "run", "--edge", "1"], "did you mean --edges? See `clue unlearn --help`"),
+    (["unlearn", "run", "other"], "unrecognized argument other; see `clue unlearn --help`"),
+    (["unlearn", "run", "-x"], "unrecognized argument -x; see `clue unlearn --help`"),
+    (["--sed", "3", "demo"], "unrecognized argument --sed; see `clue --help`"),
     ([*LOCALIZE, "--threads", "0"], "--threads 0 must be at least 1"),
     ([*LOCALIZE, "--config", "nowhere.toml"], "nowhere.toml: the settings file cannot be read"),
     ([*LOCALIZE, "--retain", "r"], "there is a set named r already"),

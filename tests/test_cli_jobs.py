@@ -24,9 +24,11 @@ from clue.cli import main
 from clue.config import Settings
 from clue.errors import RunError
 from clue.evaluate import Evaluation
+from clue.jobs import _tuned
 from clue.loading import load_model
 from clue.plan import Plan
 from clue.run_directory import Run
+from clue.unlearn.log import SERIES, UnlearnLog
 
 from .test_cli import failure, snapshot
 
@@ -68,7 +70,9 @@ def test_localize_says_how_faithful_the_circuits_it_was_asked_for_are(world: Pat
                                                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["localize", *inputs(world), "-o", str(tmp_path / "run"), *QUICK, "--faithfulness", "0.5", "--neurons", "1",
                  "--confirm", "2"]) == 0
-    said = re.findall(r"(\w+) (\d+) edges \(faithfulness (\d\.\d\d)", capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert told.endswith(f"\nnext: clue unlearn {tmp_path / 'run'}\n")
+    said = re.findall(r"(\w+) (\d+) edges \(faithfulness (\d\.\d\d)", told)
     assert [name for name, _, _ in said] == ["forget", "retain"]
     for name, edges, faithfulness in said:
         circuit = Circuit.load(tmp_path / "run" / "circuits" / f"{name}.safetensors")
@@ -118,7 +122,8 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     """unlearn, evaluate, report and verify on a localized run; only planned weights changed, and stages are kept."""
     run = shutil.copytree(localized, tmp_path / "run")
     assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "model")
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(run / "model") and captured.err.endswith(f"\nnext: clue evaluate {run}\n")
     assert Run.open(run).manifest["settings"]["unlearn"]["lr"] == 0.01
     assert re.fullmatch(r"exact: \d+ of \d+ planned weights changed, and not a bit of any other",
                         Run.open(run).manifest["verification"])
@@ -126,7 +131,8 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert "exact: " in capsys.readouterr().out
 
     assert main(["evaluate", str(run), "--test", str(world / "retain_unseen.jsonl")]) == 0
-    table = capsys.readouterr().out
+    table, told = capsys.readouterr()
+    assert told.endswith(f"\nnext: clue report {run}\n")
     assert "before" in table
     assert "after" in table
     evaluation = json.loads((run / "evaluation" / "after.json").read_text())
@@ -139,11 +145,20 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert "<html" in page and Run.open(run).manifest["verification"] in page
 
     before = snapshot(run)
-    assert "made with other unlearn settings: remove" in failure(capsys, "unlearn", run, "--lr", "0.02")
-    assert "made with other evaluate settings" in failure(capsys, "evaluate", run, "--min-k", "0.5")
+    folders = " and ".join(str(run / name) for name in ("model", "evaluation"))
+    told = failure(capsys, "unlearn", run, "--lr", "0.02", "--trials", "2")
+    assert f"{run / 'model'} was made with lr = 0.01 instead of 0.02 and trials = 4 instead of 2: remove {folders} to" in told
+    assert "evaluation was made with min_k = 0.4 instead of 0.5: remove" in failure(capsys, "evaluate", run, "--min-k", "0.5")
     assert "other tests (gold)" in failure(capsys, "evaluate", run, "--gold", world / "model")
     assert "made with edges = 0.0" in failure(capsys, "evaluate", run, "--edges", "0.5")
     assert snapshot(run) == before
+
+
+def test_one_trial_is_counted_as_one() -> None:
+    tuning = {"trials": [{}], "lr": 1e-3, "retain_weight": 1.0, "before": None, "kept": None}
+    log = UnlearnLog(np.zeros(0, np.uint8), **{name: np.zeros(0) for name in SERIES}, stopped_early=True, final_probability=0.0,
+                     final_forgotten=1.0, tuning=tuning)
+    assert _tuned(log) == "tuned      1 trial on retain records held back: lr 0.001, retain weight 1"
 
 
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(
@@ -282,7 +297,7 @@ def test_a_benchmark_of_ones_own_files_and_the_stored_evaluation_of_a_gold_model
     assert sorted(f.stem for f in (run / "robustness").iterdir()) == ["after", "before", "evaluated", "gold"]
     assert main(["evaluate", str(run), "--robustness"]) == 0  # read back, with the run's own settings
     assert capsys.readouterr().out == tried
-    assert "other robustness settings" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
+    assert "made with hints = 2 instead of 1: remove it" in failure(capsys, "evaluate", run, "--robustness", "--hints", "1")
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "does it come back?" in page and "Forget quality" in page
@@ -492,6 +507,31 @@ def test_localizing_again_does_not_mind_what_later_stages_were_told(world: Path,
     assert "localize.batch_size" in failure(capsys, *again, "--localize-batch-size", "3")
 
 
+def test_an_interrupt_says_whether_the_same_command_goes_on(world: Path, localized: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(localized, tmp_path / "run")
+
+    def stopped(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    def told(*argv: str) -> str:
+        assert main(list(argv)) == 130
+        return capsys.readouterr().err.splitlines()[-1]
+
+    again = ["localize", *inputs(world, retain=f"people={world / 'retain.jsonl'}"), *QUICK, "-o"]
+    for name in ("localize", "unlearn", "evaluate", "robustness", "demo"):
+        monkeypatch.setattr(f"clue.jobs.{name}", stopped)
+    assert told(*again, str(run)) == "clue: interrupted; the same command goes on from here"
+    assert told(*again, str(tmp_path / "new")) == told("demo", "-o", str(tmp_path / "demo")) == "clue: interrupted"
+    assert told("unlearn", str(run)) == told("evaluate", str(run)) == "clue: interrupted"
+    (run / ".training").mkdir()
+    (run / ".training" / "training.safetensors").touch()
+    assert told("unlearn", str(run)) == "clue: interrupted; the same command goes on from here"
+    (run / "evaluation").mkdir()
+    assert told("evaluate", str(run), "--robustness") == "clue: interrupted; the same command goes on from here"
+
+
 def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
@@ -503,5 +543,6 @@ def test_an_interrupt_ends_with_130_and_leaves_whole_stages(world: Path, tmp_pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "clue: interrupted"
+    told = "clue: interrupted" + "; the same command goes on from here" * any(run.glob("*/"))  # once a stage is there
+    assert errors.splitlines()[-1] == told
     assert not run.exists() or not [p for p in run.iterdir() if p.name.startswith(".")]

@@ -399,9 +399,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0 and f"of {plan.weights_changed} planned weights changed" in out
     assert clue("make", "damaged", "after", "plan", "-o", "unnamed.safetensors")[0] == 0
     assert Delta.load(tmp_path / "unnamed.safetensors").before == ""  # it does not say what model it is
-    assert clue("apply", "before", "d.safetensors", "-o", "applied")[0] == 0
+    changed = Delta.load(tmp_path / "d.safetensors").changed
+    status, out, _ = clue("apply", "before", "d.safetensors", "-o", "applied")
+    assert status == 0 and out == f"{tmp_path / 'applied'}: the model after, {changed} weights put in place\n"
     assert files(tmp_path / "applied") == files(tmp_path / "after")
-    assert clue("revert", "applied", "d.safetensors", "-o", "reverted")[0] == 0
+    status, out, _ = clue("revert", "applied", "d.safetensors", "-o", "reverted")
+    assert status == 0 and out == f"{tmp_path / 'reverted'}: the model before, {changed} weights put back\n"
     assert files(tmp_path / "reverted") == files(tmp_path / "before")
     status, _, error = clue("apply", "after", "d.safetensors", "-o", "twice")
     assert status == 2 and "applied to this model already" in error and not (tmp_path / "twice").exists()

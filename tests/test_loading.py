@@ -12,7 +12,7 @@ import torch
 
 from clue.config import Settings
 from clue.errors import ModelError
-from clue.loading import load_model
+from clue.loading import load_model, of_hub
 from tests.unlearn.conftest import build_model, build_tokenizer
 
 
@@ -49,6 +49,14 @@ def test_weights_that_would_be_drawn_at_random_are_missing(saved: Path, tmp_path
     build_model(tie_word_embeddings=True).save_pretrained(tied)
     build_tokenizer().save_pretrained(tied)
     load_model(str(tied), Settings())  # its head is the embedding, which is there
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "some/folder/nowhere", "models/", "a b", "/nowhere"])
+def test_what_is_neither_here_nor_a_hub_id_is_said_at_once(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    with pytest.raises(ModelError, match=f"{source} does not exist, and is no hub id either: give the folder of a saved"):
+        load_model(source, Settings())
+    assert of_hub("owner/name") and of_hub("gpt2") and not of_hub("tests")
 
 
 @pytest.mark.parametrize("fields", [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import pydoc
+import re
+import tomllib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,16 @@ def test_callable_packages_have_the_signature_of_what_they_call() -> None:
         assert f"clue.{function.__name__} - {function.__name__}(...): {inspect.getdoc(function).splitlines()[0]}" in said
         assert "Raises:" in said and "The package. " in said
     assert Path(inspect.getfile(clue)).with_name("py.typed").exists()
+
+
+def test_the_source_distribution_holds_what_make_runs_and_make_takes_the_pythons_that_it_names() -> None:
+    root = Path(__file__).parent.parent
+    project, makefile = tomllib.loads((root / "pyproject.toml").read_text()), (root / "Makefile").read_text()
+    folders = {f"/{name}" for name in re.findall(r"(\w+)/\$\$name", makefile)}
+    assert folders == {"/benchmarks"} and folders.isdisjoint(project["tool"]["scikit-build"]["sdist"]["exclude"])
+    named = {text.rpartition(" ")[2] for text in project["project"]["classifiers"] if re.search(r":: 3\.\d+$", text)}
+    tried = re.search(r"^CANDIDATES := python3 (.*)$", makefile, re.M)
+    assert tried and {text.removeprefix("python") for text in tried[1].split()} == named
 
 
 @pytest.mark.parametrize(("settings", "message"), [

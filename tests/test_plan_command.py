@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clue.circuit.graph import Graph
 from clue.cli import main
 from clue.plan import Plan, Slice
 from clue.types import Role
@@ -49,6 +51,15 @@ def test_plan_show_counts_layers_slices_and_weights(plan: Path, capsys: pytest.C
         assert expected in text
 
 
+def test_help_explains_the_names_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    graph = Graph(3, 4, 2, 300, True)
+    for command in ("show", "explain"):
+        with pytest.raises(SystemExit):
+            main(["plan", command, "--help"])
+        named = re.findall(r"\b[am]\d\S*\b>?", capsys.readouterr().out)
+        assert named and set(named) <= set(graph.names)
+
+
 def test_plan_verify_accepts_what_was_planned(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "verify", str(plan / "before"), str(plan / "after"), str(plan / "run")]
     assert main(arguments) == 0
@@ -70,6 +81,8 @@ def test_plan_verify_finds_one_bit_outside_the_plan(plan: Path, capsys: pytest.C
 
 def test_plan_verify_says_what_it_cannot_compare(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "verify", str(plan / "nowhere"), str(plan / "after"), str(plan / "run")]) == 2
+    assert f"{plan / 'nowhere'} does not exist: give the folder of a saved model; hub ids are not" in capsys.readouterr().err
+    assert main(["plan", "verify", str(plan / "run"), str(plan / "after"), str(plan / "run")]) == 2
     assert "holds no model weights" in capsys.readouterr().err
     (plan / "run" / "plan" / "plan.json").write_text("{")
     assert main(["plan", "verify", str(plan / "before"), str(plan / "after"), str(plan / "run")]) == 2

@@ -15,24 +15,24 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, certificate_command, compare_command, delta_command, plan_command, solve
 from .config import Settings
 from .data.atomic import FULL
 from .errors import ClueError, RunError
+from .options import RESULT, Parser, add_settings, add_tests, add_threads
 
 if TYPE_CHECKING:
     from .run_directory import Run
 
 _DEFAULTS = Settings()
-_GROUPS = {f.name: getattr(_DEFAULTS, f.name) for f in fields(Settings) if is_dataclass(getattr(_DEFAULTS, f.name))}
 # The stage's folder in a run, and the settings that earlier stages have used already and that can no longer change.
 _FOLDERS = {"unlearn": "model", "evaluate": "evaluation"}
 _SETTLED = {"unlearn": ("seed", "data", "localize"), "evaluate": ("seed", "data", "localize", "unlearn")}
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Progress is told in lines of our own; read when transformers is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What the hub fails at is told once, at the end: it warns of every attempt.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    arguments = argparse.Namespace(command=None)
     try:
         arguments = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClueError as error:
         message = " ".join(str(error).split())
     except KeyboardInterrupt:
-        print("clue: interrupted", file=sys.stderr)
+        print("clue: interrupted" + "; the same command goes on from here" * _goes_on(arguments), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has seen enough (`clue plan show run | head`); the exit handler must not complain.
@@ -111,6 +114,7 @@ def _localize(arguments: argparse.Namespace) -> int:
                 everywhere(True)
                 plan = jobs.localize(run, **inputs, settings=settings, progress=_progress)
             print(plan_command.summary(plan))
+            _next("unlearn", arguments.output)
         elif everywhere(True):  # the run is there then
             jobs.localize(Run.open(arguments.output), **inputs, settings=settings, progress=lambda message: None)
         else:
@@ -124,6 +128,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
 
     if jobs.unlearn(run, settings, _progress):
         print(run.path("model"))
+        _next("evaluate", arguments.run)
     return 0
 
 
@@ -138,6 +143,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.robustness:
         text += "\n\n" + robustness_table(jobs.robustness(run, settings, Tests(**tests), _progress))
     print(text)
+    _next("report", arguments.run)
     return 0
 
 
@@ -200,6 +206,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _next(command: str, run: str) -> None:
+    sys.stdout.flush()  # this comes last, wherever the two go
+    _progress(f"next: clue {command} {shlex.quote(run)}")
+
+
+def _goes_on(arguments: argparse.Namespace) -> bool:
+    """Whether an interrupted command left something that the same command would not make again: stages or a checkpoint."""
+    if arguments.command in (_localize, _run, _compare):
+        return any(Path(arguments.output).glob("*/"))
+    if arguments.command is _unlearn:
+        return any(Path(arguments.run, ".training").glob("*.safetensors"))
+    return arguments.command is _evaluate and arguments.robustness and Path(arguments.run, "evaluation").is_dir()
 
 
 def _settings(arguments: argparse.Namespace, base: Settings = _DEFAULTS) -> Settings:
@@ -307,7 +327,7 @@ def _new_run(arguments: argparse.Namespace, settings: Settings, inputs: dict[str
 
 def _open_run(arguments: argparse.Namespace, stage: str) -> tuple[Run, Settings]:
     """An existing run, with its own settings changed by the command line where they are not settled yet."""
-    from .run_directory import Run
+    from .run_directory import Run, differing
 
     run = Run.open(arguments.run)
     recorded = Settings.from_dict(run.manifest["settings"], source=str(run.folder))
@@ -316,9 +336,9 @@ def _open_run(arguments: argparse.Namespace, stage: str) -> tuple[Run, Settings]
     later = [folder for name in ("evaluation", "robustness") if (folder := run.path(name)).is_dir() and folder != done]
     if stage == "unlearn" and later and not done.is_dir():
         raise RunError(f"{later[0]} belongs to a model that is no longer there: remove it too")
-    if done.is_dir() and getattr(recorded, stage) != getattr(settings, stage):
-        folders = " and ".join(map(str, (done, *later)))
-        raise RunError(f"{done} was made with other {stage} settings: remove {folders} to make it again")
+    other = differing(asdict(getattr(recorded, stage)), asdict(getattr(settings, stage)))
+    if other and done.is_dir():
+        raise RunError(f"{done} was made with {other}: remove {' and '.join(map(str, (done, *later)))} to make it again")
     for part in _SETTLED[stage]:
         old, new = getattr(recorded, part), getattr(settings, part)
         if old == new:
@@ -345,18 +365,8 @@ def _json_target(path: str | None) -> Path | None:
 # --- the parser -----------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes end like every other one: as a ClueError."""
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(allow_abbrev=False, **keywords)
-
-    def error(self, message: str) -> NoReturn:
-        raise ClueError(f"{message}; see `{self.prog} --help`")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="clue", description="Make a language model forget something and keep everything else.")
+    parser = Parser(prog="clue", description="Make a language model forget something and keep everything else.")
     parser.add_argument("--version", action="version", version=f"clue {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -369,12 +379,12 @@ def _parser() -> argparse.ArgumentParser:
                       help="new run directory (default: runs/demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder (nothing else)")
     demo.add_argument("--json", metavar="FILE", help="write the results as JSON; - for stdout")
-    _add_threads(demo)
+    add_threads(demo)
 
     for name, command, summary in (("localize", _localize, "find the circuits and make a plan"),
                                    ("run", _run, "localize, unlearn, evaluate and report")):
         stage = commands.add_parser(name, help=summary, usage=f"clue {name} --model M --forget F --retain [NAME=]R ..."
-                                    " -o RUN [settings]")
+                                    " -o RUN [settings]", epilog=RESULT if name == "run" else None)
         stage.set_defaults(command=command)
         stage.add_argument("--model", required=True, metavar="M", help="folder or hub id of a causal language model")
         stage.add_argument("--forget", required=True, metavar="F", help="records to forget: .jsonl, .json, .csv,"
@@ -383,24 +393,26 @@ def _parser() -> argparse.ArgumentParser:
                            help="records to keep; may be repeated")
         stage.add_argument("-o", "--output", required=True, metavar="RUN", help="run directory to make")
         if name == "run":
-            _add_tests(stage)
-        _add_settings(stage, own="" if name == "run" else name)
+            add_tests(stage)
+        add_settings(stage, own="" if name == "run" else name)
 
     for name, command, summary in (("unlearn", _unlearn, "train the planned weights of a run"),
                                    ("evaluate", _evaluate, "measure what a run has forgotten and kept")):
-        stage = commands.add_parser(name, help=summary, usage=f"clue {name} RUN [settings]")
+        stage = commands.add_parser(name, help=summary, usage=f"clue {name} RUN [settings]",
+                                    epilog=f"Settings used before ({', '.join(_SETTLED[name])}) are those of the run."
+                                    + f" {RESULT}" * (name == "evaluate"))
         stage.set_defaults(command=command)
         stage.add_argument("run", metavar="RUN", help="run directory")
         if name == "evaluate":
-            _add_tests(stage)
+            add_tests(stage)
             stage.add_argument("--robustness", action="store_true", help="also try to bring back what was forgotten:"
                                " relearning, fine-tuning, quantization, prompts (it trains copies of the models)")
-        _add_settings(stage, own=name)
+        add_settings(stage, own=name, settled=_SETTLED[name])
 
     compare = compare_command.add_to(commands)
     compare.set_defaults(command=_compare)
-    _add_tests(compare, benchmarks=False)
-    _add_settings(compare, own="", without=compare_command.DECIDED)
+    add_tests(compare, benchmarks=False)
+    add_settings(compare, own="", without=compare_command.DECIDED)
 
     report = commands.add_parser("report", help="write the report of a run as one HTML file")
     report.set_defaults(command=_report)
@@ -415,72 +427,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
     doctor.add_argument("--json", action="store_true", help="as JSON")
     return parser
-
-
-def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
-
-
-def _add_tests(parser: argparse.ArgumentParser, benchmarks: bool = True) -> None:
-    tests = parser.add_argument_group("tests", "what to measure on, besides the forget and retain sets of the run")
-    tests.add_argument("--test", action="append", default=[], metavar="[NAME=]F",
-                       help="records to keep that were never used to localize or train; may be repeated")
-    tests.add_argument("--skill", action="append", default=[], metavar="[NAME=]F",
-                       help="records of a general skill, reported apart; may be repeated")
-    tests.add_argument("--paraphrase", metavar="F", help="the facts to forget in other words")
-    tests.add_argument("--holdout", metavar="F", help="records like the forgotten ones that the model was never trained"
-                       " on: non-members for membership inference")
-    tests.add_argument("--gold", metavar="M", help="a model trained without the forget set, to compare with, or the .json file"
-                       " of its evaluation")
-    tests.add_argument("--reference", metavar="M", help="a model that knows neither forget set nor holdout, for the reference"
-                       " attack")
-    if not benchmarks:
-        return
-    tests.add_argument("--benchmark", metavar="NAME[:PART]", help="the sets of a public benchmark: tofu, muse, wmdp, mmlu, bbh,"
-                       " rwku, world, or custom (files named for their purpose)")
-    tests.add_argument("--data", metavar="FOLDER", help="where the benchmark's files are (default: the hub)")
-
-
-def _add_settings(parser: argparse.ArgumentParser, own: str, without: Sequence[str] = ()) -> None:
-    """One option per field of every settings group, but for the fields ``without`` (``group.field``).
-
-    A name that several groups have is prefixed by its group (``--unlearn-batch-size``); the command ``own`` stands for
-    also takes its own one without prefix.
-    """
-    general = parser.add_argument_group("general")
-    general.add_argument("--config", metavar="TOML", help="settings file with the tables [data], [localize], [unlearn],"
-                         " [evaluate], [robustness]; the command line wins")
-    for f in fields(Settings):
-        if f.name not in _GROUPS and f".{f.name}" not in without:
-            _add_option(general, [_flag(f.name)], f".{f.name}", f, getattr(_DEFAULTS, f.name))
-    _add_threads(parser)
-    shared = Counter(f.name for group in _GROUPS.values() for f in fields(group))
-    for name, group in _GROUPS.items():
-        section = parser.add_argument_group(name)
-        for f in fields(group):
-            if f"{name}.{f.name}" in without:
-                continue
-            flags = [_flag(f.name)] if shared[f.name] == 1 else [_flag(f"{name}_{f.name}")]
-            if shared[f.name] > 1 and name == own:
-                flags.append(_flag(f.name))
-            _add_option(section, flags, f"{name}.{f.name}", f, getattr(group, f.name))
-
-
-def _add_option(group: Any, flags: list[str], destination: str, field: Any, default: Any) -> None:
-    text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-    keywords: dict[str, Any] = {"dest": destination, "default": argparse.SUPPRESS, "help": text}
-    if isinstance(default, bool):
-        keywords["action"] = argparse.BooleanOptionalAction
-        keywords["help"] = text.replace("default: True", "default: on").replace("default: False", "default: off")
-    elif choices := field.metadata.get("choices"):
-        keywords["choices"] = choices
-    else:
-        keywords |= {"type": type(default), "metavar": {int: "N", float: "X"}.get(type(default), "TEXT")}
-    group.add_argument(*flags, **keywords)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
 
     for name, summary in (("apply", "write the changed model"), ("revert", "write the model as it was")):
         patch = deltas.add_parser(name, help=f"{summary}, bit for bit, into a new folder")
-        patch.set_defaults(command=_patch, patch=f"{name}_folder")
+        patch.set_defaults(command=_patch, patch=name)
         patch.add_argument("model", metavar="MODEL", help="folder of the model as it "
                            + ("was" if name == "apply" else "is now"))
         patch.add_argument("file", metavar="FILE", help="file of `clue delta make`")
@@ -57,8 +57,13 @@ def _make(arguments: argparse.Namespace) -> int:
 def _patch(arguments: argparse.Namespace) -> int:
     from .delta import Delta
 
-    getattr(Delta.load(arguments.file), arguments.patch)(arguments.model, arguments.output)
-    print(arguments.output)
+    delta = Delta.load(arguments.file)
+    if arguments.patch == "apply":
+        delta.apply_folder(arguments.model, arguments.output)
+        print(f"{arguments.output}: the model after, {delta.changed} weights put in place")
+    else:
+        delta.revert_folder(arguments.model, arguments.output)
+        print(f"{arguments.output}: the model before, {delta.changed} weights put back")
     return 0
 
 

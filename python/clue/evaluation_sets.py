@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tests:
-    """What a run is evaluated on besides its own forget and retain sets: sources as the command line takes them.
+    """What a run is evaluated on besides its own forget set: sources as the command line takes them. Of its retain sets the
+    first is read only where there is none here.
 
     ``gold`` is a model, or the file of its evaluation; ``reference`` a model for the attack of that name; ``benchmark`` as
     :func:`clue.data.benchmarks.load` takes it, with ``data`` where its files are.

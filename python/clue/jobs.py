@@ -20,12 +20,12 @@ from .config import EvaluateSettings, LocalizeSettings, Settings, UnlearnSetting
 from .data.records import read_sets
 from .errors import PlanError, RunError
 from .evaluation_sets import Tests, evaluation_sets
-from .loading import check_model, load_model
+from .loading import check_model, load_model, of_hub
 from .pipeline import Progress
 from .plan import Plan
 from .processes import joined, place
 from .provenance import fingerprint
-from .run_directory import Run, write_json
+from .run_directory import Run, differing, write_json
 
 if TYPE_CHECKING:
     from .data.records import RecordSet
@@ -51,6 +51,8 @@ def localize(run: Run, *, model: str, forget: str, retain: Mapping[str, str], se
 
     Processes of torch.distributed share the attribution, and each calls this; the first of them writes the stages.
     """
+    if of_hub(model):  # which may take long, and longest without a network
+        progress(f"model      {model} is no folder here: asking the hub for it")
     network, tokenizer = _loaded(run, model, settings)
     sets = _records(run, forget, retain)
     if "data" not in run.manifest and place()[0] == 0:
@@ -186,7 +188,8 @@ def _tuned(log: UnlearnLog) -> str:
 
     assert log.tuning is not None
     before, kept = log.tuning["before"], log.tuning["kept"]
-    text = (f"tuned      {len(log.tuning['trials'])} trials on retain records held back: lr {log.tuning['lr']:.3g}, retain"
+    trials = len(log.tuning["trials"])
+    text = (f"tuned      {trials} trial{'s' * (trials != 1)} on retain records held back: lr {log.tuning['lr']:.3g}, retain"
             f" weight {log.tuning['retain_weight']:g}")
     if kept is not None and before is not None:
         text += f"; they keep {percent(kept)} of their answers' probability (before: {percent(before)})"
@@ -274,8 +277,9 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
     run.require("evaluation", "evaluate")
     if run.has("robustness"):
         found = _tried(run)
-        if any(one.settings["robustness"] != asdict(settings.robustness) for one in found.values()):
-            raise RunError(f"{run.path('robustness')} was made with other robustness settings: remove it to make it again")
+        for one in found.values():
+            if other := differing(one.settings["robustness"], asdict(settings.robustness)):
+                raise RunError(f"{run.path('robustness')} was made with {other}: remove it to make it again")
         return found
     inputs = run.inputs
     sets, _ = evaluation_sets(_records(run, inputs["forget"], inputs["retain"]), tests, settings.seed)

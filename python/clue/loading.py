@@ -52,10 +52,29 @@ def check_model(source: str) -> None:
         AutoConfig.from_pretrained(source)
 
 
+def of_hub(source: str) -> bool:
+    """Whether a model is to be looked for on the hub, as nothing is here.
+
+    Raises:
+        ModelError: it cannot be there either, by its name.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if Path(source).exists():
+        return False
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise ModelError(f"{source} does not exist, and is no hub id either: give the folder of a saved causal language model,"
+                         " or a hub id (owner/name)") from None
+    return True
+
+
 @contextmanager
 def _told(source: str) -> Iterator[None]:
     """What transformers raises for a model that it cannot load, as a :class:`ModelError`."""
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+    if not of_hub(source) and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
     try:
         yield

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .plan import Plan
 
+#: How nodes are named, for the help of what prints or takes names.
+NAMES = ("Counted from 0, a0.h3 is head 3 of layer 0, a0.h3<q> its queries, a0.g1<k> and a0.g1<v> the keys and values of"
+         " group 1 there; m2.n291 is neuron 291 of layer 2's MLP, m2 that MLP as a whole.")
+
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser's commands."""
@@ -23,12 +27,13 @@ def add_to(commands: Any) -> None:
     show.set_defaults(command=_show)
     show.add_argument("run", metavar="RUN", help="run directory, or the folder of a plan")
     show.add_argument("--nodes", type=_count, default=0, metavar="N",
-                      help="also list the first N conflict and forget nodes")
+                      help=f"also list the first N conflict and forget nodes. {NAMES}")
     show.add_argument("--json", action="store_true", help="as JSON")
     explain = plans.add_parser("explain", help="why a node has its role, and what would change if it had another")
     explain.set_defaults(command=_explain)
     explain.add_argument("run", metavar="RUN", help="run directory")
-    explain.add_argument("node", metavar="NODE", nargs="+", help="name of a node, as `clue plan show --nodes` lists it")
+    explain.add_argument("node", metavar="NODE", nargs="+", help="name of a node, as `clue plan show --nodes` lists it."
+                         f" {NAMES}")
     verify = plans.add_parser("verify", help="compare two models bit by bit: did only planned weights change?")
     verify.set_defaults(command=_verify)
     verify.add_argument("before", metavar="BEFORE", help="folder of the model as it was")

@@ -90,9 +90,8 @@ class Run:
         defaults = _flat(later or {})
         for name in (*wanted, *found):
             if wanted.get(name) not in (found.get(name), defaults.get(name, found.get(name))):
-                old, new = ("nothing" if value == "" else value for value in (found.get(name), wanted.get(name)))
-                raise RunError(f"{run.folder} holds another run already, with {name} = {old} instead of {new}: choose another"
-                               " folder with -o")
+                other = differing({name: found.get(name)}, {name: wanted.get(name)})
+                raise RunError(f"{run.folder} holds another run already, with {other}: choose another folder with -o")
         return run
 
     @classmethod
@@ -281,6 +280,16 @@ def demo_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         raise
     if aside is not None:
         shutil.rmtree(aside)
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which settings have other values now, with both, in words; empty where none has."""
+    return " and ".join(f"{name} = {_said(old.get(name))} instead of {_said(value)}" for name, value in new.items()
+                        if value != old.get(name))
+
+
+def _said(value: Any) -> Any:
+    return "nothing" if value == "" else value
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -54,9 +54,11 @@ class SavedModel:
         """Map the files.
 
         Raises:
-            DeltaError: the folder holds no safetensors weights, or one of the files is damaged.
+            DeltaError: there is no such folder, it holds no safetensors weights, or one of the files is damaged.
         """
         self.folder = Path(folder)
+        if not self.folder.exists():
+            raise DeltaError(f"{folder} does not exist: give the folder of a saved model; hub ids are not read here")
         self._home: dict[str, dict[int, _Piece]] = {}
         self._dtype: dict[str, str] = {}
         for file in sorted(self.folder.glob("*.safetensors")):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clue.data.records import Record, RecordSet, check_disjoint, overlap, read, to_mapping
+from clue.data.records import Record, RecordSet, check_disjoint, overlap, read, read_sets, to_mapping
 from clue.errors import OverlapError, RecordError
 
 ROWS = [{"question": "Where is A?", "answer": "in B"}, {"question": "Who is C, really?", "answer": "é \"D\""}]
@@ -57,6 +57,9 @@ def test_parquet(tmp_path: Path) -> None:
     assert contents(read(tmp_path / "t.parquet", limit=2)) == EXPECTED
     with pytest.raises(RecordError, match=r"t\.parquet:3: no answer"):
         read(tmp_path / "t.parquet")
+    parquet.write_table(arrow.Table.from_pylist([{"question": "how many", "answer": 4}]), tmp_path / "n.parquet")
+    with pytest.raises(RecordError, match=r"n\.parquet:1: answer must be a string, got int; store the column as strings$"):
+        read(tmp_path / "n.parquet")
     with pytest.raises(RecordError, match=r"x\.parquet: not a readable Parquet file"):
         read(write(tmp_path / "x.parquet", "no parquet"))
 
@@ -90,7 +93,14 @@ GOOD = '{"question": "q", "answer": "a"}'
     ("k2.json", '{\n"question": "q",\n', r"k2\.json:1: not valid JSON"),
     ("m.jsonl", f'{GOOD}\n{{"question": "q"}}', r"m\.jsonl:2: no answer; expected one of"),
     ("m.json", f'[{GOOD},\n{GOOD},\n{{"answer": "a"}}]', r"m\.json:3: no prompt; .* found answer"),
-    ("t.jsonl", '{"question": "q", "answer": 4}', r"t\.jsonl:1: answer must be a string, got int"),
+    ("t.jsonl", '{"question": "q", "answer": 4}', r"t\.jsonl:1: answer must be a string, got int; put it in quotes$"),
+    ("t.json", '[{"question": "q", "answer": ["a", "b"]}]', r"t\.json:1: .* got list; give one string; of several answers"),
+    ("t2.json", '[{"question": {"a": "b"}, "answer": "a"}]', r"t2\.json:1: question must be .* got dict; give one string$"),
+    ("t3.json", '[{"prompt": [{"role": "user", "content": "q"}], "answer": "a"}]',
+     r"t3\.json:1: prompt must be a string, got list; chat messages are not read: give the user's turn as question"),
+    ("t4.json", '[{"prompt": "q", "completion": {"from": "gpt", "value": "a"}}]', r"t4\.json:1: .* dict; chat messages are"),
+    ("r.jsonl", '{"messages": [{"role": "user", "content": "q"}]}', r"r\.jsonl:1: no prompt, only messages; chat messages are"),
+    ("r2.jsonl", '{"id": 1, "conversations": []}', r"r2\.jsonl:1: no prompt, only conversations; chat messages are not read"),
     ("u.jsonl", '{"question": null, "answer": "a"}', r"u\.jsonl:1: no prompt; .* found answer"),
     ("v.jsonl", '{"question": "q", "answer": null}', r"v\.jsonl:1: no answer; expected one of"),
     ("h.jsonl", '{"question": "q", "answer": "\\ud800x"}', r"h\.jsonl:1: answer holds half of a surrogate pair"),
@@ -159,11 +169,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("item", "message"), [
     (("q",), r"records\[0\]: a sequence must be \(prompt, answer\), got 1"),
-    (("q", 4), r"records\[0\]: answer must be a string"),
+    (("q", 4), r"records\[0\]: answer must be a string, got int; put it in quotes$"),
     (7, r"records\[0\]: a record must be an object"),
     (" ", r"records\[0\]: text is empty"),
     ("facts/retain.jsonl", r"records\[0\]: 'facts/retain.jsonl' is the name of a file, .* by name, \{name: file\}"),
-    (RecordSet("kept", (Record("q", "a"),)), r"records\[0\]: is the set kept, .* several sets by name, \{name: set\}"),
+    (RecordSet("kept", (Record("q", "a"),)), r"records\[0\]: is the set kept, .* several sets by name, \{name: set\}$"),
     (Record("q", "", source="mine:9"), r"mine:9: answer is empty"),
 ])
 def test_malformed_items_are_named_by_index(item: object, message: str) -> None:
@@ -188,6 +198,21 @@ def test_the_digest_is_of_contents_in_order() -> None:
                   {"corrupted": "x"}, {"subject": "q"}, {"group": "q"}, {"paraphrased_answer": "x"},
                   {"perturbed_answer": ["x"]}))]
     assert a.sha256 not in {read(other).sha256 for other in others}
+
+
+def test_a_retain_set_is_not_called_forget() -> None:
+    with pytest.raises(RecordError, match=r"give it another name: NAME=FILE on the command line, a dict \{name: source\} in"):
+        read_sets([("q", "a")], {"forget": [("r", "b")]})
+
+
+def test_a_set_shows_itself_in_a_line(tmp_path: Path) -> None:
+    row = '{"question": "Where is Ada?", "answer": "here", "subject": "Ada"}\n'
+    found = read(write(tmp_path / "forget.jsonl", 71 * row + GOOD + "\n"))
+    assert repr(found) == "<RecordSet forget: 72 records, 71 with a subject, from forget.jsonl>"
+    assert repr(read([("q", "a")])) == "<RecordSet records: 1 record>" and repr(RecordSet("none", ())).endswith("0 records>")
+    hub = RecordSet("x", (Record("q", "a", source="locuslab/TOFU:forget01@train:7"),))
+    assert repr(hub) == "<RecordSet x: 1 record, from locuslab/TOFU:forget01@train>"
+    assert found == RecordSet("forget", found.records) and found != RecordSet("other", found.records)
 
 
 def test_overlapping_sets_are_refused_by_name() -> None:

@@ -49,6 +49,7 @@ def test_every_number_comes_from_the_right_set(model, tokenizer, sets, retain, h
     others = score(model, encode(holdout, tokenizer), pad=0, batch_size=1)
     assert found.mia_auc == document["mia_auc"] == pytest.approx(auc(-nll(members), -nll(others)))
     assert found.mia["loss"].low <= found.mia_auc <= found.mia["loss"].high
+    assert repr(found).endswith(f"%, loss AUC {round(found.mia_auc, 2):.2f}>") and len(repr(found)) < 80
     assert found.detail["copy"].rouge_l is None and found.detail["forget"].rouge_n == len(forget)
     assert found.samples["forget"][0].prompt == "where does mira live"
     assert found.samples["retain"][-1].prompt == "the old town by"  # plain text: its first half
@@ -110,6 +111,8 @@ def test_without_holdout_or_generation_the_rest_stands(model, tokenizer, forget,
     settings = EvaluateSettings(rouge=False, batch_size=4)
     found = evaluate(model, tokenizer, EvaluationSets(forget, retain), settings)
     assert found.mia_auc is None and found.mia == {} and found.samples == {}
+    detail = {name: replace(found.detail[name], accuracy=value) for name, value in (("forget", 0.0), ("retain", 0.9876))}
+    assert repr(replace(found, detail=detail)) == "<Evaluation: forget 0%, retain 98.8%>"
     assert found.forget_paraphrase is None and found.detail["forget"].rouge_l is None
 
 

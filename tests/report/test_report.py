@@ -173,6 +173,14 @@ def test_works_for_three_nodes_without_log_circuits_or_holdout(tmp_path):
     assert "m0" in page.visible and "Hardly any conflict was left to choose" in page.visible
 
 
+def test_layers_without_a_role_are_not_drawn_and_one_node_serves(tmp_path):
+    role = np.array([Role.FREE, Role.FORGET, Role.CONFLICT, Role.FREE, Role.FREE], np.uint8)
+    plan = Plan(("embed", "a0.h0", "a0.h1", "m0.n0", "m0.n1"), role, (Slice("w", 0, Role.FORGET, np.arange(3)),), {"w": (9, 9)})
+    _, page = write(tmp_path, plan=plan, assignment=None, circuits=None)
+    assert "Attention nodes by layer" in page.visible and "MLP nodes by layer" not in page.visible
+    assert "Of 5 nodes, 1 serves only what must go (forget) and 1 serves both sides" in page.visible
+
+
 def test_a_hundred_thousand_nodes_stay_a_small_page_with_layer_counts_that_add_up(tmp_path):
     graph = Graph(32, 32, 8, 3000, True)
     large = run(graph)
@@ -274,6 +282,15 @@ def test_the_terminal_table_is_aligned_ascii_within_eighty_columns():
     ends = {re.sub(r"\s+$", "", line).rfind(line.split()[-1]) + len(line.split()[-1]) for line in lines
             if line.startswith("  ")}
     assert ends == {60}  # right-aligned: every row ends in the same column
+
+
+def test_the_terminal_table_says_which_set_the_headline_is_as_the_page_does(tmp_path):
+    found = EVALUATIONS["after"]
+    detail = {**found.detail, "retain": replace(found.detail["retain"], name="unseen")}
+    text = table({"after": replace(found, detail=detail)})
+    assert "\n  retain: unseen  " in text and "\n  retain_unseen  " in text and "\n  forget  " in text
+    _, page = write(tmp_path, evaluations={"after": replace(found, detail=detail)})
+    assert "retain: unseen" in page.visible
 
 
 def test_answers_that_rouge_has_no_word_of_are_not_left_out_silently():

@@ -27,7 +27,10 @@ CORRUPTED_FIELDS = ("corrupted", "corrupted_question")
 PARAPHRASED_FIELDS = ("paraphrased_answer",)
 WRONG_FIELDS = ("perturbed_answer", "wrong_answers")
 OPTIONAL_FIELDS = (*CORRUPTED_FIELDS, "subject", "group", *PARAPHRASED_FIELDS, *WRONG_FIELDS)
+CHAT_FIELDS = ("messages", "conversations", "conversation")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+CHAT = "chat messages are not read: give the user's turn as question and the assistant's as answer"
 
 _HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
 
@@ -64,6 +67,15 @@ class RecordSet:
         """SHA-256 of the contents, not of the file: every field of every record, in order, but for where it came from."""
         rows = [astuple(replace(r, source="")) for r in self.records]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def __repr__(self) -> str:
+        said = f"{len(self)} record{'s' * (len(self) != 1)}"
+        if subjects := sum(record.subject is not None for record in self.records):
+            said += f", {subjects} with a subject"
+        origins = {record.source.rpartition(":")[0] for record in self.records}  # empty for items of a list
+        if len(origins) == 1 and (origin := origins.pop()):
+            said += f", from {Path(origin).name if Path(origin).suffix.lower() in SUFFIXES else origin}"
+        return f"<RecordSet {self.name}: {said}>"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -154,6 +166,8 @@ def make_record(value: object, where: str) -> Record:
             raise RecordError(f"{where}: a plain text takes no corrupted prompt, since it is cut where its tokens are half;"
                               " give question, answer and corrupted, or leave it out")
         return Record("", _field(value, ("text",), where) or "", None, None, group, where)
+    if prompt_name is None and (chat := next((name for name in CHAT_FIELDS if name in value), None)) is not None:
+        raise RecordError(f"{where}: no prompt, only {chat}; {CHAT}")
     if prompt_name is None:
         raise RecordError(f"{where}: no prompt; {_expected(value, PROMPT_FIELDS, ' or text')}")
     if "instruction" in value and prompt_name == "input":
@@ -227,7 +241,8 @@ def read_sets(forget: Source | RecordSet, retain: Source | RecordSet | Mapping[s
     if not named and required:
         raise RecordError("retain: give at least one set of records to keep")
     if "forget" in named:
-        raise RecordError("retain: a retain set cannot be named forget; give it another name")
+        raise RecordError("retain: a retain set cannot be named forget; give it another name: NAME=FILE on the command line, a"
+                          " dict {name: source} in Python")
     sets = {"forget": read(forget, "forget"), **{name: read(source, name) for name, source in named.items()}}
     for name in named:
         check_disjoint(sets["forget"], sets[name], f"the forget set and the retain set {name}")
@@ -393,8 +408,8 @@ def _item(item: object, where: str) -> Record:
                               " several sets by name, {name: file}")
         return make_record({"text": item}, where)
     if isinstance(item, RecordSet):
-        raise RecordError(f"{where}: is the set {item.name}, and a list holds records: give several sets by name, {{name:"
-                          " set}}")
+        raise RecordError(f"{where}: is the set {item.name}, and a list holds records: give several sets by name,"
+                          " {name: set}")
     if isinstance(item, (tuple, list)):
         if len(item) != 2:
             raise RecordError(f"{where}: a sequence must be (prompt, answer), got {len(item)} items")
@@ -420,11 +435,24 @@ def _field(value: Mapping[str, Any], names: Sequence[str], where: str) -> str | 
         return None
     text = value[name]
     if not isinstance(text, str):
-        raise RecordError(f"{where}: {name} must be a string, got {type(text).__name__}; put it in quotes")
+        raise RecordError(f"{where}: {name} must be a string, got {type(text).__name__}; {_remedy(text, where)}")
     if not text.strip():
         raise RecordError(f"{where}: {name} is empty; fill it in or remove the record")
     _check_whole(text, name, where)
     return text
+
+
+def _remedy(value: object, where: str) -> str:
+    """How something that is no string becomes one."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(part, Mapping) and not {"role", "from"}.isdisjoint(part) for part in parts):
+        return CHAT
+    if isinstance(value, (list, tuple)):
+        return "give one string; of several answers, one record each"
+    if isinstance(value, Mapping):
+        return "give one string"
+    in_python = where.startswith("records[")
+    return "put it in quotes" if in_python or re.search(r"\.jsonl?:\d+$", where, re.I) else "store the column as strings"
 
 
 def _check_whole(text: str, name: str, where: str) -> None:

@@ -200,6 +200,14 @@ class Evaluation:
     utility: tuple[str, ...] = ()
     harness: Mapping[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        from ..report.svg import percent  # here: reports import evaluations
+
+        said = [f"{name} {percent(self.detail[name].accuracy)}" for name in ("forget", "retain") if name in self.detail]
+        if self.mia_auc is not None:
+            said.append(f"loss AUC {self.mia_auc:.2f}")
+        return f"<Evaluation: {', '.join(said)}>"
+
     @property
     def forget(self) -> float:
         """Exact-match accuracy on the forget set."""

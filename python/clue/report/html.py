@@ -22,7 +22,7 @@ from ..errors import ClueError
 from ..evaluate.evaluation import Evaluation, privleak
 from ..evaluate.truth import forget_quality, incomparable, model_utility
 from ..types import Role
-from .measures import ATTACKS, MEASURES, caption, pooled
+from .measures import ATTACKS, MEASURES, caption, pooled, titled
 from .svg import Series, dumbbell, line_plot, number, percent, split_bar, stacked_columns, strip_scale
 
 if TYPE_CHECKING:
@@ -247,8 +247,7 @@ def _set_names(columns: Sequence[Column], purpose: str | None = None) -> list[st
 
 def _label(name: str, columns: Sequence[Column]) -> str:
     """A set as people write it, with its own name where that is another one."""
-    own = next((r.name for c in columns if (r := c.evaluation.detail.get(name)) is not None), name)
-    return (name if own == name else f"{name}: {own}").replace("_", " ")
+    return titled(name, [c.evaluation for c in columns]).replace("_", " ")
 
 
 def _samples(columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -281,8 +280,8 @@ def _roles(plan: Plan) -> dict[str, Any]:
         by_role = {r: counts[:, Role[r.upper()]].tolist() for r in _ROLES}
         for i, row in enumerate(table):
             row[name] = [by_role[r][i] for r in _ROLES]  # type: ignore[assignment]
-        if chosen.any():
-            used = {r: by_role[r] for r in _ROLES if r != "free"}
+        used = {r: by_role[r] for r in _ROLES if r != "free"}
+        if any(map(any, used.values())):
             panels.append({"name": name, "plot": stacked_columns(
                 [str(i) for i in range(n_layers)], used, x_label="layer", y_label="nodes",
                 label=f"{name} nodes of each role by layer; the table below has the numbers")})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,12 @@ def caption(name: str) -> str:
     """A key as people write it: ``forget_paraphrase`` -> ``Forget paraphrase``."""
     text = name.replace("_", " ")
     return text[:1].upper() + text[1:]
+
+
+def titled(name: str, evaluations: Iterable[Evaluation]) -> str:
+    """A set under the name it was used by, with its own where that is another one: ``retain: unseen``."""
+    own = next((r.name for e in evaluations if (r := e.detail.get(name)) is not None), name)
+    return name if own == name else f"{name}: {own}"
 
 
 def pooled(evaluation: Evaluation, purpose: str, without: str | None = None) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from ..evaluate.truth import incomparable
+from .measures import titled
 from .svg import number, percent
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _block(evaluations: Mapping[str, Evaluation], gold: Evaluation | None) -> It
         if sets:
             yield title
         for name in sets:
-            yield _line(f"  {name}", [percent(e.detail[name].solved) if name in e.detail else "" for e in found])
+            yield _line(f"  {titled(name, found)}", [percent(e.detail[name].solved) if name in e.detail else "" for e in found])
         if purpose == "forget":
             yield _line("  forget, probability", [percent(e.detail["forget"].probability) for e in found])
             choices = [e.detail["forget"].choice_accuracy for e in found]
