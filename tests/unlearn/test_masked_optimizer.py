@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clue.errors import ClueError, PlanError
 from clue.types import Role
 from clue.unlearn import MaskedAdamW, PlanCallback, SparseGradients
+from clue.unlearn.optimizer import planned_parameters
 from clue.weights import view_of, weight_of
 
 LR, BETAS, EPS, DECAY = 3e-2, (0.8, 0.95), 1e-6, 0.1
@@ -305,6 +307,49 @@ def test_refusals(make_model: Any, make_plan: Any) -> None:
     half = make_model(dtype=torch.float16)
     with pytest.raises(ClueError, match="up_proj.weight is in float16, and stochastic rounding is for bfloat16: convert"):
         MaskedAdamW(half, plan, rounding="stochastic")
+
+
+UP = "model.layers.{}.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("planned", [0, 1])
+@pytest.mark.parametrize("kind", ["parameter", "rows", "buffer"])
+def test_weights_tied_by_memory_are_tied(kind: str, planned: int, make_model: Any, make_plan: Any) -> None:
+    """Two parameters over one memory, or one over a part of the other's: moving either moves both."""
+    model = make_model()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    other = UP.format(1 - planned)
+    if kind == "parameter":
+        second.weight = torch.nn.Parameter(first.weight.detach())
+    elif kind == "rows":
+        taller = torch.randn(60, 32)
+        first.weight, second.weight = torch.nn.Parameter(taller[:48]), torch.nn.Parameter(taller[12:])
+    else:
+        other = f"model.layers.{planned}.mlp.kept"
+        model.model.layers[planned].mlp.register_buffer("kept", model.get_parameter(UP.format(planned)).detach()[40:])
+    plan = make_plan(model, {UP.format(planned): (0, {Role.FORGET: [1, 2]})})
+    callback = PlanCallback(plan)
+    for use in (lambda: MaskedAdamW(model, plan), lambda: SparseGradients(model, plan),
+                lambda: callback.on_init_end(None, None, None, model=model),
+                lambda: callback.on_train_begin(None, None, None, model=model)):
+        with pytest.raises(PlanError, match=rf"edits {UP.format(planned)}, which is tied to {other} \(they lie in the same"):
+            use()
+
+
+def test_weights_side_by_side_in_one_storage_are_not_tied(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    """As a flattened model keeps them; nor are weights that lie nowhere yet, all at the same address."""
+    model = make_model()
+    plan = mixed_plan(model)
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for parameter, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    optimizer, before = MaskedAdamW(model, plan), bits(model)
+    gradients(model, 0)
+    optimizer.step()
+    moved(before, bits(model), plan)
+    assert planned_parameters(make_model().to("meta"), plan, tuple(Role)).keys() == set(plan.parameters())
+    with FakeTensorMode():
+        assert planned_parameters(type(model)(model.config), plan, tuple(Role)).keys() == set(plan.parameters())
 
 
 def test_an_optimizer_whose_weights_were_frozen_says_so(make_model: Any, mixed_plan: Any) -> None:

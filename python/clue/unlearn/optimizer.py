@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..errors import ClueError, PlanError
 from ..plan import Plan, require_plan
 from ..types import Role
 from ..weights import parameter_of
-from .shards import Shard, add_up, reshard, shard_of
+from .shards import Shard, add_up, memory_of, reshard, shard_of
 
 
 def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> dict[str, nn.Parameter]:
@@ -30,7 +30,7 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
 
     Raises:
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
-            embeddings), where a planned slice would also change its other use.
+            embeddings) or in two parameters over one memory, where a planned slice would also change its other use.
         ClueError: ``roles`` are not roles.
     """
     if not isinstance(roles, Iterable) or not all(isinstance(role, Role) for role in roles):
@@ -48,7 +48,24 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
         if twins:
             raise PlanError(f"the plan edits {name}, which is tied to {twins[0]}: leave tied weights out of the plan")
         found[name] = parameters[whole]
+    _check_memory(model, {parameter_of(name) for name in found})
     return found
+
+
+def _check_memory(model: nn.Module, planned: Set[str]) -> None:
+    """Refuse planned parameters that lie over another tensor of the model, as after ``b.weight = nn.Parameter(a.weight)``.
+    Side by side in one storage they may lie, as those of a flattened model do."""
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    places = [(*place, name) for name, tensor in tensors.items() if (place := memory_of(tensor)) is not None]
+    reaching = None  # of the tensors that begin earlier, the one that ends last: what overlaps any of them overlaps it
+    for device, first, past, name in sorted(places, key=lambda place: (str(place[0]), place[1])):
+        if reaching is not None and reaching[0] == device and first < reaching[1]:
+            for one, other in ((name, reaching[2]), (reaching[2], name)):
+                if one in planned:
+                    raise PlanError(f"the plan edits {one}, which is tied to {other} (they lie in the same memory): leave tied"
+                                    " weights out of the plan")
+        if reaching is None or reaching[0] != device or past > reaching[1]:
+            reaching = device, past, name
 
 
 def planned_index(plan: Plan, name: str, roles: Sequence[Role]) -> tuple[int, npt.NDArray[np.int64]]:
