@@ -152,6 +152,32 @@ def test_a_weight_that_another_module_computes_with_is_named(tmp_path: Path, mak
     assert len([w for w in seen if "had no gradient" in str(w.message)]) == 1
 
 
+def test_a_linear_weight_that_another_module_computes_with_is_named(tmp_path: Path, make_model: Any, mixed_plan: Any,
+                                                                    make_plan: Any, bits: Any, moved: Any) -> None:
+    """TRL's trainers multiply by the head's weight themselves. MaskedAdamW moves it."""
+    class Multiplying(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            logits = model.model(inputs["input_ids"])[0] @ model.lm_head.weight.T
+            return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+    head = {"lm_head.weight": (0, {Role.FORGET: range(4, 20)})}
+    for masked in (False, True):
+        model = make_model()
+        plan, others = make_plan(model, head), mixed_plan(model)
+        plan = replace(plan, slices=(*plan.slices, *others.slices), shapes={**plan.shapes, **others.shapes})
+        before = bits(model)
+        optimizer = MaskedAdamW(model, plan, lr=1e-2) if masked else None
+        trainer = Multiplying(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[PlanCallback(plan)],
+                              optimizers=(optimizer, None))
+        if masked:
+            trainer.train()
+            moved(before, bits(model), plan)
+            continue
+        with pytest.warns(UserWarning, match=r"^lm_head\.weight had no gradient .* clue\.MaskedAdamW") as seen:
+            trainer.train()
+        assert len([w for w in seen if "had no gradient" in str(w.message)]) == 1
+
+
 class Borrowing(nn.Module):
     """Computes with another module's weight."""
 
@@ -314,7 +340,8 @@ def test_masters_are_no_state_of_a_slice_that_was_never_stepped(make: Any, make_
     callback.on_init_end(None, None, None, model=model)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
-    callback.on_optimizer_step(None, None, None)  # nothing was stepped
+    with pytest.warns(UserWarning, match=r"had no gradient in the first step \(nor had 7 more\)"):
+        callback.on_optimizer_step(None, None, None)  # nothing was stepped
     assert not optimizer.state_dict()["state"]
     row = rows()[0]["input_ids"][None]
     model(input_ids=row, labels=row).loss.backward()

@@ -146,10 +146,11 @@ class PlanCallback(TrainerCallback):
         if self._sparse is not None and self._slices is not None:
             self._slices.write()
             named = zip(self._sparse.planned, self._slices.parameters(), strict=True)
-            idle = [name for name, own in named if own.grad is None and name in self._sparse.dense]
+            idle = [name for name, own in named if own.grad is None]
             if idle and not self._stepped:
-                warnings.warn(f"{idle[0]} had no gradient in the first step: no sample reached it, or another module than its"
-                              " own computes with it, and then it stays as it is; clue.MaskedAdamW as the Trainer's"
+                more = f" (nor had {len(idle) - 1} more)" if len(idle) > 1 else ""
+                warnings.warn(f"{idle[0]} had no gradient in the first step{more}: no sample reached it, or another module than"
+                              " its own computes with it, and then it stays as it is; clue.MaskedAdamW as the Trainer's"
                               " optimizer moves it", stacklevel=2)
             self._stepped = True
         with torch.no_grad():
