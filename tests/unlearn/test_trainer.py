@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from clue.errors import ClueError
 from clue.plan import Plan, Slice
@@ -176,6 +176,25 @@ def test_a_linear_weight_that_another_module_computes_with_is_named(tmp_path: Pa
         with pytest.warns(UserWarning, match=r"^lm_head\.weight had no gradient .* clue\.MaskedAdamW") as seen:
             trainer.train()
         assert len([w for w in seen if "had no gradient" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_weights_unfrozen_during_training_are_named(after: int, tmp_path: Path, make_model: Any, mixed_plan: Any,
+                                                    bits: Any) -> None:
+    """Their modules run as without the callback then, and nothing would train; also from a later step on."""
+    class Unfreeze(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == after:
+                model.model.layers[1].requires_grad_(True)
+
+    model = make_model()
+    callback = PlanCallback(mixed_plan(model))
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[callback, Unfreeze()])
+    with pytest.raises(ClueError, match=r"something set requires_grad on model\.layers\.1\.self_attn\.q_proj\.weight during "
+                                        r"training .* clue\.MaskedAdamW as its optimizer"):
+        trainer.train()
+    assert trainer.state.global_step == after
+    callback.release(model)
 
 
 class Borrowing(nn.Module):

@@ -142,11 +142,20 @@ class PlanCallback(TrainerCallback):
                 self._keep(parameter, whole, 0, np.array(sorted(m for m in members if m is not None)), bits=keeps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the slices, or put the unplanned weights back (the trainer calls this after each optimizer step)."""
+        """Write the slices, or put the unplanned weights back (the trainer calls this after each optimizer step).
+
+        Raises:
+            ClueError: something unfroze a planned weight meanwhile, whose slices then got no gradient.
+        """
         if self._sparse is not None and self._slices is not None:
-            self._slices.write()
             named = zip(self._sparse.planned, self._slices.parameters(), strict=True)
             idle = [name for name, own in named if own.grad is None]
+            unfrozen = [name for name in idle if self._sparse.planned[name].parameter.requires_grad]
+            if unfrozen:
+                raise ClueError(f"something set requires_grad on {parameter_of(unfrozen[0])} during training (a callback, or"
+                                " the trainer's own code), so its gradient went there instead of to the planned slices: leave"
+                                " that out, or give the Trainer a clue.MaskedAdamW as its optimizer")
+            self._slices.write()
             if idle and not self._stepped:
                 more = f" (nor had {len(idle) - 1} more)" if len(idle) > 1 else ""
                 warnings.warn(f"{idle[0]} had no gradient in the first step{more}: no sample reached it, or another module than"
