@@ -86,9 +86,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     depend on the seed, the parameter, the step and the weight's place alone (of a sharded parameter: its place in the shard,
     and the shard's), so runs repeat and resume bit by bit.
 
-    Under DistributedDataParallel give the model inside. Of parameters sharded by ``fully_shard`` every process moves its
-    part, and holds state for the planned slices in it only: make the optimizer after sharding, and save the state of each
-    process.
+    Make it before DistributedDataParallel wraps the model, which looks once at what requires a gradient. Of parameters sharded
+    by ``fully_shard`` every process moves its part, and holds state for the planned slices in it only: make the optimizer after
+    sharding, and save the state of each process.
 
     Args:
         model: the model whose weights move.
