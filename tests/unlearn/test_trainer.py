@@ -140,6 +140,56 @@ def test_weights_outside_linear_layers_have_masters_too(kind: str, tmp_path: Pat
     assert found[1] == pytest.approx(found[0], rel=0.05) and found[0] > 0.2 * plan.weights_changed
 
 
+@pytest.mark.parametrize("cast", ["to", "evaluate"])
+@pytest.mark.parametrize("kind", ["a norm", "single weights"])
+def test_a_model_cast_after_the_trainer_was_made_has_masters(kind: str, cast: str, tmp_path: Path, make_model: Any,
+                                                             mixed_plan: Any, scattered_plan: Any, bits: Any,
+                                                             moved: Any) -> None:
+    """Also by an evaluation in bf16 before the training. The slices stay in float32, and nearly all weights move at a learning
+    rate at which most updates are lost in bf16."""
+    model = make_model()
+    plan = half_plan(model, kind, mixed_plan, scattered_plan)
+    trainer = Trainer(model=model, train_dataset=rows(), eval_dataset=rows()[:2], callbacks=[PlanCallback(plan)],
+                      args=arguments(tmp_path, learning_rate=1e-4, lr_scheduler_type="constant", max_steps=40,
+                                     bf16_full_eval=cast == "evaluate"))
+    model.bfloat16() if cast == "to" else trainer.evaluate()
+    assert model.dtype == torch.bfloat16
+    before = bits(model)
+    trainer.train()
+    slices = trainer.optimizer.optimizer.param_groups[0]["params"]
+    assert {p.dtype for p in slices} == {torch.float32}
+    after = bits(model)
+    changed = sum(int((before[name] != now).sum()) for name, now in after.items())
+    assert changed > 0.6 * plan.weights_changed
+    outside = {name: ~torch.from_numpy(plan.mask(name)).numpy() for name in plan.parameters()}
+    for name, now in after.items():
+        mask = outside.get(name, outside.get(flat_name(name), np.ones(now.shape, dtype=bool))).reshape(now.shape)
+        assert not ((before[name] != now) & mask).any()
+
+
+def test_a_model_made_wider_after_the_trainer_was_made(tmp_path: Path, make_model: Any, mixed_plan: Any, bits: Any,
+                                                       moved: Any) -> None:
+    """While the slices are a part of it they go along, or else the next training says what to do."""
+    model = make_model()
+    plan = mixed_plan(model)
+    trainer = Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(plan)], args=arguments(tmp_path))
+    model.double()
+    before = bits(make_model().double())
+    trainer.train()
+    moved(before, bits(model), plan)
+    assert {p.dtype for p in trainer.optimizer.optimizer.param_groups[0]["params"]} == {torch.float64}
+    model = make_model()
+    trainer = Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(plan)], args=arguments(tmp_path))
+    trainer.train()
+    model.double()
+    before = bits(model)
+    with pytest.raises(ClueError, match=r"gate_proj\.weight was moved or converted since .*: make another Trainer"):
+        trainer.train()
+    assert all((before[name] == now).all() for name, now in bits(model).items())
+    Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(plan)], args=arguments(tmp_path)).train()
+    moved(before, bits(model), plan)
+
+
 def test_a_weight_that_another_module_computes_with_is_named(tmp_path: Path, make_model: Any, make_plan: Any) -> None:
     model = make_model()
     norm = model.model.norm

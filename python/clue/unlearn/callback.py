@@ -209,6 +209,8 @@ class PlanCallback(TrainerCallback):
     def _begin(self, model: nn.Module, optimizer: Any, *, compiled: bool) -> None:
         assert self._sparse is not None and self._slices is not None
         self._hold(model)
+        self._sparse = SparseGradients(model, self._plan, self._roles)  # the model may have been moved or converted since
+        self._slices.follow(self._sparse)
         self._attach(model)
         self._slices.take_masters(optimizer)
         self._handles.append(self._slices.send_masters(optimizer))
