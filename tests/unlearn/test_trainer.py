@@ -448,6 +448,33 @@ def test_retain_passes_outside_a_compiled_graph_are_refused(family: str, make: A
     callback.release(model)
 
 
+def test_processes_that_would_drift_apart_are_refused() -> None:
+    """Reentrant checkpointing of two passes, whose gradients are exchanged after the first; one process may (above)."""
+    run("""
+        import pytest
+        from types import SimpleNamespace
+        from clue.errors import ClueError
+        from clue.unlearn import PlanCallback
+        from tests.families import tiny
+        from tests.unlearn.test_sparse import random_plan
+        for kind in (True, False):
+            model = tiny("llama", torch.float32)
+            callback = PlanCallback(random_plan(model))
+            callback.on_init_end(None, None, None, model=model)
+            model.gradient_checkpointing_enable({"use_reentrant": kind})
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+            for compiled in (False, True):
+                callback.on_train_begin(SimpleNamespace(torch_compile=compiled), None, None, model=model, optimizer=optimizer)
+                if kind:
+                    with pytest.raises(ClueError, match="the processes drift apart: say .*'use_reentrant': False"):
+                        callback.retaining().__enter__()
+                else:
+                    with callback.retaining():
+                        pass
+            callback.release(model)
+    """)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("told_apart", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
