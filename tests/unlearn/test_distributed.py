@@ -64,6 +64,20 @@ PROGRAM = """
     changed = [name for name, weight in whole(model).items() if not torch.equal(weight, before[name])]
     assert changed == ["model.norm.weight"], changed
 
+    # Loaded again between two steps, a sharded model in bf16 stays as it was loaded, not as the masters were.
+    model = model_and_plan(family)[0].bfloat16()
+    fully_shard(model)
+    start = {name: weight.clone() for name, weight in whole(model).items()}
+    outer = MaskedAdamW(model, norm_plan(model), lr=1e-2)
+    kept = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    for lr in (1e-2, 0.0):
+        loss_of(model, rows).backward()
+        outer.param_groups[0]["lr"] = lr
+        outer.step()
+        outer.zero_grad()
+        assert torch.equal(whole(model)["model.norm.weight"], start["model.norm.weight"]) == (lr == 0)
+        model.load_state_dict(kept)
+
     # Gradients of slices, added up; nothing else is ever computed.
     for sharded in (False, True):
         model = fresh(sharded)

@@ -437,6 +437,23 @@ def test_log_survives_saving(tmp_path: Path) -> None:
         UnlearnLog.load(tmp_path / "log.json")
 
 
+def test_a_compiled_model_is_not_measured(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any, bits: Any) -> None:
+    """Its code runs past the hooks of the retain metric; without the metric it trains as ever."""
+    found = []
+    for compiled in (True, False):
+        model = make_model()
+        plan, before = mixed_plan(model), bits(model)
+        if compiled:
+            model.compile(backend="eager")
+            with pytest.raises(ModelError, match=r"^the model is compiled .*; or unlearn with metric = false$"):
+                unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, metric=True))
+            assert all((before[name] == now).all() for name, now in bits(model).items())
+        unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, replace(PLAIN, metric=False))
+        found.append(bits(model))
+    torch._dynamo.reset()
+    assert all((found[0][name] == now).all() for name, now in found[1].items())
+
+
 def test_weights_that_somebody_else_moves_are_found(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
     model = make_model()
     model.register_buffer("count", torch.zeros(1))

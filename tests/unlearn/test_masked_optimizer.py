@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from clue.delta import Delta
 from clue.errors import ClueError, PlanError
+from clue.plan import Plan, Slice
 from clue.types import Role
 from clue.unlearn import MaskedAdamW, PlanCallback, SparseGradients
+from clue.unlearn.optimizer import planned_parameters
 from clue.weights import view_of, weight_of
+from tests.families import tiny
 
 LR, BETAS, EPS, DECAY = 3e-2, (0.8, 0.95), 1e-6, 0.1
 
@@ -127,6 +132,67 @@ def test_saved_state_continues_bit_by_bit(dtype: torch.dtype, rounding: str, mak
             gradients(m, step)
             optimizer.step()
     assert all(np.array_equal(now, bits(other)[name]) for name, now in bits(model).items())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("kind", ["mixed_plan", "scattered_plan"])
+@pytest.mark.parametrize("way", ["load_state_dict", "revert", "after the optimizer's"])
+def test_a_model_that_is_loaded_again_stays_so(way: str, kind: str, rounding: str, make_model: Any, request: Any,
+                                               bits: Any) -> None:
+    """The next step starts from these weights, not from the masters of those before."""
+    model = make_model(dtype=torch.bfloat16)
+    plan = request.getfixturevalue(kind)(model)
+    start, before = copy.deepcopy(model), bits(model)
+    optimizer = MaskedAdamW(model, plan, lr=1e-2, rounding=rounding)
+    for step in range(3):
+        gradients(model, step)
+        optimizer.step()
+    assert any((before[name] != now).any() for name, now in bits(model).items())
+    if way == "revert":
+        Delta.between(start, model, plan).revert(model)
+    else:
+        if way != "load_state_dict":
+            optimizer.load_state_dict(optimizer.state_dict())
+        model.load_state_dict(start.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    gradients(model, 3)
+    optimizer.step()
+    assert all((before[name] == now).all() for name, now in bits(model).items())
+
+
+def test_masters_that_still_fit_survive_a_loading(make_model: Any, mixed_plan: Any, bits: Any) -> None:
+    """Of the very weights there are, or of a part of the model: what is below the rounding is not lost."""
+    def train(load: Any) -> dict[str, Any]:
+        model = make_model(dtype=torch.bfloat16)
+        optimizer = MaskedAdamW(model, mixed_plan(model), lr=1e-4)
+        for step in range(6):
+            gradients(model, step)
+            optimizer.step()
+            load(model)
+        return bits(model)
+
+    expected = train(lambda model: None)
+    for load in (lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())),
+                 lambda m: m.lm_head.load_state_dict(make_model(1).lm_head.state_dict())):
+        found = train(load)
+        assert all((expected[name] == now).all() for name, now in found.items() if name != "lm_head.weight")
+
+
+def test_a_part_without_a_state_stays_without_one() -> None:
+    """Asking for the slices' state begins none: one expert of two had a gradient, and what is saved can be loaded."""
+    model = tiny("mixtral", torch.bfloat16)
+    names = [f"model.layers.0.mlp.experts.down_proj[{number}]" for number in (0, 1)]
+    shape = tuple(model.get_parameter(names[0][:-3]).shape[1:])
+    plan = Plan((), np.zeros(0, dtype=np.uint8), tuple(Slice(name, 0, Role.FORGET, np.array([1, 2])) for name in names),
+                dict.fromkeys(names, shape))
+    optimizer = MaskedAdamW(model, plan)
+    optimizer.step(gradients={names[0]: torch.ones(2, shape[1])})
+    model.load_state_dict(tiny("mixtral", torch.bfloat16).state_dict())
+    optimizer.step(gradients={names[0]: torch.ones(2, shape[1])})
+    assert optimizer.slices().keys() == {names[0]}
+    other = MaskedAdamW(model, plan)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.slices().keys() == {names[0]}
 
 
 def test_stochastic_rounding_needs_no_master(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
@@ -305,6 +371,49 @@ def test_refusals(make_model: Any, make_plan: Any) -> None:
     half = make_model(dtype=torch.float16)
     with pytest.raises(ClueError, match="up_proj.weight is in float16, and stochastic rounding is for bfloat16: convert"):
         MaskedAdamW(half, plan, rounding="stochastic")
+
+
+UP = "model.layers.{}.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("planned", [0, 1])
+@pytest.mark.parametrize("kind", ["parameter", "rows", "buffer"])
+def test_weights_tied_by_memory_are_tied(kind: str, planned: int, make_model: Any, make_plan: Any) -> None:
+    """Two parameters over one memory, or one over a part of the other's: moving either moves both."""
+    model = make_model()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    other = UP.format(1 - planned)
+    if kind == "parameter":
+        second.weight = torch.nn.Parameter(first.weight.detach())
+    elif kind == "rows":
+        taller = torch.randn(60, 32)
+        first.weight, second.weight = torch.nn.Parameter(taller[:48]), torch.nn.Parameter(taller[12:])
+    else:
+        other = f"model.layers.{planned}.mlp.kept"
+        model.model.layers[planned].mlp.register_buffer("kept", model.get_parameter(UP.format(planned)).detach()[40:])
+    plan = make_plan(model, {UP.format(planned): (0, {Role.FORGET: [1, 2]})})
+    callback = PlanCallback(plan)
+    for use in (lambda: MaskedAdamW(model, plan), lambda: SparseGradients(model, plan),
+                lambda: callback.on_init_end(None, None, None, model=model),
+                lambda: callback.on_train_begin(None, None, None, model=model)):
+        with pytest.raises(PlanError, match=rf"edits {UP.format(planned)}, which is tied to {other} \(they lie in the same"):
+            use()
+
+
+def test_weights_side_by_side_in_one_storage_are_not_tied(make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    """As a flattened model keeps them; nor are weights that lie nowhere yet, all at the same address."""
+    model = make_model()
+    plan = mixed_plan(model)
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for parameter, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    optimizer, before = MaskedAdamW(model, plan), bits(model)
+    gradients(model, 0)
+    optimizer.step()
+    moved(before, bits(model), plan)
+    assert planned_parameters(make_model().to("meta"), plan, tuple(Role)).keys() == set(plan.parameters())
+    with FakeTensorMode():
+        assert planned_parameters(type(model)(model.config), plan, tuple(Role)).keys() == set(plan.parameters())
 
 
 def test_an_optimizer_whose_weights_were_frozen_says_so(make_model: Any, mixed_plan: Any) -> None:

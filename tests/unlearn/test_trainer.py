@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from clue.errors import ClueError
 from clue.plan import Plan, Slice
@@ -140,6 +140,56 @@ def test_weights_outside_linear_layers_have_masters_too(kind: str, tmp_path: Pat
     assert found[1] == pytest.approx(found[0], rel=0.05) and found[0] > 0.2 * plan.weights_changed
 
 
+@pytest.mark.parametrize("cast", ["to", "evaluate"])
+@pytest.mark.parametrize("kind", ["a norm", "single weights"])
+def test_a_model_cast_after_the_trainer_was_made_has_masters(kind: str, cast: str, tmp_path: Path, make_model: Any,
+                                                             mixed_plan: Any, scattered_plan: Any, bits: Any,
+                                                             moved: Any) -> None:
+    """Also by an evaluation in bf16 before the training. The slices stay in float32, and nearly all weights move at a learning
+    rate at which most updates are lost in bf16."""
+    model = make_model()
+    plan = half_plan(model, kind, mixed_plan, scattered_plan)
+    trainer = Trainer(model=model, train_dataset=rows(), eval_dataset=rows()[:2], callbacks=[PlanCallback(plan)],
+                      args=arguments(tmp_path, learning_rate=1e-4, lr_scheduler_type="constant", max_steps=40,
+                                     bf16_full_eval=cast == "evaluate"))
+    model.bfloat16() if cast == "to" else trainer.evaluate()
+    assert model.dtype == torch.bfloat16
+    before = bits(model)
+    trainer.train()
+    slices = trainer.optimizer.optimizer.param_groups[0]["params"]
+    assert {p.dtype for p in slices} == {torch.float32}
+    after = bits(model)
+    changed = sum(int((before[name] != now).sum()) for name, now in after.items())
+    assert changed > 0.6 * plan.weights_changed
+    outside = {name: ~torch.from_numpy(plan.mask(name)).numpy() for name in plan.parameters()}
+    for name, now in after.items():
+        mask = outside.get(name, outside.get(flat_name(name), np.ones(now.shape, dtype=bool))).reshape(now.shape)
+        assert not ((before[name] != now) & mask).any()
+
+
+def test_a_model_made_wider_after_the_trainer_was_made(tmp_path: Path, make_model: Any, mixed_plan: Any, bits: Any,
+                                                       moved: Any) -> None:
+    """While the slices are a part of it they go along, or else the next training says what to do."""
+    model = make_model()
+    plan = mixed_plan(model)
+    trainer = Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(plan)], args=arguments(tmp_path))
+    model.double()
+    before = bits(make_model().double())
+    trainer.train()
+    moved(before, bits(model), plan)
+    assert {p.dtype for p in trainer.optimizer.optimizer.param_groups[0]["params"]} == {torch.float64}
+    model = make_model()
+    trainer = Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(plan)], args=arguments(tmp_path))
+    trainer.train()
+    model.double()
+    before = bits(model)
+    with pytest.raises(ClueError, match=r"gate_proj\.weight was moved or converted since .*: make another Trainer"):
+        trainer.train()
+    assert all((before[name] == now).all() for name, now in bits(model).items())
+    Trainer(model=model, train_dataset=rows(), callbacks=[PlanCallback(plan)], args=arguments(tmp_path)).train()
+    moved(before, bits(model), plan)
+
+
 def test_a_weight_that_another_module_computes_with_is_named(tmp_path: Path, make_model: Any, make_plan: Any) -> None:
     model = make_model()
     norm = model.model.norm
@@ -150,6 +200,51 @@ def test_a_weight_that_another_module_computes_with_is_named(tmp_path: Path, mak
     with pytest.warns(UserWarning, match=r"model\.norm\.lender\.weight had no gradient .* clue\.MaskedAdamW") as seen:
         trainer.train()
     assert len([w for w in seen if "had no gradient" in str(w.message)]) == 1
+
+
+def test_a_linear_weight_that_another_module_computes_with_is_named(tmp_path: Path, make_model: Any, mixed_plan: Any,
+                                                                    make_plan: Any, bits: Any, moved: Any) -> None:
+    """TRL's trainers multiply by the head's weight themselves. MaskedAdamW moves it."""
+    class Multiplying(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            logits = model.model(inputs["input_ids"])[0] @ model.lm_head.weight.T
+            return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+    head = {"lm_head.weight": (0, {Role.FORGET: range(4, 20)})}
+    for masked in (False, True):
+        model = make_model()
+        plan, others = make_plan(model, head), mixed_plan(model)
+        plan = replace(plan, slices=(*plan.slices, *others.slices), shapes={**plan.shapes, **others.shapes})
+        before = bits(model)
+        optimizer = MaskedAdamW(model, plan, lr=1e-2) if masked else None
+        trainer = Multiplying(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[PlanCallback(plan)],
+                              optimizers=(optimizer, None))
+        if masked:
+            trainer.train()
+            moved(before, bits(model), plan)
+            continue
+        with pytest.warns(UserWarning, match=r"^lm_head\.weight had no gradient .* clue\.MaskedAdamW") as seen:
+            trainer.train()
+        assert len([w for w in seen if "had no gradient" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_weights_unfrozen_during_training_are_named(after: int, tmp_path: Path, make_model: Any, mixed_plan: Any,
+                                                    bits: Any) -> None:
+    """Their modules run as without the callback then, and nothing would train; also from a later step on."""
+    class Unfreeze(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == after:
+                model.model.layers[1].requires_grad_(True)
+
+    model = make_model()
+    callback = PlanCallback(mixed_plan(model))
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[callback, Unfreeze()])
+    with pytest.raises(ClueError, match=r"something set requires_grad on model\.layers\.1\.self_attn\.q_proj\.weight during "
+                                        r"training .* clue\.MaskedAdamW as its optimizer"):
+        trainer.train()
+    assert trainer.state.global_step == after
+    callback.release(model)
 
 
 class Borrowing(nn.Module):
@@ -314,7 +409,8 @@ def test_masters_are_no_state_of_a_slice_that_was_never_stepped(make: Any, make_
     callback.on_init_end(None, None, None, model=model)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
-    callback.on_optimizer_step(None, None, None)  # nothing was stepped
+    with pytest.warns(UserWarning, match=r"had no gradient in the first step \(nor had 7 more\)"):
+        callback.on_optimizer_step(None, None, None)  # nothing was stepped
     assert not optimizer.state_dict()["state"]
     row = rows()[0]["input_ids"][None]
     model(input_ids=row, labels=row).loss.backward()
@@ -350,6 +446,33 @@ def test_retain_passes_outside_a_compiled_graph_are_refused(family: str, make: A
     with pytest.raises(ClueError, match=r"^model\.\S+ ends a compiled graph, and retaining"), callback.retaining():
         pass
     callback.release(model)
+
+
+def test_processes_that_would_drift_apart_are_refused() -> None:
+    """Reentrant checkpointing of two passes, whose gradients are exchanged after the first; one process may (above)."""
+    run("""
+        import pytest
+        from types import SimpleNamespace
+        from clue.errors import ClueError
+        from clue.unlearn import PlanCallback
+        from tests.families import tiny
+        from tests.unlearn.test_sparse import random_plan
+        for kind in (True, False):
+            model = tiny("llama", torch.float32)
+            callback = PlanCallback(random_plan(model))
+            callback.on_init_end(None, None, None, model=model)
+            model.gradient_checkpointing_enable({"use_reentrant": kind})
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+            for compiled in (False, True):
+                callback.on_train_begin(SimpleNamespace(torch_compile=compiled), None, None, model=model, optimizer=optimizer)
+                if kind:
+                    with pytest.raises(ClueError, match="the processes drift apart: say .*'use_reentrant': False"):
+                        callback.retaining().__enter__()
+                else:
+                    with callback.retaining():
+                        pass
+            callback.release(model)
+    """)
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     if config is None:
         raise ModelError(f"the model must be a loaded Hugging Face causal language model, got a {type(model).__name__}: load"
                          " it with AutoModelForCausalLM.from_pretrained, or give the model inside its wrapper (.module)")
-    _require_plain(model)
+    require_plain(model)
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise ModelError(
@@ -280,13 +280,17 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
-def _require_plain(model: nn.Module) -> None:
-    """Compiled code runs past the hooks that watch a layer, and nothing of what is scored would be seen."""
+def require_plain(model: nn.Module, instead: str = "") -> None:
+    """Compiled code runs past the hooks that watch a layer, and nothing of what is scored or measured would be seen.
+
+    Raises:
+        ModelError: the model, or a module of it, is compiled; ``instead`` names another remedy.
+    """
     for name, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
         if compiled or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
             raise ModelError(f"{name or 'the model'} is compiled (torch.compile), so that its layers cannot be watched: load it"
-                             " again, or give the one inside (._orig_mod), and compile it afterwards")
+                             f" again, or give the one inside (._orig_mod), and compile it afterwards{instead}")
 
 
 def _variant(kind: str, config: Any) -> Family:

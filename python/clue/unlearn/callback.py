@@ -28,12 +28,13 @@ from transformers import TrainerCallback
 
 from ..errors import ClueError, PlanError
 from ..plan import Plan, require_plan
+from ..processes import place
 from ..types import Role
 from ..weights import member_of, parameter_of, view_of
 from .optimizer import MaskedAdamW, planned_parameters
 from .shards import is_sharded
 from .slices import SliceParameters
-from .sparse import SparseGradients
+from .sparse import SparseGradients, reentrant
 
 #: Name of the planned slices among the model's modules while they are trained.
 MODULE = "planned_slices"
@@ -67,6 +68,7 @@ class PlanCallback(TrainerCallback):
         self._sparse: SparseGradients | None = None
         self._slices: SliceParameters | None = None
         self._breaks = ""  # a planned weight that ends compiled graphs, where activations are computed again in them
+        self._drifts = False  # whether processes would exchange gradients before the last pass of a step added its own
         self._stepped = False  # whether the optimizer stepped since training began
         self._checkpoints: list[tuple[nn.Module, Any]] = []
         self._handles: list[Any] = []
@@ -82,7 +84,8 @@ class PlanCallback(TrainerCallback):
 
         Raises:
             ClueError: the trainer was given an optimizer of its own, next to which gradients are not told apart, or the model
-                is compiled and checkpointed, and the plan holds weights at which a compiled graph ends.
+                is compiled and checkpointed, and the plan holds weights at which a compiled graph ends, or several processes
+                train and checkpoint in the reentrant way.
         """
         if self._sparse is None or self._slices is None:
             raise ClueError("retaining() tells gradients apart in a Trainer that makes its own optimizer: give it none")
@@ -90,6 +93,10 @@ class PlanCallback(TrainerCallback):
             raise ClueError(f"{self._breaks} ends a compiled graph, and retaining() cannot tell gradients apart where"
                             " activations are computed again outside of one: turn torch_compile or gradient_checkpointing off,"
                             " or leave it out of the plan")
+        if self._drifts:
+            raise ClueError("DistributedDataParallel exchanges gradients before both passes of a loss are computed again, where"
+                            " checkpointing is reentrant, and the processes drift apart: say"
+                            " gradient_checkpointing_kwargs={'use_reentrant': False}")
         with self._holding((0, 1, 1)):
             yield
 
@@ -142,14 +149,24 @@ class PlanCallback(TrainerCallback):
                 self._keep(parameter, whole, 0, np.array(sorted(m for m in members if m is not None)), bits=keeps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the slices, or put the unplanned weights back (the trainer calls this after each optimizer step)."""
+        """Write the slices, or put the unplanned weights back (the trainer calls this after each optimizer step).
+
+        Raises:
+            ClueError: something unfroze a planned weight meanwhile, whose slices then got no gradient.
+        """
         if self._sparse is not None and self._slices is not None:
-            self._slices.write()
             named = zip(self._sparse.planned, self._slices.parameters(), strict=True)
-            idle = [name for name, own in named if own.grad is None and name in self._sparse.dense]
+            idle = [name for name, own in named if own.grad is None]
+            unfrozen = [name for name in idle if self._sparse.planned[name].parameter.requires_grad]
+            if unfrozen:
+                raise ClueError(f"something set requires_grad on {parameter_of(unfrozen[0])} during training (a callback, or"
+                                " the trainer's own code), so its gradient went there instead of to the planned slices: leave"
+                                " that out, or give the Trainer a clue.MaskedAdamW as its optimizer")
+            self._slices.write()
             if idle and not self._stepped:
-                warnings.warn(f"{idle[0]} had no gradient in the first step: no sample reached it, or another module than its"
-                              " own computes with it, and then it stays as it is; clue.MaskedAdamW as the Trainer's"
+                more = f" (nor had {len(idle) - 1} more)" if len(idle) > 1 else ""
+                warnings.warn(f"{idle[0]} had no gradient in the first step{more}: no sample reached it, or another module than"
+                              " its own computes with it, and then it stays as it is; clue.MaskedAdamW as the Trainer's"
                               " optimizer moves it", stacklevel=2)
             self._stepped = True
         with torch.no_grad():
@@ -199,12 +216,15 @@ class PlanCallback(TrainerCallback):
     def _begin(self, model: nn.Module, optimizer: Any, *, compiled: bool) -> None:
         assert self._sparse is not None and self._slices is not None
         self._hold(model)
+        self._sparse = SparseGradients(model, self._plan, self._roles)  # the model may have been moved or converted since
+        self._slices.follow(self._sparse)
         self._attach(model)
         self._slices.take_masters(optimizer)
         self._handles.append(self._slices.send_masters(optimizer))
         self._slices.read()
         self._stepped = False
         self._breaks = ""
+        self._drifts = place()[1] > 1 and reentrant(model)
         if compiled:  # a graph keeps the samples it was made for
             if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                 names = (name for name in self._sparse.planned if name in self._sparse.dense or member_of(name) is not None)

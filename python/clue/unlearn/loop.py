@@ -103,7 +103,7 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
             plain text is to be refused, or a record has no corrupted twin and the objective needs it.
         ClueError: a setting is out of range, or the objective is none.
         ModelError: loss or gradient were NaN or infinite in ``bad_steps`` steps running, or something else moved weights
-            outside the plan meanwhile.
+            outside the plan meanwhile, or the model is compiled and the retain metric is to be measured.
         RunError: the checkpoint is damaged, or of a training with another model, plan, setting or record.
     """
     settings, data = settings or UnlearnSettings(), data or DataSettings()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..model.anatomy import is_transposed
+from ..model.anatomy import is_transposed, require_plain
 from ..model.answers import answer_logits
 from ..model.capture import frozen
 from ..model.experts import Routed, is_experts, linear_traffic
@@ -72,8 +72,10 @@ class RetainMetric:
 
         Raises:
             PlanError: a planned weight is not the weight or bias of a linear layer, or an expert's.
+            ModelError: the model is compiled.
             ClueError: ``exact_width`` is negative, or ``rank`` is not positive.
         """
+        require_plain(model, "; or unlearn with metric = false")
         layers, stacks = _layers(model, plan, roles, partial(Factor, exact_width=exact_width, rank=rank))
         if not layers and not stacks:
             return cls({}, {}, {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..errors import ClueError, PlanError
 from ..plan import Plan, require_plan
 from ..types import Role
 from ..weights import parameter_of
-from .shards import Shard, add_up, reshard, shard_of
+from .shards import Shard, add_up, local_part, memory_of, reshard, shard_of
 
 
 def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> dict[str, nn.Parameter]:
@@ -30,7 +30,7 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
 
     Raises:
         PlanError: the plan does not fit the model, or edits a tensor that the model uses under two names (tied
-            embeddings), where a planned slice would also change its other use.
+            embeddings) or in two parameters over one memory, where a planned slice would also change its other use.
         ClueError: ``roles`` are not roles.
     """
     if not isinstance(roles, Iterable) or not all(isinstance(role, Role) for role in roles):
@@ -48,7 +48,24 @@ def planned_parameters(model: nn.Module, plan: Plan, roles: Sequence[Role]) -> d
         if twins:
             raise PlanError(f"the plan edits {name}, which is tied to {twins[0]}: leave tied weights out of the plan")
         found[name] = parameters[whole]
+    _check_memory(model, {parameter_of(name) for name in found})
     return found
+
+
+def _check_memory(model: nn.Module, planned: Set[str]) -> None:
+    """Refuse planned parameters that lie over another tensor of the model, as after ``b.weight = nn.Parameter(a.weight)``.
+    Side by side in one storage they may lie, as those of a flattened model do."""
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    places = [(*place, name) for name, tensor in tensors.items() if (place := memory_of(tensor)) is not None]
+    reaching = None  # of the tensors that begin earlier, the one that ends last: what overlaps any of them overlaps it
+    for device, first, past, name in sorted(places, key=lambda place: (str(place[0]), place[1])):
+        if reaching is not None and reaching[0] == device and first < reaching[1]:
+            for one, other in ((name, reaching[2]), (reaching[2], name)):
+                if one in planned:
+                    raise PlanError(f"the plan edits {one}, which is tied to {other} (they lie in the same memory): leave tied"
+                                    " weights out of the plan")
+        if reaching is None or reaching[0] != device or past > reaching[1]:
+            reaching = device, past, name
 
 
 def planned_index(plan: Plan, name: str, roles: Sequence[Role]) -> tuple[int, npt.NDArray[np.int64]]:
@@ -64,14 +81,15 @@ class MaskedAdamW(torch.optim.Optimizer):
     an earlier optimizer among them, which then refuses to step: one optimizer moves all roles.
     ``step`` reads ``parameter.grad`` on the slices, or takes the gradients of the slices alone
     (:class:`clue.unlearn.sparse.SparseGradients` computes no others). At small learning rates bf16 and fp16 weights
-    rounded to nearest lose most updates, so their slices get a float32 master copy. Without it, at two thirds of the state,
+    rounded to nearest lose most updates, so their slices get a float32 master copy, which follows a model that is loaded again
+    between two steps (what is written through ``parameter.data`` it does not see). Without it, at two thirds of the state,
     bf16 weights move by stochastic rounding (arXiv 1502.02551): up or down at random, right on average. The random numbers
     depend on the seed, the parameter, the step and the weight's place alone (of a sharded parameter: its place in the shard,
     and the shard's), so runs repeat and resume bit by bit.
 
-    Under DistributedDataParallel give the model inside. Of parameters sharded by ``fully_shard`` every process moves its
-    part, and holds state for the planned slices in it only: make the optimizer after sharding, and save the state of each
-    process.
+    Make it before DistributedDataParallel wraps the model, which looks once at what requires a gradient. Of parameters sharded
+    by ``fully_shard`` every process moves its part, and holds state for the planned slices in it only: make the optimizer after
+    sharding, and save the state of each process.
 
     Args:
         model: the model whose weights move.
@@ -106,6 +124,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._shapes: dict[str, tuple[int, ...]] = {}  # of compact gradients
         self._model = weakref.ref(model)
         self._made: dict[nn.Parameter, tuple[str, torch.dtype, torch.device]] = {}  # its name, and as what it was met
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}  # as the latest step, or loading a state, met it
         for name, parameter in planned.items():
             axis, union = planned_index(plan, name, roles)
             if rounding == "stochastic" and parameter.dtype == torch.float16:
@@ -195,6 +214,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
+                self._take_over(parameter)
                 for shard in self._planned[parameter]:
                     if len(shard.index) == 0:  # they are in other processes
                         continue
@@ -249,17 +269,36 @@ class MaskedAdamW(torch.optim.Optimizer):
                                 " another MaskedAdamW was made for the model (make one for all roles), or requires_grad was"
                                 " cleared (set it again)")
 
+    def _take_over(self, parameter: nn.Parameter) -> None:
+        """Masters of weights that somebody else wrote since the latest step (``load_state_dict``, a delta) begin anew there,
+        unless they still round to them. What the kernel writes does not count as a version of the memory."""
+        version = _version(parameter)
+        if self._versions.setdefault(parameter, version) == version:
+            return
+        self._versions[parameter] = version
+        for shard in self._planned[parameter]:
+            master = self._known_of(parameter, shard.name).get("master")
+            if master is not None:
+                weight = _slices(shard.here(parameter.detach()), shard.axis, shard.index)
+                if not torch.equal(master.to(weight.dtype), weight):
+                    master.copy_(weight)
+
     def _state_of(self, parameter: Tensor, name: str) -> dict[str, Any]:
         """The state of a parameter, or of one part of it."""
         state: dict[str, Any] = self.state[parameter]
         return state if parameter_of(name) == name else state.setdefault(name, {})  # type: ignore[no-any-return]
+
+    def _known_of(self, parameter: Tensor, name: str) -> dict[str, Any]:
+        """:meth:`_state_of`, which begins none."""
+        state: dict[str, Any] = self.state.get(parameter, {})
+        return state if parameter_of(name) == name else state.get(name, {})
 
     def slices(self) -> dict[str, dict[str, Tensor]]:
         """The state by planned name, tensors alone: those of ``state_dict``, the number of steps as one too."""
         found = {}
         for parameter, parts in self._planned.items():
             for shard in parts:
-                if parameter in self.state and (state := self._state_of(parameter, shard.name)):
+                if state := self._known_of(parameter, shard.name):
                     found[shard.name] = {key: torch.tensor(value) if key == "step" else value for key, value in state.items()}
         return found
 
@@ -320,6 +359,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise _foreign(shard.name)
         state: dict[str, Any] = {}
         self._begin(shard.here(parameter.detach()), shard.axis, shard.index, state, rounding)
+        self._versions[parameter] = _version(parameter)
         state["step"] = int(saved["step"])
         for key in ("exp_avg", "exp_avg_sq", "master"):
             if key in state and key in saved:
@@ -343,9 +383,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _begin(weight: Tensor, axis: int, index: Tensor, state: dict[str, Any], rounding: str) -> None:
-        slices = weight.index_select(axis, index)
-        if axis == 1:  # columns are kept transposed, so that the state of one column is contiguous
-            slices = slices.T.contiguous()
+        slices = _slices(weight, axis, index)
         half = weight.dtype in (torch.bfloat16, torch.float16)
         dtype = torch.float32 if half else weight.dtype
         state["step"] = 0
@@ -354,6 +392,17 @@ class MaskedAdamW(torch.optim.Optimizer):
         state["exp_avg_sq"] = torch.zeros_like(slices, dtype=dtype)
         if half and not _random(weight.dtype, rounding):
             state["master"] = slices.float()
+
+
+def _slices(weight: Tensor, axis: int, index: Tensor) -> Tensor:
+    """A copy of planned slices as a state has them: columns transposed, so that the state of one column is contiguous."""
+    slices = weight.index_select(axis, index)
+    return slices.T.contiguous() if axis == 1 else slices
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
+    """Another one after every operation of torch that writes to the parameter: a sharded one, or the part that is here."""
+    return parameter._version, local_part(parameter)._version
 
 
 def _random(dtype: torch.dtype, rounding: str) -> bool:

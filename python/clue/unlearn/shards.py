@@ -94,6 +94,18 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, operator]
 
 
+def memory_of(tensor: Tensor) -> tuple[torch.device, int, int] | None:
+    """Where what this process holds of a tensor lies: its device, first byte, and one past the last; ``None`` for one without
+    memory of its own to speak of (meta, fake, empty, sparse)."""
+    local = local_part(tensor.detach())
+    # A fake tensor says that it is on a device; asked for an address, it warns.
+    if local.layout != torch.strided or local.untyped_storage().device.type == "meta" or not local.numel():
+        return None
+    first = local.data_ptr()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+    return (local.device, first, first + span * local.element_size()) if first else None
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor (whose module, a second's import, is loaded then)."""
     return hasattr(tensor, "device_mesh")

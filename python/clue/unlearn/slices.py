@@ -8,12 +8,14 @@ the weights are a rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import ClueError
 from ..weights import view_of
 from .sparse import PlannedSlices, SparseGradients
 
@@ -76,6 +78,29 @@ class SliceParameters(nn.Module):
                 parameter.copy_(state.pop("master"))
                 if not state:
                     del optimizer.state[parameter]
+
+    def follow(self, sparse: SparseGradients) -> None:
+        """Belong to other sparse gradients of the same plan, made where the model is now.
+
+        Raises:
+            ClueError: the model was moved, or converted to a wider dtype, while these slices were no part of it.
+        """
+        self._planned = [(sparse.planned[slices.name], parameter) for slices, parameter in self._planned]
+        for slices, parameter in self._planned:
+            weight = slices.parameter
+            if (parameter.device, parameter.dtype) != (weight.device, torch.promote_types(parameter.dtype, weight.dtype)):
+                raise ClueError(f"{slices.name} was moved or converted since this Trainer trained it: make another Trainer for"
+                                " the model")
+            sparse.gather_into(slices.name, parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SliceParameters:
+        """Go with the model to another device, and to a wider dtype; a narrower one would round the masters."""
+        def applied(parameter: Tensor) -> Tensor:
+            found = fn(parameter)
+            return found if found.dtype == parameter.dtype else \
+                parameter.to(found.device, torch.promote_types(parameter.dtype, found.dtype))
+
+        return super()._apply(applied, recurse)
 
     def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
         """Nothing: the slices are in the model's weights."""

@@ -167,7 +167,7 @@ class SparseGradients:
     def freeze_inputs(self) -> None:
         """Undo what transformers does to embeddings for checkpointing: make them differentiable, which only the reentrant
         kind needs. Entering does it; call it where checkpointing is turned on later."""
-        if getattr(self._model, "_require_grads_hooks", None) and not _reentrant(self._model):
+        if getattr(self._model, "_require_grads_hooks", None) and not reentrant(self._model):
             self._model.disable_input_require_grads()  # type: ignore[operator]
             self._input_grads = True
 
@@ -242,8 +242,7 @@ class SparseGradients:
             self.planned[name].parameter.grad = None
 
 
-
-def _reentrant(model: nn.Module) -> bool:
+def reentrant(model: nn.Module) -> bool:
     """Whether some module checkpoints its activations in the reentrant way."""
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()
                  if getattr(module, "gradient_checkpointing", False)]

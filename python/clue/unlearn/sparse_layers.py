@@ -38,7 +38,11 @@ class Part:
 
         #: takes the place of the two: the slices as a parameter of their own, whose ``.grad`` sums both kinds
         self.own: nn.Parameter | None = None
-        self.dtype = slices.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its gradients; a model that is cast after its slices became parameters leaves them as they are."""
+        return self.forget.dtype if self.own is None else self.own.dtype
 
     @property
     def leaves(self) -> list[Tensor]:
