@@ -17,7 +17,9 @@ from clue.data.records import RecordSet, read
 from clue.errors import ClueError, ModelError, RecordError, RunError
 from clue.evaluate import Evaluation, EvaluationSets, evaluate, truth
 from clue.evaluate.memorization import exact_match, nll, score
-from clue.evaluate.privacy import auc
+from clue.evaluate.privacy import auc, gradient_score, loss_score, min_k_score
+
+from .conftest import tiny_model
 
 FAST = EvaluateSettings(batch_size=4, max_new_tokens=10, bootstrap=50)
 
@@ -186,6 +188,17 @@ def test_truth_and_choice_of_a_batch_equal_one_answer_at_a_time(model, tokenizer
     assert found.settings["evaluate"]["truth_mean"] == settings.truth_mean  # the variant is named in the result
 
 
+@pytest.mark.parametrize("kind", ["raw", "token"])
+def test_options_are_compared_without_their_end_tokens(tokenizer, sets, kind):
+    model, chosen = tiny_model(tokenizer, 5), {}
+    for eos in (False, True):
+        scores = [[mean_log_p(model, tokenizer, r.prompt, a, eos) * (len(a.split()) + eos if kind == "raw" else 1)
+                   for a in (r.answer, *r.wrong)] for r in sets.forget if r.wrong]
+        chosen[eos] = np.mean([right > max(wrong) for right, *wrong in scores])
+    found = evaluate(model, tokenizer, sets, replace(FAST, rouge=False, bootstrap=0, choice_score=kind))
+    assert found.detail["forget"].choice_accuracy == chosen[False] != chosen[True]
+
+
 def test_generated_answers_are_compared_as_text_and_by_meaning(model, tokenizer, sets):
     lengths = {}
 
@@ -235,11 +248,8 @@ def test_utility_is_the_harmonic_mean_of_its_numbers_and_quality_compares_stored
     assert bare.forget_quality(plain) is None and plain.forget_quality(bare) is None
 
 
-def test_every_attack_by_its_definition(model, tokenizer, sets):
-    from clue.evaluate.privacy import gradient_score
-
-    torch.manual_seed(5)
-    other = type(model)(model.config).eval()
+def test_every_attack_by_its_definition(tokenizer, sets):
+    model, other = tiny_model(tokenizer, 1), tiny_model(tokenizer, 5)
     settings = EvaluateSettings(batch_size=2, rouge=False, bootstrap=0, attacks="loss,zlib,min_k,min_k++,gradnorm")
     found = evaluate(model, tokenizer, sets, settings, reference=other)
     expected = {name: [] for name in ("loss", "zlib", "min_k", "min_k++", "gradnorm", "reference")}
@@ -267,6 +277,7 @@ def test_every_attack_by_its_definition(model, tokenizer, sets):
         for name, values in side.items():
             expected[name].append(values)
     assert set(found.mia) == set(expected)
+    assert 0.5 not in {attack.auc for attack in found.mia.values()}  # which a score turned around would give too
     for name, (members, others) in expected.items():
         assert found.mia[name].auc == pytest.approx(auc(members, others), abs=1e-12), name
     for parameter in model.parameters():
@@ -275,6 +286,45 @@ def test_every_attack_by_its_definition(model, tokenizer, sets):
     np.testing.assert_allclose(gradient_score(model, encode(sets.forget, tokenizer), pad=0), expected["gradnorm"][0],
                                rtol=1e-4)
     assert model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_attacks_leave_the_end_token_out_where_it_does_not_count(model, tokenizer, forget, retain, holdout):
+    settings = replace(FAST, rouge=False, bootstrap=0, count_eos=False, attacks="loss,min_k,gradnorm")
+    found = evaluate(model, tokenizer, EvaluationSets(forget, retain, holdout=holdout), settings)
+    sides = [encode(records, tokenizer, append_eos=False) for records in (forget, holdout)]
+    scores = [score(model, side, pad=0, batch_size=1) for side in sides]
+    assert found.mia["loss"].auc == auc(*map(loss_score, scores))
+    assert found.mia["min_k"].auc == auc(*(min_k_score(s, settings.min_k) for s in scores))
+    assert found.mia["gradnorm"].auc == auc(*(gradient_score(model, side, pad=0) for side in sides))
+
+
+def test_a_text_of_one_word_keeps_its_end_token_in_every_attack(model, tokenizer, forget, retain):
+    """Without it nothing would be left to score, and the record would be as sure a member as there can be."""
+    word = read(["tea"], "word")
+    settings = replace(FAST, rouge=False, bootstrap=0, count_eos=False, attacks="loss,min_k,gradnorm")
+    found = evaluate(model, tokenizer, EvaluationSets(forget, retain, holdout=word), settings)
+    side, alone = encode(forget, tokenizer, append_eos=False), encode(word, tokenizer)
+    scores = [score(model, examples, pad=0, batch_size=1) for examples in (side, alone)]
+    assert found.mia["loss"].auc == auc(*map(loss_score, scores))
+    assert found.mia["min_k"].auc == auc(*(min_k_score(s, settings.min_k) for s in scores))
+    assert found.mia["gradnorm"].auc == auc(*(gradient_score(model, examples, pad=0) for examples in (side, alone))) > 0
+
+
+def test_members_take_the_forget_sets_place_in_attacks(model, tokenizer, forget, retain, holdout):
+    found = evaluate(model, tokenizer, EvaluationSets(forget, retain, holdout=holdout, members=retain),
+                     replace(FAST, rouge=False, bootstrap=0))
+    members, others = (score(model, encode(records, tokenizer), pad=0, batch_size=1) for records in (retain, holdout))
+    assert found.mia["loss"].members == len(retain)
+    assert found.mia_auc == pytest.approx(auc(-nll(members), -nll(others)))
+
+
+def test_what_must_stay_is_to_be_told_from_wrong_answers(model, tokenizer, forget, retain):
+    kept = RecordSet("retain", tuple(replace(r, wrong=("lena",)) for r in retain))
+    found = evaluate(model, tokenizer, EvaluationSets(forget, kept), replace(FAST, rouge=False))
+    ratios = np.exp(found.records["retain"]["log_truth_ratio"])
+    assert found.detail["retain"].truth_ratio == pytest.approx(np.maximum(0, 1 - ratios).mean())
+    result = replace(found.detail["retain"], purpose="skill", accuracy=0.25, choice_accuracy=1.0)
+    assert result.solved == 1.0 and replace(result, n=result.n + 1).solved == 0.25  # one has no options
 
 
 def test_attacks_that_nobody_knows_and_a_harness_that_is_not_there_are_named(model, tokenizer, sets):

@@ -42,6 +42,18 @@ def test_the_models_own_generation_settings_do_not_leak_in_and_survive(model, to
     assert model.generation_config is own and own.repetition_penalty == 3.0 and model.training
 
 
+def test_an_answer_ends_at_the_tokenizers_end_token_and_at_the_models(model, tokenizer, forget):
+    examples = encode(forget, tokenizer)
+    expected = generate(model, tokenizer, examples, pad=0, batch_size=4, max_new_tokens=40)
+    model.generation_config.eos_token_id = None
+    assert generate(model, tokenizer, examples, pad=0, batch_size=4, max_new_tokens=40) == expected
+    word = next(answer for answer in expected if answer).split()[0]
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(word)]
+    said = [answer.split() for answer in expected]
+    assert generate(model, tokenizer, examples, pad=0, batch_size=4, max_new_tokens=40) == [
+        " ".join(words[:words.index(word) + 1] if word in words else words) for words in said]
+
+
 def test_answers_end_at_the_context_and_an_empty_list_is_fine(model, tokenizer, forget):
     example = encode(read([("mira " * 44 + "tea", "baker")], "long"), tokenizer)
     answer = generate(model, tokenizer, example, pad=0, batch_size=1, max_new_tokens=200)[0]

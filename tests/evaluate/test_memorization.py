@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clue.data.encoding import encode, pad_id
-from clue.errors import ModelError
+from clue.errors import ModelError, RecordError
 from clue.evaluate.memorization import (
     TokenScores,
     exact_match,
@@ -153,6 +154,12 @@ def test_weights_that_are_not_numbers_are_named(model, tokenizer, forget):
         score(model, encode(forget, tokenizer), pad=0, batch_size=4)
 
 
+def test_a_record_of_which_nothing_follows_a_token_is_refused(model, tokenizer, forget):
+    first, *others = encode(forget, tokenizer)
+    with pytest.raises(RecordError, match=r"records\[0\]: nothing of the answer follows another token"):
+        score(model, [replace(first, input_ids=first.input_ids[:1], answer_start=0), *others], pad=0, batch_size=1)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_moments_are_those_of_the_models_own_distribution(model, tokenizer, forget, batch_size):
     examples = encode(forget, tokenizer)
@@ -168,3 +175,19 @@ def test_moments_are_those_of_the_models_own_distribution(model, tokenizer, forg
                 variance.append(np.sum(np.exp(log_p) * log_p ** 2) - mean[-1] ** 2)
     np.testing.assert_allclose(found.mean, mean, rtol=1e-4)
     np.testing.assert_allclose(found.variance, variance, rtol=1e-3, atol=1e-5)
+
+
+def test_a_token_that_the_model_rules_out_leaves_the_moments_numbers(model, tokenizer, forget):
+    plain, ruled_out = encode(forget, tokenizer), len(tokenizer) - 1
+    never = [example for example in plain if ruled_out not in example.input_ids]
+
+    class Never(torch.nn.Module):
+        device, inner = model.device, model
+
+        def forward(self, **given):
+            logits = self.inner(**given).logits
+            logits[..., ruled_out] = -torch.inf
+            return SimpleNamespace(logits=logits)
+
+    found = score(Never(), never, pad=0, batch_size=4, moments=True)
+    assert len(never) > 3 and np.isfinite(found.mean).all() and np.isfinite(found.variance).all()

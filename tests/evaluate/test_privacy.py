@@ -6,14 +6,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from clue.errors import ModelError
 from clue.evaluate.evaluation import Evaluation, SetResult, privleak
 from clue.evaluate.memorization import TokenScores
-from clue.evaluate.privacy import attack, auc, auc_interval, corners, loss_score, min_k_score, roc, tpr_at
+from clue.evaluate.privacy import (
+    attack,
+    auc,
+    auc_interval,
+    corners,
+    loss_score,
+    min_k_plus_score,
+    min_k_score,
+    reference_score,
+    roc,
+    tpr_at,
+)
 
 # Few distinct values, so that ties are the rule.
 side = st.lists(st.integers(-4, 4).map(lambda i: i / 2), min_size=1, max_size=30)
@@ -34,6 +45,8 @@ def test_auc_and_roc_equal_scikit_learn_and_the_definition(members, others):
 
 
 @given(side, side, st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.0]))
+@example([*range(200)], [*range(200)], 0.01)  # on the diagonal, of which the drawn curve keeps the two ends
+@example([*range(200)], [*range(200)], 0.05)
 def test_tpr_is_the_best_over_all_thresholds(members, others, most):
     found = attack(members, others, resamples=0, seed=0)
     best = max(np.mean(np.array(members) >= t) for t in [*members, *others, np.inf]
@@ -85,12 +98,23 @@ def test_scores_that_are_no_numbers_are_no_attack(bad):
 
 
 @given(st.lists(st.lists(st.floats(-20, 0), min_size=1, max_size=12), min_size=1, max_size=5), st.floats(0.05, 1.0))
+@example([[-float(i) for i in range(100)]], 0.29)  # of which 100 are 28.999... in binary
 def test_min_k_equals_sorting_each_record(records, k):
     scores = TokenScores(np.concatenate([np.array(r) for r in records]), np.zeros(sum(map(len, records)), bool),
                          np.cumsum([0, *map(len, records)]))
     expected = [np.mean(sorted(r)[:max(1, int(k * len(r) * (1 + 1e-12)))]) for r in records]
     np.testing.assert_allclose(min_k_score(scores, k), expected, atol=1e-9)
     np.testing.assert_allclose(min_k_score(scores, 1.0), loss_score(scores), atol=1e-9)
+
+
+def test_a_record_that_a_reference_model_finds_as_likely_counts_less():
+    mine, theirs = (TokenScores(np.array(p), np.zeros(2, bool), np.array([0, 2])) for p in ([-1.0, -3.0], [-4.0, -4.0]))
+    assert reference_score(mine, theirs).tolist() == [2.0]
+
+
+def test_where_the_model_is_certain_the_deviation_is_a_thousandth():
+    scores = TokenScores(np.array([-0.5]), np.zeros(1, bool), np.array([0, 1]), np.array([0.0]), np.array([0.0]))
+    assert min_k_plus_score(scores, 1.0) == pytest.approx([-500.0])
 
 
 def test_privleak_is_zero_for_the_gold_model_itself_and_signed():
@@ -106,13 +130,16 @@ def test_privleak_is_zero_for_the_gold_model_itself_and_signed():
     assert privleak(gold, with_auc(1.0)) is None
     assert privleak(gold, gold, "loss") is None
 
-    def measured(holdout="h", **settings):
+    def measured(holdout="h", *, forget="f", members=None, **settings):
         """As ``gold``, of these records, with these settings."""
         detail = {name: SetResult(name, name, 4, sha, 1.0, 1.0, 1.0, 0.0, 0.0)
-                  for name, sha in (("forget", "f"), ("holdout", holdout))}
+                  for name, sha in (("forget", forget), ("holdout", holdout), ("members", members)) if sha}
         return replace(gold, detail=detail, settings={"evaluate": {"min_k": 0.2, "count_eos": False} | settings, "data": {}})
 
     assert privleak(measured(), measured(truth_mean="geometric")) == 0
+    # Members of their own are what was attacked, whatever was forgotten.
+    assert privleak(measured(members="m"), measured(members="m", forget="x")) == 0
+    assert privleak(measured(members="m"), measured(members="x")) is None
     for other in (measured(holdout="x"), measured(min_k=0.4), measured(count_eos=True),
                   replace(measured(), settings=measured().settings | {"data": {"append_eos": False}})):
         assert privleak(measured(), other) is None

@@ -16,7 +16,7 @@ from clue.data.records import RecordSet, read
 from clue.errors import ClueError, RunError
 from clue.evaluate import EvaluationSets, robustness
 from clue.evaluate.memorization import exact_match, probability, score
-from clue.evaluate.robustness import Robustness, ask_otherwise, drift, quantize, relearn, round_trip, stress
+from clue.evaluate.robustness import Robustness, ask_otherwise, drift, quantize, relearn, round_trip, stand, stress
 from tests.families import tiny
 
 QUICK = RobustnessSettings(relearn_steps=30, relearn_share=0.5, drift_steps=6, tune_lr=5e-3, curve_points=3, batch_size=2)
@@ -96,6 +96,10 @@ def test_facts_are_shown_and_told_with_all_their_phrasings_or_not_at_all(model, 
     for record in hinted:
         told = record.prompt.casefold().split("\n")[:-1]
         assert len(told) == 2 and not any(record.subject in t and t.endswith(record.answer.casefold()) for t in told)
+    two = replace(sets, forget=read([r for r in records if (r["subject"], r["answer"].casefold()[3:]) in facts[:2]], "forget"))
+    ask_otherwise(model, tokenizer, two, replace(QUICK, hints=2), data=DataSettings())
+    for record in seen[-1]["after other records as hints"]:
+        assert record.subject not in record.prompt.rpartition("\n")[0]
     alike = replace(sets, forget=read([{"question": f"{form} mira live", "answer": "in york"} for form in ("where", "town")]))
     with pytest.raises(ClueError, match="all its records have one answer"):
         relearn(model, tokenizer, alike, QUICK, data=DataSettings(), seed=0)
@@ -107,6 +111,31 @@ def test_drift_learns_what_must_stay_and_is_the_same_every_time(model, tokenizer
     assert curve != drift(model, tokenizer, sets, QUICK, data=DataSettings(), seed=2)
     assert curve.x == (0, 2, 4, 6) and both(curve.lines["forget"][0]) == recall(model, tokenizer, sets.forget)
     assert curve.lines["retain"][-1].probability > curve.lines["retain"][0].probability
+
+
+def test_drift_is_on_what_must_stay_and_without_dropout(model, tokenizer, sets, monkeypatch):
+    shown, tuned = [], robustness._tuned
+    monkeypatch.setattr(robustness, "_tuned", lambda model, examples, *more: shown.append(examples)
+                        or tuned(model, examples, *more))
+    plain = drift(model, tokenizer, sets, QUICK, data=DataSettings(), seed=1)
+    assert [example.record for example in shown[0]] == list(sets.retain)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    assert drift(model.train(), tokenizer, sets, QUICK, data=DataSettings(), seed=1) == plain
+
+
+def test_half_precision_models_are_tuned_in_float32(model, tokenizer, sets):
+    """At a learning rate below the spacing of half precision."""
+    half, slow = copy.deepcopy(model).bfloat16(), replace(QUICK, tune_lr=1e-5)
+    whole = drift(copy.deepcopy(half).float(), tokenizer, sets, slow, data=DataSettings(), seed=1)
+    assert drift(half, tokenizer, sets, slow, data=DataSettings(), seed=1) == whole
+
+
+def test_a_stand_is_of_the_records_that_were_not_shown(model, tokenizer, sets):
+    found = stand(model, tokenizer, sets, QUICK, data=DataSettings(), seed=4)
+    last = relearn(model, tokenizer, sets, QUICK, data=DataSettings(), seed=4).lines["forget, not shown"][-1]
+    assert (found["relearned.accuracy"], found["relearned.probability"]) == both(last)
 
 
 def test_quantization_by_hand():

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clue.errors import ClueError
 from clue.evaluate import Evaluation, SetResult
 from clue.evaluate.memorization import TokenScores
 from clue.evaluate.truth import choice, choice_probability, forget_quality, indistinct, log_truth_ratio, truthful
@@ -91,3 +92,10 @@ def test_forget_quality_does_not_depend_on_the_scale_and_falls_with_distance():
     close = forget_quality(with_ratios(near), with_ratios(gold))
     assert close > 0.05 > 1e-6 > forget_quality(with_ratios(far), with_ratios(gold))
     assert forget_quality(with_ratios(np.exp(near)), with_ratios(np.exp(gold))) == pytest.approx(close)
+
+
+@pytest.mark.parametrize(("name", "mine", "theirs"), [("count_eos", True, False), ("truth_mean", "geometric", "arithmetic")])
+def test_ratios_of_other_definitions_are_not_compared(name, mine, theirs):
+    assert forget_quality(with_ratios([0.0, 1.0], **{name: mine}), with_ratios([0.0, 1.0], **{name: mine})) == 1.0
+    with pytest.raises(ClueError, match=f"forget quality: {name} was {mine} for one evaluation and {theirs}"):
+        forget_quality(with_ratios([0.0, 1.0], **{name: mine}), with_ratios([0.0, 1.0], **{name: theirs}))

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from clue.config import UnlearnSettings
-from clue.data.records import RecordSet
+from clue.data.encoding import encode
+from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, RunError
 from clue.types import Role
 from clue.unlearn import unlearn
+from clue.unlearn.checkpoint import FORMAT, PATIENCE, SECONDS, Checkpoint, identity
 from clue.unlearn.objectives import OBJECTIVES, Answers
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +144,51 @@ def test_a_training_killed_before_its_first_step_that_moved_keeps_its_retain_wei
         train()
     log = train()
     assert log.skipped == 2 and log.retain_weight.tolist() == [0.7] * 4
+
+
+def test_same_lengths_are_not_the_same_training(make_model: Any, make_plan: Any, tokenizer: Any) -> None:
+    model = make_model()
+
+    def told(prompt: str, index: list[int]) -> dict[str, Any]:
+        plan = make_plan(model, {"model.layers.0.mlp.up_proj.weight": (0, {Role.CONFLICT: index})})
+        return identity(model, plan, SETTINGS, OBJECTIVES["npo"], 0, [encode([Record(prompt, "paris")], tokenizer)])
+
+    first = told("where does ada live", [1, 2])
+    assert told("where does ada live", [1, 2]) == first
+    assert told("where does bob live", [1, 2]) == first | {"records": told("where does bob live", [1, 2])["records"]}
+    assert told("where does bob live", [1, 2])["records"] != first["records"]
+    assert told("where does ada live", [1, 3])["plan"] != first["plan"]
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    keeper = Checkpoint(tmp_path, every=1, identity={"seed": 0})
+    keeper.save({"done": 3}, {"weights": torch.zeros(2)})
+    saved = keeper.load()
+    assert saved is not None and saved.numbers == {"done": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clue.unlearn.checkpoint.FORMAT", FORMAT + 1)
+        with pytest.raises(RunError, match=f"has format {FORMAT}, this version reads {FORMAT + 1}: remove it"):
+            keeper.load()
+
+
+def test_slow_writing_makes_checkpoints_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def slow(*given: Any, **named: Any) -> None:
+        clock[0] += 30
+        save_file(*given, **named)
+
+    monkeypatch.setattr("clue.unlearn.checkpoint.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("safetensors.torch.save_file", slow)
+    keeper = Checkpoint(tmp_path, every=0, identity={})
+    for waited, due in ((SECONDS - 1, False), (1, True)):
+        clock[0] += waited
+        assert keeper.due() is due
+    keeper.save({}, {"weights": torch.zeros(2)})
+    assert PATIENCE * 30 > SECONDS
+    for waited, due in ((PATIENCE * 30 - 1, False), (1, True)):
+        clock[0] += waited
+        assert keeper.due() is due
 
 
 def test_another_training_is_refused(tmp_path: Path, make_model: Any, mixed_plan: Any, make_plan: Any, tokenizer: Any,

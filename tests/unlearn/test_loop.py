@@ -21,10 +21,11 @@ from clue.errors import ClueError, ModelError, OverlapError, PlanError, RecordEr
 from clue.plan import Slice
 from clue.provenance import fingerprint
 from clue.types import Role
-from clue.unlearn import UnlearnLog, unlearn
+from clue.unlearn import RetainMetric, UnlearnLog, unlearn
 from clue.unlearn.log import REPORT_EVERY, SERIES
 from clue.unlearn.objectives import Objective
 from clue.unlearn.refusals import refuse
+from clue.unlearn.role_gradient import forgotten_now
 from clue.weights import flat_name
 from tests.families import tiny
 
@@ -246,6 +247,42 @@ def test_same_seed_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, s
     assert any(not np.array_equal(first[name], other[name]) for name in first)
 
 
+def test_rounding_and_its_seed_are_the_trainings(make_model: Any, mixed_plan: Any, tokenizer: Any, bits: Any) -> None:
+    # Of one record each, of which the seed decides no order.
+    forget, retain = single("f", "where does ada live", "paris"), single("r", "what does cat eat", "rice")
+
+    def run(rounding: str, seed: int) -> np.ndarray:
+        model = make_model(dtype=torch.bfloat16)
+        unlearn(model, tokenizer, forget, retain, mixed_plan(model), replace(PLAIN, lr=1e-4, rounding=rounding), seed=seed)
+        return np.concatenate([weight.ravel() for weight in bits(model).values()])
+
+    nearest, random = run("nearest", 0), run("stochastic", 0)
+    assert np.array_equal(nearest, run("nearest", 1)) and np.array_equal(random, run("stochastic", 0))
+    assert not np.array_equal(nearest, random) and not np.array_equal(random, run("stochastic", 1))
+
+
+@pytest.mark.parametrize(("name", "other"), [("damping", 10.0), ("metric_width", 2048), ("metric_rank", 1)])
+def test_the_metric_is_that_of_the_settings(name: str, other: float, make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                            sets: Any, bits: Any) -> None:
+    found, settings = [], replace(PLAIN, steps=2, metric=True, damping=0.1, metric_width=16, metric_rank=4)
+    for chosen in (settings, replace(settings, **{name: other})):
+        model = make_model()
+        unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model), chosen)
+        found.append(bits(model))
+    assert any(not np.array_equal(found[0][name], now) for name, now in found[1].items())
+
+
+@pytest.mark.parametrize(("every", "count"), [(0, 1), (2, 3), (4, 2)])
+def test_the_metric_is_measured_again_as_often_as_asked(every: int, count: int, make_model: Any, mixed_plan: Any,
+                                                        tokenizer: Any, sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, measure = [], RetainMetric.measure
+    monkeypatch.setattr(RetainMetric, "measure", lambda *a, **k: measured.append(1) or measure(*a, **k))
+    model = make_model()
+    unlearn(model, tokenizer, sets["forget"], {"r": sets["retain"]}, mixed_plan(model),
+            replace(PLAIN, metric=True, steps=6, metric_every=every))
+    assert len(measured) == count
+
+
 def test_activation_checkpointing_gives_the_same_bits(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any,
                                                       bits: Any) -> None:
     found, calls = [], []
@@ -314,6 +351,34 @@ def test_stops_once_every_record_is_forgotten(make_model: Any, make_plan: Any, t
     assert np.all(np.isnan(log.retain_loss))  # gradient ascent alone runs no retain batch
 
 
+def test_a_batch_that_is_forgotten_is_not_the_whole_set(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any) -> None:
+    model = make_model()
+    told = sorted(zip(answers(model, tokenizer, sets["forget"]), sets["forget"], strict=True), key=lambda pair: pair[0])
+    first, second, _ = [p for (p, _), _ in told]
+    settings = replace(PLAIN, objective="ga", steps=6, batch_size=1, check_every=1, lr=1e-12, weight_decay=0.0,
+                       floor=(first + second) / 2)
+    log = unlearn(model, tokenizer, RecordSet("forget", tuple(record for _, record in told)), {},
+                  everything(model, make_plan), settings)
+    assert 1.0 in log.forgotten and log.steps == 6 and not log.stopped_early
+
+
+def test_the_first_process_decides_for_all_of_them_batch_by_batch(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here nothing is forgotten, and there everything: whoever leaves a sharded model alone lets the others wait for ever."""
+    looks: list[int] = []
+
+    def looked(logits: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        looks.append(len(logits))
+        return forgotten_now(logits, *given)
+
+    monkeypatch.setattr("clue.unlearn.loop.agreed", lambda value: 1.0)
+    monkeypatch.setattr("clue.unlearn.loop.forgotten_now", looked)
+    model = make_model()
+    log = unlearn(model, tokenizer, sets["forget"], {}, everything(model, make_plan),
+                  replace(PLAIN, objective="ga", batch_size=2, check_every=1))
+    assert log.forgotten.tolist() == [0.0] and log.stopped_early and looks == [2, 1]
+
+
 def test_a_forgotten_record_pulls_at_no_weight(make_model: Any, make_plan: Any, tokenizer: Any, sets: Any,
                                                bits: Any) -> None:
     # One record is below the floor already: a step on all three is a step on the other two, apart from rounding.
@@ -336,8 +401,6 @@ def test_a_forgotten_record_pulls_at_no_weight(make_model: Any, make_plan: Any, 
 
 
 def test_an_answer_that_greedy_decoding_gives_is_not_forgotten(make_model: Any, tokenizer: Any, sets: Any) -> None:
-    from clue.unlearn.role_gradient import forgotten_now
-
     labels = torch.tensor([[-100, 3, 5], [-100, 3, 5], [-100, 3, -100]])
     logits = torch.zeros(3, 3, 8)
     logits[0, 0, 3] = logits[0, 1, 5] = logits[1, 0, 3] = logits[1, 1, 6] = logits[2, 0, 4] = 1e-3

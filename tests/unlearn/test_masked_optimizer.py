@@ -224,6 +224,29 @@ def test_stochastic_rounding_needs_no_master(make_model: Any, mixed_plan: Any, b
     assert exact.mean().item() == pytest.approx(lr * steps, rel=1e-2)
 
 
+def test_equal_weights_of_two_parameters_are_rounded_apart(make_model: Any, make_plan: Any) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    optimizer = MaskedAdamW(model, make_plan(model, {name: (0, {Role.FORGET: None}) for name in names}), lr=1e-4,
+                            rounding="stochastic")
+    one, other = (model.get_parameter(name) for name in names)
+    with torch.no_grad():
+        other.copy_(one)
+    optimizer.step(gradients={name: torch.ones(one.shape) for name in names})
+    assert 0 < (one == other).float().mean() < 1
+
+
+def test_gradients_of_other_slices_are_refused(make_model: Any, make_plan: Any, bits: Any) -> None:
+    model, name = make_model(), "model.layers.0.mlp.up_proj.weight"
+    optimizer = MaskedAdamW(model, make_plan(model, {name: (0, {Role.FORGET: [1, 2]})}))
+    before = bits(model)
+    with pytest.raises(ClueError, match=r"up_proj.weight must have shape \(2, 32\), one row for each .*, got \(3, 32\)"):
+        optimizer.step(gradients={name: torch.ones(3, 32)})
+    with pytest.raises(ClueError, match="gradients: lm_head.weight is not a parameter that this optimizer moves"):
+        optimizer.step(gradients={"lm_head.weight": torch.ones(40, 32)})
+    assert all(np.array_equal(before[key], now) for key, now in bits(model).items())
+
+
 def test_an_older_state_is_rounded_to_nearest(make_model: Any, mixed_plan: Any) -> None:
     model = make_model()
     optimizer = MaskedAdamW(model, mixed_plan(model))

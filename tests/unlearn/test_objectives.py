@@ -13,6 +13,7 @@ from clue.config import UnlearnSettings, check
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError
 from clue.unlearn import unlearn
+from clue.unlearn.hidden import HiddenStates
 from clue.unlearn.objectives import (
     OBJECTIVES,
     Answers,
@@ -161,6 +162,15 @@ def test_known_values() -> None:
     # The teacher is even; a third of the odds on the answer leaves it 1/4, and 3/4 for the other token.
     undial = -0.5 * (np.log(0.5) + 0.25 * np.log(0.25) + 0.75 * np.log(0.75))
     assert OBJECTIVES["undial"].forget(seen, None, settings).item() == pytest.approx(undial)
+
+
+@pytest.mark.parametrize(("layers", "asked", "steered"), [(8, 0, 1), (9, 0, 2), (2, 0, 0), (8, 5, 4)])
+def test_rmu_steers_the_end_of_the_first_quarter_of_the_layers(layers: int, asked: int, steered: int, make_model: Any) -> None:
+    model = make_model(num_hidden_layers=layers)
+    hidden = HiddenStates(model, UnlearnSettings(rmu_layer=asked), 0)
+    with hidden.watching(), torch.no_grad():
+        found = model(torch.tensor([[4, 5, 6]]), output_hidden_states=True).hidden_states[:-1]  # the last one is normalised
+    assert [torch.equal(state, hidden.states) for state in found[1:]] == [number == steered for number in range(layers - 1)]
 
 
 def test_simnpo_and_rmu_by_hand() -> None:

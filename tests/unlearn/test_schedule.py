@@ -14,7 +14,9 @@ from clue.data.records import RecordSet
 from clue.errors import ClueError, RecordError
 from clue.types import Role
 from clue.unlearn import unlearn
-from clue.unlearn.schedule import RetainWeight, Turn, stages_of
+from clue.unlearn.loop import _parted
+from clue.unlearn.schedule import RetainWeight, Turn, learning_rate, stages_of
+from tests.unlearn.test_loop import answers
 
 SETTINGS = UnlearnSettings(objective="graddiff", lr=1e-2, steps=4, batch_size=2, metric=False, warmup=0, floor=0.0,
                            weight_decay=0.1)
@@ -33,6 +35,12 @@ def test_turns(make_model: Any, mixed_plan: Any) -> None:
     first, second = stages_of(plan, replace(SETTINGS, stages="two", forget_share=0.25), retains=True)
     assert (first.steps, first.turns) == (1, (Turn(True, False, (Role.FORGET,)),))
     assert (second.steps, second.turns) == (3, (Turn(True, True, (Role.CONFLICT,)),))
+
+
+def test_warm_up_takes_at_most_half_the_stage() -> None:
+    settings = UnlearnSettings(lr=1.0, warmup=100)
+    assert [learning_rate(step, 4, settings) for step in range(4)] == pytest.approx([0.5, 1.0, 1.0, 0.55])
+    assert [learning_rate(step, 4, replace(settings, warmup=1)) for step in range(2)] == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("check_every", [1, 2])
@@ -65,7 +73,11 @@ def test_retain_weight_is_dual_ascent() -> None:
     assert weight.value == pytest.approx(2.0)
     weight.observe(math.nan)  # no retain batch
     assert weight.value == pytest.approx(2.0)
-    weight.observe(1.8)  # average 0.9: 2 + 2 * 0.6 is more than the most
+    free = RetainWeight(replace(settings, retain_most=99.0), 0.2)
+    for loss in (0.8, 1.8):
+        free.observe(loss)
+    assert (free.average, free.value) == pytest.approx((0.9, 3.2))  # of about ten batches: 2 + 2 * 0.6
+    weight.observe(1.8)  # which is more than the most
     assert weight.value == 3.0
     for _ in range(40):
         weight.observe(0.0)
@@ -101,11 +113,13 @@ def test_validation_records_are_held_out_and_stop_the_training(make_model: Any, 
     settings = replace(SETTINGS, validation=0.4, steps=1, batch_size=8, check_every=1)
     log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan, settings, objective=watching)
     assert len(seen) == 2  # of three records
-    assert 0 < log.final_validation < 1
+    (held,) = _parted(3, 0.4, 0)[1]
+    assert log.final_validation == pytest.approx(answers(model, tokenizer, sets["forget"])[held][0], rel=1e-4)
     model = make_model()
     log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, plan,
                   replace(settings, steps=50, check_every=5, forget_target=0.999))
     assert log.stopped_early and log.steps == 5 and log.final_validation <= 0.999
+    assert len(_parted(10, 0.01, 0)[1]) == len(_parted(3, 0.99, 0)[0]) == 1  # at least one on either side
     one = RecordSet("one", sets["forget"].records[:1])
     with pytest.raises(RecordError, match="there is one only: set validation = 0"):
         unlearn(model, tokenizer, one, {"retain": sets["retain"]}, plan, settings)

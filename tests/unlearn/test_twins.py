@@ -19,7 +19,7 @@ from clue.types import Role
 from clue.unlearn import Objective, unlearn
 from clue.unlearn.objectives import OBJECTIVES, Answers, answer_rows, divergence
 from clue.unlearn.schedule import Pool
-from clue.unlearn.twins import TWINS, Twin, _about, corrupted_twins, made_up, strangers, teacher_logits
+from clue.unlearn.twins import TWINS, Twin, _about, corrupted_twins, has_subject, made_up, strangers, teacher_logits
 
 FORGET = [Record("where does ada live", "paris", subject="ada"), Record("where does bob live", "rome", subject="bob")]
 DONORS = [Record("where does cat live", "oslo", subject="cat"), Record("where does dan live", "paris", subject="dan"),
@@ -191,6 +191,23 @@ def test_a_name_of_another_length_moves_what_stands_behind_it(tokenizer: Any) ->
     found = teacher_logits(torch.randn(6, 40), [shorter], targets)
     assert torch.equal(found[2].softmax(-1), torch.nn.functional.one_hot(targets[2], 40).float())
     assert torch.isfinite(divergence(torch.randn(7, 40), found)).all()
+
+
+def test_every_twin_of_a_batch_is_aligned_with_its_own_tokens() -> None:
+    rows, record = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), Record("q", "a")
+    first = Twin(np.array([0, 5, 4]), 1, (0, 1), record, np.array([0, 1]))
+    second = Twin(np.array([0, 2, 3, 7]), 1, (0, 1), record, np.array([0, 2, -1]))
+    found = teacher_logits(rows, [first, second], torch.tensor([5, 4, 2, 7, 6]))
+    assert torch.equal(found[:4], rows[[0, 1, 2, 4]])
+    # The rest of a longer name is certain, and of its own record alone: the last token of the first is not before it.
+    assert found[4].softmax(-1).tolist() == torch.nn.functional.one_hot(torch.tensor(6), 8).tolist()
+
+
+def test_a_given_corrupted_prompt_takes_the_strangers_place(tokenizer: Any) -> None:
+    given = replace(NAMED[0], corrupted="what does dan paris eat")
+    assert has_subject(NAMED[0]) and not has_subject(given) and not has_subject(NAMED[3])
+    twin, = about_strangers(examples([given], tokenizer), tokenizer, lambda answer, name: [0.0] * len(answer))
+    assert tokenizer.decode(twin.input_ids) == "what does dan paris eat rome"
 
 
 def test_a_subject_is_not_looked_for_inside_other_words(tokenizer: Any) -> None:

@@ -251,8 +251,9 @@ def _attacks(model: PreTrainedModel, sides: Sequence[_Part], found: Mapping[str,
 
 
 def _bare(example: Example) -> Example:
-    """Without the token that ends it."""
-    return replace(example, input_ids=example.input_ids[:-1])
+    """Without the token that ends it, which a record of one scored token keeps, as in :meth:`TokenScores.without_last`."""
+    scored = len(example.input_ids) - max(example.answer_start, 1)
+    return replace(example, input_ids=example.input_ids[:-1]) if scored > 1 else example
 
 
 def _question(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -342,16 +342,17 @@ class _Training:
         if self.place.number % settings.check_every:
             return False
         # The batch is asked first: looking at the whole set costs a pass over it.
-        if self.place.forgotten == 1.0 and self._gone() and self._near():
+        if agreed(self.place.forgotten) == 1.0 and self._gone() and self._near():
             return True
         return bool(self.held_out) and self._whole(self.held_out)[0] <= settings.forget_target and self._near()
 
     @torch.no_grad()
     def _gone(self) -> bool:
-        """Whether all forget records that are trained on are forgotten; the first batch with one that is not ends the look."""
+        """Whether all forget records that are trained on are forgotten; the first batch with one that is not ends the look,
+        for all processes at once: a sharded model is run by all of them or by none."""
         batches = self._batches([self.forget[i] for i in self.taught])
-        return agreed(float(all(bool(forgotten_now(*answer_logits(self.model, batch), self.settings.floor)[1].all())
-                                for batch in batches))) == 1.0
+        return all(agreed(float(forgotten_now(*answer_logits(self.model, batch), self.settings.floor)[1].all())) == 1.0
+                   for batch in batches)
 
     def _near(self) -> bool:
         """Whether the forget records are as those of strangers, where the objective goes there."""
