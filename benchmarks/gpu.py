@@ -125,8 +125,8 @@ def kernels(bench: Bench) -> None:
             gradient = torch.randn(chosen, length, device=device).to(dtype)
             state = [torch.zeros(chosen, length, device=device) for _ in range(3 if half else 2)]
 
-            update = partial(native.masked_adamw, weight, gradient if axis == 0 else gradient.T, state[0], state[1], index, axis,
-                             lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=1, grad_scale=1.0,
+            update = partial(native.masked_adamw, weight, gradient if axis == 0 else gradient.T, state[0], state[1], index,
+                             axis, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=1, grad_scale=1.0,
                              master=state[2] if half else None)
             own = bench.seconds(update)
             moved = 3 * _bytes(gradient) + 2 * sum(map(_bytes, state))
