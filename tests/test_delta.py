@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clue.cli import main
-from clue.delta import Delta
+from clue.delta import Delta, _deflated, _inflated
 from clue.errors import DeltaError, RunError
 from clue.pipeline import fingerprint
 from clue.plan import Plan, Slice, verify
@@ -232,6 +233,29 @@ def test_what_does_not_fit_is_refused_untouched() -> None:
     elsewhere.bias.data[0] = 9  # of no concern to the plan, and kept
     delta.apply(elsewhere)
     assert elsewhere.bias[0] == 9 and torch.equal(elsewhere.up, changed.up)
+
+
+def test_bits_that_lead_elsewhere_are_refused_before_any_is_changed() -> None:
+    model = Small()
+    delta = Delta.between(model, change(model, PLAN, 0), PLAN)
+    first, *others = delta.changes
+    refused(replace(delta, changes=(*others, replace(first, xor=first.xor ^ 1))), model, "bits of .* are damaged")
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_packed_bits_that_are_cut_off_are_refused(cut: int) -> None:
+    bits = np.arange(6, dtype="<u4").reshape(2, 3)
+    packed = _deflated(bits)
+    assert np.array_equal(_inflated(packed, (2, 3), 4), bits)
+    with pytest.raises(ValueError, match="where a slice has 24"):  # also where only its checksum is missing
+        _inflated(packed[:-cut], (2, 3), 4)
+
+
+def test_a_model_without_values_is_refused() -> None:
+    model = Small()
+    delta = Delta.between(model, change(model, PLAN, 0), PLAN)
+    with pytest.raises(DeltaError, match="has no values in memory: load the model whole"):
+        delta.apply(Small().to("meta"))
 
 
 def test_a_write_that_fails_is_taken_back() -> None:

@@ -147,6 +147,15 @@ def hard_question() -> dict[str, object]:
             "retain": {"keep": [[node, "out", "AND"] for node in nodes[1:leaves + 1]]}}
 
 
+def test_circuits_at_the_limit_give_the_best_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(hard_question()))
+    status, lines = solve(capsys, path, "--time-limit", "0.3")
+    assert status == 10 and "s SATISFIABLE" in lines
+    costs = [int(line[2:]) for line in lines if line.startswith("o ")]
+    assert costs[-1] == sum(line.startswith("v conflict ") for line in lines)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("name", ["a.wcnf", "a.json"])
 def test_signals_end_a_search_with_the_best_so_far(tmp_path: Path, name: str, number: signal.Signals) -> None:
@@ -229,6 +238,22 @@ def test_explanations_pins_and_surgery(tmp_path: Path, capsys: pytest.CaptureFix
     ]:
         assert expected in failure(capsys, path, *argv)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_semantics_are_those_of_explanations_and_refutations_too(tmp_path: Path,
+                                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "question.json"
+    path.write_text(json.dumps({"nodes": ["embed", "a", "logits"], "forget": {"f": [["a", "logits", "OR"]]},
+                                "retain": {"r": [["embed", "a", "AND"], ["embed", "logits", "OR"], ["a", "logits", "OR"]]}}))
+    asked = ("--explain", "a", "--lrat", str(tmp_path / "r"))
+    assert main(["solve", str(path), *asked]) == 30
+    out = capsys.readouterr().out.splitlines()
+    assert {"o 0", "c a is forget", "c no refutation is written: nothing costs less than 0"} <= {*out}
+    assert main(["solve", str(path), *asked, "--semantics", "authors"]) == 30
+    out = capsys.readouterr().out.splitlines()
+    assert {"o 1", "c a is conflict, forced by the outputs; a conflict in every assignment of least cost",
+            "c as forget: impossible"} <= {*out}
+    assert any(line.startswith("c cost 0 is refuted") for line in out)
 
 
 def test_an_answer_stands_whatever_follows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -95,6 +95,11 @@ def test_mistakes_are_named(sets: Any, tokenizer: Any) -> None:
         _ = baselines.wagel
     with pytest.raises(ClueError, match=r"ratio = 1\.5 must lie in"):
         baselines.random(model, tokenizer, sets["forget"], sets["retain"], ratio=1.5)
+    down = model.model.layers[1].mlp.down_proj
+    row_by_row, down.weight = down.weight, torch.nn.Parameter(down.weight.detach().T.contiguous().T)
+    with pytest.raises(ModelError, match=r"layers.1.mlp.down_proj.weight does not lie in memory row by row: copy it"):
+        baselines.random(model, tokenizer, sets["forget"], sets["retain"])
+    down.weight = row_by_row
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ModelError, match="shares its storage"):
         baselines.random(model, tokenizer, sets["forget"], sets["retain"])

@@ -11,8 +11,9 @@ import torch
 from clue import baselines
 from clue.baselines.candidates import candidates
 from clue.baselines.gradients import Inputs, input_norms, mean_gradient, unit_attribution
-from clue.baselines.scores import MEMFLEX_COSINE, WAGLE_MU
+from clue.baselines.scores import MEMFLEX_COSINE, MEMFLEX_GRADIENT, WAGLE_MU, memflex, random, wagle
 from clue.data.encoding import IGNORED, collate, encode
+from clue.data.records import Record
 from clue.errors import ModelError
 from clue.model.anatomy import anatomy
 from clue.types import NodeKind, Role
@@ -117,6 +118,17 @@ def test_input_norms(name: str, sets: Any, tokenizer: Any) -> None:
         assert found[matrix.name].shape == (matrix.shape[1 - matrix.axis],)
 
 
+@pytest.mark.parametrize("name", ["llama/biased", "gpt2", "opt"])
+def test_padding_is_no_input(name: str, sets: Any, tokenizer: Any) -> None:
+    inputs = inputs_for(name, sets, tokenizer)
+    short, long = encode([Record("where does ada live", "paris"), Record("what does dan eat", "nuts and figs")], tokenizer)
+    together, apart = input_norms(inputs, [short, long]), [input_norms(inputs, [example]) for example in (short, long)]
+    counts = [len(example.input_ids) for example in (short, long)]
+    for key, found in together.items():
+        squares = sum(n * each[key].double().square() for n, each in zip(counts, apart, strict=True)) / sum(counts)
+        torch.testing.assert_close(found.double(), squares.sqrt(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_unit_attribution_is_the_slope_of_scaling_a_unit(name: str, sets: Any, tokenizer: Any) -> None:
     """d loss / d scale of a hidden unit is the sum over tokens of activation times gradient."""
@@ -179,6 +191,36 @@ def test_the_weights_chosen_are_the_highest(method: str, name: str, sets: Any, t
                 assert all(float((scores[m.name] * by_input).reshape(-1)[i]) >= float(threshold) for i in chosen)
         return
     assert planned(plan) == {flat_name(key): chosen for key, chosen in expected.items() if chosen}
+
+
+def test_the_weight_counts_in_wagle(sets: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its retain gradient over the curvature of the paper, a hundred thousandth, it hardly does."""
+    monkeypatch.setattr("clue.baselines.scores.WAGLE_MU", 1.0)
+    inputs = inputs_for("llama", sets, tokenizer)
+    forget, retain = (mean_gradient(inputs, examples) for examples in (inputs.forget, inputs.retain))
+    wanted = highest({m.name: ((m.weight.float() - retain[m.name]) * forget[m.name]).abs() for m in inputs.matrices}, 500)
+    slices, about = wagle(inputs, 500)
+    assert {s.parameter: set(s.index.tolist()) for s in slices} == {flat_name(n): some for n, some in wanted.items() if some}
+    assert about == {"mu": 1.0}
+
+
+def test_the_largest_gradient_waits_where_it_points_as_retention_does(sets: Any, tokenizer: Any,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_for("llama", sets, tokenizer)
+    forget, retain = (mean_gradient(inputs, examples) for examples in (inputs.forget, inputs.retain))
+    cosine = {n: float(torch.cosine_similarity(f.ravel(), retain[n].ravel(), dim=0)) for n, f in forget.items()}
+    largest = max(forget, key=lambda name: float(forget[name].abs().mean()))
+    monkeypatch.setattr("clue.baselines.scores.MEMFLEX_COSINE", cosine[largest] - 1e-3)
+    ready = {n for n, c in cosine.items() if c < cosine[largest] - 1e-3 and float(forget[n].abs().mean()) > MEMFLEX_GRADIENT}
+    slices, about = memflex(inputs, sum(m.size for m in inputs.matrices if m.name in ready))
+    assert {s.parameter for s in slices} == ready != set() and about["ready_chosen"] == about["ready"] == len(ready)
+
+
+def test_random_numbers_differ_from_matrix_to_matrix(sets: Any, tokenizer: Any) -> None:
+    inputs = inputs_for("llama", sets, tokenizer)
+    slices, _ = random(inputs, sum(m.size for m in inputs.matrices) // 2)
+    first, second = (next(s.index for s in slices if f"layers.{layer}.mlp.up_proj" in s.parameter) for layer in (0, 1))
+    assert len(np.setxor1d(first, second)) > 10
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])

@@ -11,6 +11,7 @@ import torch
 
 from clue.circuit.attribution import Scores, attribute
 from clue.circuit.faithfulness import measure
+from clue.circuit.graph import Graph
 from clue.config import LocalizeSettings
 from clue.data.pairs import Pairs
 from clue.errors import AttributionError, ClueError, ModelError, RecordError
@@ -357,3 +358,19 @@ def test_a_fine_full_path_adds_up_to_the_change_of_the_target():
                 for steps in (2, 16, 128)]
     assert gaps[2] < 0.02 * abs(change)
     assert gaps[2] < gaps[1] / 4
+
+
+@pytest.mark.parametrize("neurons", [True, False])
+def test_a_node_is_as_strong_as_what_leaves_or_enters_it(neurons):
+    graph, rng = Graph(2, 2, 1, 3, neurons), np.random.default_rng(0)
+    edges = [np.where(graph.residual_edges, rng.normal(size=graph.residual_edges.shape), 0.0) for _ in range(2)]
+    units = [rng.normal(size=(2, 3)) for _ in range(2)]
+    found = Scores("s", graph, *edges, *units, *units, 1, 1, 1, 0.0, 0.0).node_scores(graph)
+    for node in range(graph.n_nodes):
+        ways = [0.0]
+        for edge, unit in zip(edges, units, strict=True):
+            if graph.kind[node] == NodeKind.NEURON:
+                ways.append(unit[graph.layer[node], graph.index[node]])
+            ways += [edge[writer].sum() for writer in np.flatnonzero(graph.writers == node)]
+            ways += [edge[:, reader].sum() for reader in np.flatnonzero(graph.readers == node)]
+        assert found[node] == pytest.approx(max(map(abs, ways)))

@@ -44,7 +44,8 @@ def test_the_largest_models_fit():
 @pytest.mark.parametrize(("part", "value", "message"), [
     ("gate", np.zeros(1, np.uint8), "gate has the shape"), ("ns", np.zeros(3), "ns has the shape"),
     ("provenance", np.zeros((2, 1), np.uint8), "provenance has the shape"), ("dst", np.zeros(1, np.int32), "dst has the shape"),
-    ("gate", np.array([0, 7], np.uint8), "there is no gate 7")])
+    ("gate", np.array([0, 7], np.uint8), "there is no gate 7"),
+    ("dst", np.array([0, circuit().graph.logits], np.int32), "edge embed -> embed runs backwards")])
 def test_edges_of_unequal_parts(tmp_path, part, value, message):
     path = tmp_path / "c.safetensors"
     circuit().save(path)

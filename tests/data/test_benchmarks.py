@@ -157,8 +157,9 @@ def test_multiple_choice(tmp_path):
     assert list(load("mmlu:virology", tmp_path).skills) == ["mmlu_virology"]
     plain = choice_record("Why?", ["a cat", "a dog"], 1, "here", letters=False)
     assert (plain.prompt, plain.answer, plain.wrong, plain.source) == ("Why?", "a dog", ("a cat",), "here")
-    with pytest.raises(RecordError, match="the answer 4 is not one of 4 options"):
-        choice_record("Why?", list("abcd"), 4, "there:3")
+    for answer in (4, -1):
+        with pytest.raises(RecordError, match=f"the answer {answer} is not one of 4 options"):
+            choice_record("Why?", list("abcd"), answer, "there:3")
     with pytest.raises(ClueError, match="wmdp:cyber has no retain set"):
         EvaluationSets.of(found)
     assert EvaluationSets.of(found, retain=found.skills["mmlu_anatomy"]).forget is found.forget

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from clue.data.encoding import IGNORED, batches, collate, encode, pad_id
+from clue.data.encoding import IGNORED, batches, collate, encode, length_limit, pad_id
 from clue.data.records import Record, read
 from clue.errors import ModelError, RecordError
 
@@ -32,6 +34,18 @@ def test_special_tokens_open_the_sequence_once(bpe_bos: PreTrainedTokenizerFast)
     assert question.question == (1, question.answer_start)
     assert text.input_ids.tolist().count(bpe_bos.bos_token_id) == 1
     assert text.answer_start == 1 and bpe_bos.decode(text.input_ids[1:-1]) == "the quick brown fox"
+
+
+def test_a_token_that_opens_and_ends_sequences_opens_them(bpe_bos: PreTrainedTokenizerFast) -> None:
+    opening = bpe_bos.bos_token
+    both = PreTrainedTokenizerFast(tokenizer_object=bpe_bos.backend_tokenizer, bos_token=opening, eos_token=opening)
+    text, = encode(read(["the quick brown fox"]), both)
+    assert [int(at) for at in np.flatnonzero(text.input_ids == both.bos_token_id)] == [0, len(text.input_ids) - 1]
+
+
+def test_a_question_begins_with_the_token_that_holds_its_first_character(bpe: PreTrainedTokenizerFast) -> None:
+    example, = encode(read([(" was Alva born ?", "Upper")]), bpe)
+    assert bpe.decode(example.input_ids[:1]) == " was" and example.question == (0, example.answer_start)
 
 
 def test_the_chat_template_surrounds_the_question(bpe_chat: PreTrainedTokenizerFast) -> None:
@@ -67,6 +81,14 @@ def test_what_does_not_fit_is_refused_by_name(bpe: PreTrainedTokenizerFast) -> N
         encode(read(QA[:1]), bpe, max_length=length - 1)
     with pytest.raises(ModelError, match="no chat template"):
         encode(read(QA), bpe, chat="on")
+
+
+def test_a_model_takes_no_more_than_its_context() -> None:
+    def limits(config: PretrainedConfig) -> list[int]:
+        return [length_limit(SimpleNamespace(config=config), wanted) for wanted in (0, 47, 49)]  # type: ignore[arg-type]
+
+    assert limits(LlamaConfig(max_position_embeddings=48)) == [48, 47, 48]
+    assert limits(MambaConfig()) == [0, 47, 49]  # which names none
 
 
 @pytest.mark.parametrize("tokenizer", [None, "HuggingFaceTB/SmolLM2-135M-Instruct", len])

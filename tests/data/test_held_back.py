@@ -30,6 +30,12 @@ def test_held_back_records_are_whole_subjects_and_never_seen(subjects: list[str 
         assert bool(back) == (len(whole) > 1)
 
 
+def test_the_seed_and_the_name_decide_what_is_held_back() -> None:
+    held = {(name, seed): tuple(r.prompt for r in hold_back({name: records(name, [None] * 40)}, seed)[1][name])
+            for name in ("people", "skill") for seed in range(3)}
+    assert len(set(held.values())) == len(held)
+
+
 def test_nothing_to_hold_back_is_an_error() -> None:
     with pytest.raises(ClueError, match="give more records"):
         hold_back({"retain": records("retain", [None])}, 0)

@@ -131,6 +131,16 @@ def test_question_donors_are_cut_or_tiled(bpe: PreTrainedTokenizerFast) -> None:
     np.testing.assert_array_equal(pairs.corrupted[1][:long.answer_start], tail)
 
 
+def test_questions_of_another_answer_are_asked_first(bpe: PreTrainedTokenizerFast) -> None:
+    """Also where their length is not the question's own, and that of one with the same answer is."""
+    one, same, other = encode([Record("1 2", "mill"), Record("3 4", "mill"), Record("5 6 7 8", "Cross")], bpe)
+    for seed in range(4):
+        pairs = make_pairs([one], bpe, corruption="question", seed=seed, pool=[same, other])
+        assert bpe.decode(pairs.corrupted[0][:one.answer_start]).split() == ["7", "8"]
+    pairs = make_pairs([one], bpe, corruption="question", pool=[same])
+    assert bpe.decode(pairs.corrupted[0][:one.answer_start]).split() == ["3", "4"]
+
+
 def test_given_prompts_are_used_as_they_are_or_refused(bpe_chat: PreTrainedTokenizerFast) -> None:
     def pairs(corrupted: str | None, corruption: str = "auto") -> Pairs:
         record = Record("Where was 1 born ?", "mill", corrupted, source="people.jsonl:12")

@@ -224,6 +224,8 @@ def test_overlapping_sets_are_refused_by_name() -> None:
     with pytest.raises(OverlapError, match="are equal: all 2 records"):
         check_disjoint(forget, read(list(forget)), "the forget set and the retain set")
     check_disjoint(forget, read([("Who is A?", "C")]), "sets with one question but different answers")
+    with pytest.raises(RecordError, match="a retain set cannot be named forget; give it another name"):
+        read_sets(forget, {"forget": [("z", "w")]})
 
 
 TOFU = Path(__file__).parents[3] / "shared" / "data" / "tofu"

@@ -112,6 +112,9 @@ def test_rows_that_lose_or_diverge_stay() -> None:
     assert np.isnan(bad.forgotten) and slow.forgotten == 0.4
     assert clue.at_end == 0  # one learning rate is no grid
     assert (clue.train_seconds, clue.tuning_seconds, clue.share) == (20.0, 20.0, 0.2)
+    cells = [cell(point(1, 20, 1.0, 0.9), point(2, 10, 0.1, 0.9), point(2, 30, 0.4, 0.9), seed=seed) for seed in (0, 1)]
+    tuned, = summarise(cells, 1.0, (1.0,))
+    assert (tuned.train_seconds, tuned.tuning_seconds) == (20.0, 50.0)  # per seed, at all learning rates
 
 
 def test_a_learning_rate_at_an_end_of_the_grid_is_told() -> None:

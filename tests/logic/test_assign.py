@@ -5,13 +5,14 @@ from __future__ import annotations
 import _thread
 import itertools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from clue import _core
 from clue.errors import CircuitError
-from clue.logic import SCORE_STEPS, Assignment, assign
+from clue.logic import SCORE_STEPS, Assignment, assign, operate, pinned
 from clue.types import Gate, Role
 
 from ..oracles.logic import Edges, Nodes, best, best_of_all, circuit, forget_ok, groups, members, retain_ok
@@ -293,9 +294,28 @@ def test_scores_are_scaled_and_rounded() -> None:
     score = np.array([0, 0.5 + 0.3 / SCORE_STEPS, 0.5, 1, 0])
     found = assign([forget], [retain], retain_score=score)
     assert found.role[1:4].tolist() == [Role.RETAIN, Role.CONFLICT, Role.RETAIN]
-    score[2] += 2 / SCORE_STEPS
+    score[1:3] = 0.5 + 0.3 / SCORE_STEPS, 0.5 - 0.3 / SCORE_STEPS  # nearest, not down to the step below
+    assert assign([forget], [retain], retain_score=score).role[1:4].tolist() == found.role[1:4].tolist()
+    score[1:3] = 0.5 + 0.3 / SCORE_STEPS, 0.5 + 2 / SCORE_STEPS
     found = assign([forget], [retain], retain_score=score)
     assert found.role[1:4].tolist() == [Role.CONFLICT, Role.RETAIN, Role.RETAIN]
+
+
+@pytest.mark.parametrize("solve", [assign, operate])
+def test_pins_of_nodes_at_the_edge_of_a_circuit(solve: Callable[..., Assignment]) -> None:
+    forget = circuit(nodes(4), [(0, 1, Gate.AND), (2, 3, Gate.AND)])  # node 1 leads nowhere
+    retain = circuit(nodes(4), [(1, 3, Gate.AND)])
+    found = solve([forget], [retain])
+    assert found.role.tolist() == [Role.FREE, Role.RETAIN, Role.FORGET, Role.FREE]
+    assert solve([forget], [retain], must=["node 1"]).role[1] == Role.CONFLICT
+    # What has no weights of its own is never edited anyway: embedding and output may well die.
+    assert np.array_equal(solve([forget], [retain], never=["node 0", 3]).role, found.role)
+    assert pinned([forget], [0, 2], [1]).tolist() == [-1, 0, 1, -1]
+    for node, text in ((0, "node 0 has no weights of its own"), (2, "node 2 is in no forget circuit")):
+        with pytest.raises(CircuitError, match=f"must: {text}"):
+            solve([circuit(nodes(4), [(0, 1, Gate.AND), (1, 3, Gate.AND)])], [retain], must=[node])
+    with pytest.raises(CircuitError, match="node 1, node 2: pinned both ways, never and must"):
+        solve([forget], [retain], never=[2, "node 1"], must=["node 2", 1])
 
 
 def test_save_and_load(tmp_path) -> None:
@@ -334,9 +354,12 @@ def test_errors_name_the_circuit_and_the_remedy() -> None:
         ("another graph", ([good], [circuit(Nodes(5, np.ones(5, bool)), [(1, 4, Gate.AND)])]), {}),
         ("weights must be finite and not negative", ([good], [good]), {"weights": np.array([0, -1, 0, 0])}),
         ("weights must be integers", ([good], [good]), {"weights": np.array([0, 0.5, 0, 0])}),
+        (f"weights: expected at most {(2**63 - 1) // 16}, got {2**59}", ([good], [good]),
+         {"weights": np.array([0, 2**59, 0, 0])}),
         (r"retain_score must hold one number per node: expected shape \(4,\)", ([good], [good]),
          {"retain_score": [1.0]}),
         ("forget_score must be finite", ([good], [good]), {"forget_score": [0, np.nan, 0, 0]}),
+        ("forget_score must be finite", ([good], [good]), {"forget_score": [0, np.inf, 0, 0]}),
         ("semantics: expected 'support' or 'authors', got 'x'", ([good], [good]), {"semantics": "x"}),
         ("time_limit", ([good], [good]), {"time_limit": -1.0}),
     ]:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clue.circuit.attribution import graph_of
 from clue.delta import Delta
-from clue.errors import PlanError
+from clue.errors import ModelError, PlanError
+from clue.model.anatomy import anatomy
 from clue.plan import Plan, Slice, Verification, verify
 from clue.types import Role
 from clue.unlearn import PlanCallback
@@ -102,6 +104,8 @@ def test_a_save_that_fails_leaves_the_plan_before(tmp_path, monkeypatch):
      "1 of its slices are forget and conflict at once"),  # golden: roles are disjoint
     ((Slice("up.weight", 0, Role.FORGET, index(0, 6)),), "index 6 is outside"),
     ((Slice("up.weight", 0, Role.FORGET, index(3, 0)),), "sorted"),
+    ((Slice("up.weight", 0, Role.FORGET, index(3, 3)),), "unique"),
+    ((Slice("up.weight", 0, Role.FORGET, index(1)), Slice("up.weight", 0, Role.FORGET, index(3))), "one slice per role"),
     ((Slice("up.weight", 0, Role.RETAIN, index(3)),), "only forget and conflict"),
     ((Slice("other.weight", 0, Role.FORGET, index(3)),), "does not say its shape"),
     ((Slice("up.weight", 0, Role.FORGET, index(3)), Slice("up.weight", 1, Role.CONFLICT, index(3))), "one axis"),
@@ -157,6 +161,20 @@ def test_a_plan_for_another_model_is_refused():
         make_plan().check(torch.nn.Linear(2, 2))
     with pytest.raises(PlanError, match=r"wrapped \(DataParallel\).*: give the model inside, model.module"):
         make_plan().check(torch.nn.DataParallel(Model(6)))
+    columns = Model(6)
+    columns.up.weight = torch.nn.Parameter(torch.zeros(4, 6).T)
+    with pytest.raises(PlanError, match=r"up\.weight.* does not lie in memory row by row"):
+        single_weights().check(columns)
+
+
+def test_weights_that_share_their_storage_are_not_planned():
+    model = tiny("llama", torch.float32)
+    first, last = model.model.layers
+    last.mlp.up_proj.weight = first.mlp.up_proj.weight
+    body = anatomy(model)
+    graph = graph_of(body)
+    with pytest.raises(ModelError, match="layers.1.mlp.up_proj.weight shares its storage with another weight of this model"):
+        Plan.of_roles(body, graph, np.where(graph.editable, Role.FORGET, Role.FREE).astype(np.uint8), {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -200,6 +218,9 @@ def test_verify_takes_models_in_memory(tmp_path):
     with torch.no_grad():
         after.up.bias[2] += 1
     assert plan.verify(before, after).outside == (("up.bias", 1),)
+    with torch.no_grad():
+        after.up.weight[5] += 1  # beside planned rows: not counted among those that changed
+    assert plan.verify(before, after) == Verification(21, 12, (("up.bias", 1), ("up.weight", 4)))
     with pytest.raises(PlanError, match="the model before and the model after do not hold the same tensors"):
         plan.verify(before, torch.nn.Linear(2, 2))
 

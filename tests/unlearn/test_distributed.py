@@ -134,6 +134,18 @@ ALIKE = """
             fully_shard(model)
         log = unlearned(model, plan, "npo-stranger", {"lr": 0.0, "trials": 2, "floor": 0.03, "check_every": 2})
         print(log.lr.tolist(), log.steps, digest(whole(model)))
+
+    # Where one finds a record forgotten and the other does not, both look at the same batches, and end together.
+    from clue.unlearn import loop
+    told, looks = loop.forgotten_now, []
+    loop.forgotten_now = lambda *given: looks.append(1) or (told(*given)[0], told(*given)[1] ^ bool(rank))
+    for sharded in (False, True):
+        model, _ = model_and_plan("llama/biased")
+        if sharded:
+            fully_shard(model)
+        log = unlearned(model, plan, "ga", {"floor": 0.999, "batch_size": 1, "check_every": 1})
+        assert log.stopped_early and len(looks) == 3 * log.steps * (1 + sharded), (log, looks)
+        print(log.steps, len(looks))
 """
 
 
