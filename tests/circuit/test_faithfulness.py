@@ -260,6 +260,14 @@ def test_a_circuit_of_another_model_is_refused():
         evaluate_circuit(body, PAIRS, other)
 
 
+def test_the_complement_is_all_that_a_part_leaves_out():
+    edges, neurons = (np.random.default_rng(0).random((3, 5)) < 0.5 for _ in range(2))
+    rest = Part(edges, neurons).complement()
+    np.testing.assert_array_equal(rest.edges, ~edges)
+    np.testing.assert_array_equal(rest.neurons, ~neurons)
+    assert Part(edges).complement().neurons is None
+
+
 def test_a_run_that_is_no_number_is_an_error():
     body = anatomy(tiny("llama"))
     with torch.no_grad():
@@ -270,7 +278,8 @@ def test_a_run_that_is_no_number_is_an_error():
 
 def test_a_sample_is_spread_evenly():
     rows = [[i, 1, 2] for i in range(10)]
-    pairs = make_pairs(rows, rows, [1] * 10)
+    pairs = make_pairs(rows, rows, [1, 2] * 5)
     assert [int(ids[0]) for ids in sample(pairs, 4).clean] == [0, 3, 6, 9]
+    assert sample(pairs, 4).answer_start.tolist() == [1, 2, 1, 2]
     assert sample(pairs, 10) is pairs
     assert sample(pairs, 4).sha256 not in ("", pairs.sha256)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from clue.errors import CircuitError
 from clue.logic import Explainer, GateGroup, assign, explain
-from clue.logic.explanation import BACKBONE
+from clue.logic.explanation import BACKBONE, WhatIf
 from clue.types import Gate, Role
 
 from ..oracles.logic import Edges, Nodes, best_of_all, circuit, groups, in_optima, members, unavoidable
@@ -147,6 +149,8 @@ def test_a_choice_and_a_forced_conflict() -> None:
                           "  forget facts: node 5 = AND(node 1, node 2)",
                           "  retain text: node 5 = ADDER(node 1, node 2, node 3)"]
     assert "as retain: cost 2 (+0), node 1 conflict" in lines
+    dearer = replace(chosen, what_if=(WhatIf(Role.FREE, 5, False, ()),))
+    assert dearer.lines(graph.name, 2)[-1] == "as free: cost 5 (+3), not proven least"
     assert explain([forget], [retain], 2, assignment=explainer.assignment) == chosen
 
 
