@@ -191,6 +191,17 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(
     assert main(["localize", *inputs(world), "-o", str(tmp_path / "new"), *QUICK]) == 0
 
 
+def test_one_process_unlearns_in_a_run(localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two would replace each other's checkpoints; the second stops before it has trained anything."""
+    run = shutil.copytree(localized, tmp_path / "run")
+    before = snapshot(run)
+    with Run.open(run).claimed("model"):
+        assert f"another process is working on {run / 'model'}: wait for it" in failure(capsys, "unlearn", run, "--lr", "0.01")
+        assert snapshot(run) == before | {".model.partial": None}
+    assert snapshot(run) == before
+    assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+
+
 def test_a_model_that_changed_meanwhile_is_refused(world: Path, localized: Path, tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     moved, run = shutil.copytree(world / "model", tmp_path / "model"), shutil.copytree(localized, tmp_path / "run")

@@ -152,6 +152,53 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert set(snapshot(tmp_path / "run")) == {MANIFEST, "pairs", "pairs/part", "scores", "scores/part"}
 
 
+def test_a_stage_that_another_process_works_on_is_refused(tmp_path: Path) -> None:
+    """Until that has ended, were it by a kill; other stages are free meanwhile."""
+    script = textwrap.dedent(f"""
+        import sys
+        from clue.run_directory import Run
+        run = Run.open({str(tmp_path)!r})
+        with run.claimed("model"), run.stage("model") as folder:
+            (folder / "part").write_text("half")
+            print("there", flush=True)
+            sys.stdin.read()
+    """)
+    run = Run.create(tmp_path, SETTINGS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == "there\n"
+        before = snapshot(tmp_path)
+        for _ in range(2):
+            with pytest.raises(RunError, match="another process is working on .*model: wait"), run.stage("model"):
+                pass
+        assert snapshot(tmp_path) == before
+        with run.stage("evaluation"):
+            pass
+        other.kill()
+    with run.claimed("model"):
+        with run.stage("model") as folder:
+            assert list(folder.iterdir()) == []
+            (folder / "part").write_text("whole")
+        assert run.has("model")
+    assert set(snapshot(tmp_path)) == {MANIFEST, "evaluation", "model", "model/part"}
+    with pytest.raises(RunError, match="there already"), run.claimed("model"):
+        pass
+
+
+def test_a_claim_leaves_nothing(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, SETTINGS)
+    with pytest.raises(ZeroDivisionError), run.claimed("model"):
+        raise ZeroDivisionError
+    with run.claimed("model"):
+        with pytest.raises(ZeroDivisionError), run.stage("model") as folder:
+            (folder / "part").write_text("half")
+            raise ZeroDivisionError
+        with run.stage("model") as folder:  # once more, without having let go of it
+            assert list(folder.iterdir()) == []
+    assert set(snapshot(tmp_path)) == {MANIFEST, "model"}
+
+
 def test_going_on_needs_the_same_settings_and_inputs(tmp_path: Path) -> None:
     Run.start(tmp_path / "run", SETTINGS, {"model": "m"})
     before = snapshot(tmp_path)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,8 +135,11 @@ def unlearn(run: Run, settings: Settings, progress: Progress) -> bool:
 
     Returns:
         whether this process is the first.
+
+    Raises:
+        RunError: another process is unlearning in this run.
     """
-    with joined(settings.device) as first:
+    with joined(settings.device) as first, run.claimed("model") if first and not run.has("model") else nullcontext():
         _unlearn(run, settings, progress if first else lambda message: None, writes=first)
     return first
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,6 +20,9 @@ from typing import Any
 from .data.atomic import flush, flush_tree, naming, write_atomically
 from .doctor import hardware, versions
 from .errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
 
 MANIFEST = "run.json"
 FORMAT = 1
@@ -39,6 +43,7 @@ class Run:
         self.folder = folder
         self.manifest = manifest
         self._made = made  # folders this process made, outermost first; None for a run that was there already
+        self._claimed: set[str] = set()  # stages that this process is working on
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], *, kind: str = "run",
@@ -171,17 +176,14 @@ class Run:
         On an exception the folder is removed. Whatever an earlier, killed attempt left is removed first.
 
         Raises:
-            RunError: the stage has finished already.
+            RunError: the stage has finished already, or another process is working on it.
             OSError: the disk is full; the run is as it was before the stage.
         """
-        if not name or name.startswith(".") or Path(name).name != name:
-            raise ValueError(f"stage: expected a plain folder name, got {name!r}")
-        if self.has(name):
-            raise RunError(f"{self.path(name)} is there already: start a new run, or remove that folder to redo it")
-        temporary = self.folder / f".{name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
+        with self.claimed(name):
+            temporary = self._partial(name)
+            temporary.mkdir(exist_ok=True)
+            for entry in temporary.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             with naming(self.path(name)):
                 yield temporary
                 if fields := record():
@@ -189,10 +191,43 @@ class Run:
                 flush_tree(temporary)
                 temporary.rename(self.path(name))
                 flush(self.folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         self._take(name)
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[None]:
+        """Keep a stage to this process from before it is written, where the system has locks. These end with the
+        process, however it ends.
+
+        Raises:
+            RunError: as :meth:`stage`.
+        """
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise ValueError(f"stage: expected a plain folder name, got {name!r}")
+        if name in self._claimed:
+            yield
+            return
+        self._require_unfinished(name)
+        temporary = self._partial(name)
+        temporary.mkdir(exist_ok=True)
+        with _locked(temporary) as alone:
+            self._require_unfinished(name)  # another process may have, meanwhile
+            if not alone:
+                raise RunError(f"another process is working on {self.path(name)}: wait for it, or stop it")
+            self._claimed.add(name)
+            try:
+                yield
+            finally:
+                self._claimed.discard(name)
+                if not self.path(name).exists():
+                    shutil.rmtree(temporary, ignore_errors=True)
+
+    def _partial(self, name: str) -> Path:
+        """The folder that a stage is written in; its lock is the stage's."""
+        return self.folder / f".{name}.partial"
+
+    def _require_unfinished(self, name: str) -> None:
+        if self.has(name):
+            raise RunError(f"{self.path(name)} is there already: start a new run, or remove that folder to redo it")
 
     def _take(self, stage: str) -> None:
         """Put what a finished stage adds to the manifest there."""
@@ -222,6 +257,31 @@ class Run:
                 folder.rmdir()
             except OSError:  # never made, or holds something by now
                 break
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder to itself, until the block ends; where there are no locks it is taken to."""
+    if sys.platform == "win32":
+        yield True
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # whoever had it has just removed it
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The lock may be of what whoever had it has just removed, or made the stage.
+            alone = folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except BlockingIOError:
+            alone = False
+        except OSError:  # a file system without locks
+            alone = True
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def require_free(folder: str | os.PathLike[str]) -> None:
