@@ -67,7 +67,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
 
         sets = clue.evaluate.EvaluationSets(forget=clue.read("forget.jsonl", "forget"),
                                             retain=clue.read("unseen.jsonl", "retain"))
-        print(clue.evaluate(model, tokenizer, sets).sets["forget"])
+        print(clue.evaluate(model, tokenizer, sets).detail["forget"])
 
     Args:
         model, tokenizer: a Hugging Face causal LM and its tokenizer.
