@@ -294,7 +294,7 @@ def test_scores_are_scaled_and_rounded() -> None:
     score = np.array([0, 0.5 + 0.3 / SCORE_STEPS, 0.5, 1, 0])
     found = assign([forget], [retain], retain_score=score)
     assert found.role[1:4].tolist() == [Role.RETAIN, Role.CONFLICT, Role.RETAIN]
-    score[1:3] = 0.5 + 0.3 / SCORE_STEPS, 0.5 - 0.3 / SCORE_STEPS  # nearest, not down to the step below
+    score[1:3] = 0.5 - 0.3 / SCORE_STEPS, 0.5 + 0.3 / SCORE_STEPS  # nearest, not down to the step below
     assert assign([forget], [retain], retain_score=score).role[1:4].tolist() == found.role[1:4].tolist()
     score[1:3] = 0.5 + 0.3 / SCORE_STEPS, 0.5 + 2 / SCORE_STEPS
     found = assign([forget], [retain], retain_score=score)
