@@ -3,7 +3,8 @@
 - Time: :func:`clue.circuit.attribution.attribute` over a set of pairs, against two forward and two backward passes of the
   same batches by the same model (activation gradients only, logits at answer positions only). The model has the shape of
   SmolLM2-135M and random weights, which take the same time. Expected from operations alone: 1.26 times the passes, for
-  prompts that differ from their first token on; the part of a prompt that both share (a template) costs nothing extra.
+  prompts that differ from their first token on. What the prompts of a batch share at their beginning (a template) is run
+  once, forward alone: of prompts that share a share s, 1.26 - s (1.26 - 0.25).
 - Conservation: the larger relative gap of Ns and Dn, in float32 and in bfloat16.
 - Scaling: seconds over four numbers of tokens, and seconds beyond the passes over four depths.
 - Memory: see ``memory.py``; the neuron kernel against torch and against reading its inputs: see ``neuron_kernel.py``.
@@ -73,17 +74,18 @@ def time_of_scores(found: Claims, layers: int, repeats: int) -> None:
     """8 pairs of 64 tokens."""
     model = smollm2_shape(layers)
     body = anatomy(model)
-    differing, templated = make_pairs(8, 32, 32), make_pairs(8, 32, 32, shared=16)
+    differing, templated, chat = (make_pairs(8, 32, 32, shared=shared) for shared in (0, 16, 31))
     settings = LocalizeSettings(batch_size=8, stream="never")
     seconds = medians(
         repeats, passes=partial(passes, model, differing), edges=partial(attribute, body, differing, settings),
-        templated=partial(attribute, body, templated, settings),
+        templated=partial(attribute, body, templated, settings), chat=partial(attribute, body, chat, settings),
         neurons=partial(attribute, body, differing, settings, neurons_only=True),
         streamed=partial(attribute, body, differing, LocalizeSettings(batch_size=8, stream="always")))
     peer = f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s"
     for name, claim, goal in (
             ("edges", "all edges and neurons, Ns and Dn, prompts that differ from the first token on", 1.3),
             ("templated", "the same, prompts that share the first quarter of their tokens", 1.3),
+            ("chat", "the same, prompts that share the first half (a chat template)", 1.3),
             ("neurons", "all neurons alone, Ns and Dn", 1.1),
             ("streamed", "all edges and neurons, streamed: one more forward pass, and the least memory", 0.0)):
         ratio = seconds[name] / seconds["passes"]

@@ -3,7 +3,7 @@
 1. Run the corrupted prompt, then the clean one, each forward and backward once (:mod:`clue.model.capture`); with more
    ``path_steps`` also embeddings between the two. Gradients next to the clean prompt make Ns, next to the corrupted
    prompt Dn. Two steps are paired EAP; a gate behind a saturated gate has gradient zero at both of its ends and is only
-   seen in between.
+   seen in between. What the prompts of a batch begin with in both runs is run once (:mod:`clue.model.prefix`).
 2. The difference of the two runs is what each writer would contribute if it were patched; the gradient, pulled back
    through projection and norm, is what each reader would make of it (:mod:`clue.circuit.accumulation`).
 3. Check the books: summed over a complete set of writers, the scores of a reader must equal the inner product of its
@@ -22,6 +22,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,7 @@ from ..data.atomic import write_arrays
 from ..errors import AttributionError, ClueError
 from ..model import capture
 from ..model.anatomy import Anatomy
+from ..model.prefix import Prefix, separable
 from ..processes import everywhere, place
 from ..types import Direction
 from ..values import ByValue
@@ -283,8 +285,9 @@ class _Work:
 
     def _run(self, chosen: npt.NDArray[np.int64]) -> Sums:
         body, settings = self.body, self.settings
-        prompts = Prompts.of(self.pairs, chosen, next(body.model.parameters()).device)
+        prompts = Prompts.of(self.pairs, chosen, next(body.model.parameters()).device, share=separable(body.model))
         mask, positions, contrast = prompts.attended, prompts.positions, torch.empty_like(prompts.answer)
+        prefix = Prefix.of(body.model, prompts.prefix)
 
         def target(logits: Tensor, at: slice) -> Tensor:
             return prompts.values(settings.target, logits, contrast[:, at], at).sum()
@@ -293,12 +296,13 @@ class _Work:
             contrast[:, at] = prompts.contrast(logits)  # the corrupted run names the contrast for all
             return target(logits, at)
 
-        stream = self.stream or (settings.stream == "auto" and _too_large(body, mask.numel()))
-        away = capture.run(body, prompts.corrupted, mask, positions, named, stream=stream)
-        points = [capture.run(body, prompts.clean, mask, positions, target, stream=stream, against=away.written)]
+        stream = self.stream or (settings.stream == "auto" and _too_large(body, prompts.clean.numel()))
+        run = partial(capture.run, body, attention_mask=mask, positions=positions, prefix=prefix, stream=stream)
+        away = run(prompts.corrupted, target=named)
+        points = [run(prompts.clean, target=target, against=away.written)]
         for step in range(1, settings.path_steps - 1):
             between = torch.lerp(points[0].embed, away.embed, step / (settings.path_steps - 1))
-            points.append(capture.run(body, prompts.clean, mask, positions, target, embed=between, stream=stream, against=[]))
+            points.append(run(prompts.clean, target=target, embed=between, against=[]))
         points.append(away)
         every, middle = range(len(points)), len(points) // 2
         ends = (every, every) if settings.path == "full" else (every[:middle], every[middle:])

@@ -25,6 +25,7 @@ from ..config import LocalizeSettings, check
 from ..errors import CircuitError
 from ..model.capture import frozen
 from ..model.patching import patched, record
+from ..model.prefix import Prefix, separable
 from ..types import NodeKind
 from .attribution import graph_of
 from .graph import Bools, Circuit, Floats, Graph
@@ -135,18 +136,19 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
     nothing = np.zeros(graph_of(body).residual_edges.shape, dtype=bool)
     with frozen(body.model):
         for chosen in batches(pairs, settings.batch_size):
-            prompts = Prompts.of(pairs, chosen, device)
+            prompts = Prompts.of(pairs, chosen, device, share=separable(body.model))
             given = (prompts.attended, prompts.positions)
-            corrupted = record(body, prompts.corrupted, *given)
+            prefix = Prefix.of(body.model, prompts.prefix)
+            corrupted = record(body, prompts.corrupted, *given, prefix)
             contrast = prompts.contrast(corrupted.logits)
-            clean = patched(body, prompts.clean, *given, corrupted, nothing)
+            clean = patched(body, prompts.clean, *given, corrupted, nothing, prefix=prefix)
             for row, logits in ((full, clean), (empty, corrupted.logits)):
                 row[chosen] = _numbers(prompts.values(settings.target, logits, contrast))
             reference = clean.log_softmax(-1)
             for i in range(count):
                 one = part(i)
                 logits = patched(body, prompts.clean, *given, corrupted, ~one.edges,
-                                 None if one.neurons is None else ~one.neurons)
+                                 None if one.neurons is None else ~one.neurons, prefix)
                 values[i, chosen] = _numbers(prompts.values(settings.target, logits, contrast))
                 own = logits.log_softmax(-1)
                 divergence[i, chosen] = _numbers((((own - reference) * own.exp()).sum(-1) * prompts.weight).sum(1))

@@ -20,17 +20,25 @@ if TYPE_CHECKING:
     from ..data.pairs import Pairs
 
 
+#: The least number of tokens, of all pairs of a batch together, and the least share of its longest one, that are worth a pass
+#: of their own: few tokens cost a pass as much as more of them.
+LEAST_TOKENS, LEAST_SHARE = 128, 1 / 8
+
+
 @dataclass(frozen=True)
 class Prompts:
     """A batch of pairs, padded on the right, and where their answers are.
 
     Attributes:
+        prefix: int64 [batch, shared], tokens that both prompts of every pair begin with and that need only be run once
+            (:mod:`clue.model.prefix`). What follows is about the tokens behind them.
         clean, corrupted, mask: int64 [batch, seq], token ids, and 1 where they are a pair's, 0 where padding.
         positions: int64 [positions], the sequence positions that predict an answer token of some pair.
         answer: int64 [batch, positions], the clean token that follows each position.
         weight: float32 [batch, positions], 1 / answer length on a pair's own answer span and 0 elsewhere.
     """
 
+    prefix: Tensor
     clean: Tensor
     corrupted: Tensor
     mask: Tensor
@@ -39,8 +47,8 @@ class Prompts:
     weight: Tensor
 
     @classmethod
-    def of(cls, pairs: Pairs, chosen: npt.NDArray[np.int64], device: torch.device) -> Prompts:
-        """The pairs numbered ``chosen``."""
+    def of(cls, pairs: Pairs, chosen: npt.NDArray[np.int64], device: torch.device, *, share: bool = False) -> Prompts:
+        """The pairs numbered ``chosen``; ``share`` parts their prefix from the rest, if that saves something."""
         lengths = [len(pairs.clean[i]) for i in chosen]
         clean, corrupted, mask = (torch.zeros(len(chosen), max(lengths), dtype=torch.int64) for _ in range(3))
         for row, i in enumerate(chosen):
@@ -48,19 +56,27 @@ class Prompts:
             corrupted[row, :lengths[row]] = torch.from_numpy(pairs.corrupted[i])
             mask[row, :lengths[row]] = 1
         starts, ends = torch.from_numpy(pairs.answer_start[chosen]), torch.tensor(lengths)
+        shared = 0
+        if share:  # up to the first token that differs, or that predicts an answer, in any pair
+            differs = (clean != corrupted) | (torch.arange(clean.shape[1]) >= starts[:, None] - 1)
+            shared = int(differs.any(0).int().argmax())
+            if shared * len(chosen) < LEAST_TOKENS or shared < LEAST_SHARE * clean.shape[1]:
+                shared = 0
         at = torch.arange(max(lengths) - 1)[None]
         spans = (at >= starts[:, None] - 1) & (at < ends[:, None] - 1)  # a position predicts the token after it
         positions = torch.nonzero(spans.any(0)).ravel()
         weight = spans[:, positions].float()
         weight = weight / weight.sum(1, keepdim=True)
-        found = (clean, corrupted, mask, positions, clean[:, positions + 1], weight)
+        found = (clean[:, :shared], clean[:, shared:], corrupted[:, shared:], mask[:, shared:], positions - shared,
+                 clean[:, positions + 1], weight)
         return cls(*(tensor.to(device) for tensor in found))
 
     @property
     def attended(self) -> Tensor:
-        """int64 [batch, seq], the attention mask that the model gets: all ones, since in a causal model nobody sees the padding
-        on the right. Rows with nothing to attend to, behind a short window, would turn into NaN and reach the others."""
-        return torch.ones_like(self.mask)
+        """int64 [batch, shared + seq], the attention mask that the model gets: all ones, since in a causal model nobody sees
+        the padding on the right. Rows with nothing to attend to, behind a short window, would turn into NaN and reach the
+        others."""
+        return torch.ones_like(torch.cat((self.prefix, self.mask), 1))
 
     @property
     def live(self) -> Tensor:

@@ -23,6 +23,7 @@ from .anatomy import Anatomy, Layer, Norm
 from .answers import to_keep
 from .experts import Routed
 from .modes import evaluating
+from .prefix import NO_PREFIX, Prefix
 from .writers import Written, mlp_with_rounding, more
 
 if TYPE_CHECKING:
@@ -108,27 +109,30 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target, *,
-        embed: Tensor | None = None, stream: bool = False, against: list[Written] | None = None) -> Run:
+        prefix: Prefix = NO_PREFIX, embed: Tensor | None = None, stream: bool = False,
+        against: list[Written] | None = None) -> Run:
     """Run the model and differentiate the target; call inside :func:`frozen`, and consume ``layers`` inside it too.
 
     Args:
-        input_ids, attention_mask: int64 [batch, seq], right-padded.
+        input_ids: int64 [batch, seq], right-padded.
+        attention_mask: int64 [batch, shared + seq], of the prefix too.
         positions: int64 [positions], the sequence positions whose logits the target needs.
         target: maps those logits to the scalar whose gradient is taken; a streamed run adds it up over slices of the
             positions.
+        prefix: the tokens before these, which the run does not contain.
         embed: [batch, seq, d_model], what the first layer gets instead of the prompt's own embedding.
         stream: hold one layer's activations at a time.
         against: what the writers of another run add. This run's ``written`` is what they add more there than here, and
             the list is emptied, so that never both are held whole. Of an empty list nothing comes: the writers are left
             out.
     """
-    return (_streamed if stream else _whole)(body, input_ids, attention_mask, positions, target, embed, against)
+    return (_streamed if stream else _whole)(body, input_ids, attention_mask, positions, target, prefix, embed, against)
 
 
 def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
-           embed: Tensor | None, against: list[Written] | None) -> Run:
+           prefix: Prefix, embed: Tensor | None, against: list[Written] | None) -> Run:
     with torch.enable_grad(), _watch(body, range(body.n_layers), cut=True, start=embed) as seen:
-        logits = body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+        logits = body.model(input_ids=input_ids, attention_mask=attention_mask, **prefix.arguments(),
                             logits_to_keep=to_keep(body.model, positions)).logits
         layers, final = seen[:-1], seen[-1]
         _check(body, layers)
@@ -147,16 +151,18 @@ def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
 
 
 def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
-              embed: Tensor | None, against: list[Written] | None) -> Run:
+              prefix: Prefix, embed: Tensor | None, against: list[Written] | None) -> Run:
     written: list[Written] = []
+    past = prefix.arguments()
 
-    def passed(layer: Layer, found: dict[str, Any]) -> None:
+    def passed(number: int, layer: Layer, found: dict[str, Any]) -> None:
+        prefix.rewind(past, number)
         if "heads" in found and "mlp" in found:
             _note_written(written, layer, found, against)
             found["heads"] = found["mlp"] = found["head_scale"] = None
 
     with torch.no_grad(), _watch(body, range(body.n_layers), cut=True, start=embed, passed=passed) as seen:
-        body.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+        body.model(input_ids=input_ids, attention_mask=attention_mask, **past,
                    logits_to_keep=to_keep(body.model, positions[:1]))
     layers, final = seen[:-1], seen[-1]
     _check(body, layers)
@@ -168,7 +174,9 @@ def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, position
         nonlocal above
         while calls:
             # Nothing of the layer stays in this frame while it waits.
-            made, above = _replayed(body, len(calls) - 1, *calls.pop(), above)
+            number = len(calls) - 1
+            made, above = _replayed(body, number, *calls.pop(), above)
+            prefix.rewind(past, number)
             yield made.pop()
 
     return Run(calls[0][0], written, residual, grad_final, downwards())
@@ -232,14 +240,14 @@ def _bypassed(body: Anatomy, output: Tensor, in_tuple: bool) -> Iterator[None]:
 
 @contextmanager
 def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: Tensor | None = None,
-           passed: Callable[[Layer, dict[str, Any]], None] | None = None) -> Iterator[list[dict[str, Any]]]:
+           passed: Callable[[int, Layer, dict[str, Any]], None] | None = None) -> Iterator[list[dict[str, Any]]]:
     """Note what passes through the layers ``numbers`` and the final norm: one dictionary per layer, then the final norm's.
 
     Args:
         cut: let the residual stream start at the first layer: nothing before it needs a gradient.
         start: what the first layer gets then, instead of what the model computed.
-        passed: note only what enters a layer and what its writers add, and call this with a layer and its dictionary once
-            the layer is done.
+        passed: note only what enters a layer and what its writers add, and call this with a layer's number, the layer and
+            its dictionary once the layer is done.
     """
     handles = []
     half = next(body.model.parameters()).dtype in (torch.bfloat16, torch.float16)
@@ -250,7 +258,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
     def on_output(module: nn.Module, hook: Callable[..., Any]) -> None:
         handles.append(module.register_forward_hook(hook))
 
-    def watch(layer: Layer, found: dict[str, Any]) -> None:
+    def watch(number: int, layer: Layer, found: dict[str, Any]) -> None:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["residual"], found["args"], found["kwargs"] = _first(args, kwargs), args, kwargs
 
@@ -260,7 +268,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
                 found["mlp"] = mlp_with_rounding(found["residual"], found.pop("attention"), found["mlp"], after)
             if passed is not None:
                 found["output"] = output
-                passed(layer, found)
+                passed(number, layer, found)
 
         def heads(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["heads"] = _first(args, kwargs)
@@ -342,7 +350,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
         if cut:
             on_input(body.layers[0].block, begins)
         for number, found in zip(numbers, seen, strict=False):
-            watch(body.layers[number], found)
+            watch(number, body.layers[number], found)
         on_input(body.final_norm.module, final_input)
         on_output(body.final_norm.module, final_output)
         yield seen

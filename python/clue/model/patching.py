@@ -32,6 +32,7 @@ import torch
 from ..errors import CircuitError, ModelError
 from .answers import to_keep
 from .experts import Routed, exchange
+from .prefix import NO_PREFIX, Prefix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,9 +81,10 @@ class Recording:
     logits: Tensor
 
 
-def record(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Recording:
+def record(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor,
+           prefix: Prefix = NO_PREFIX) -> Recording:
     """Run the model once and keep what its writers add. Arguments as in :func:`patched`."""
-    recorder = _Recorder(body)
+    recorder = _Recorder(body, prefix)
     logits = recorder.run(input_ids, attention_mask, positions)
     read = sum(layer.projections <= recorder.read for layer in body.layers)
     passed = min(len(recorder.mlps), len(recorder.heads), len(recorder.hidden) + len(recorder.routed), read)
@@ -94,19 +96,21 @@ def record(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
 
 
 def patched(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, other: Recording,
-            edges: Bools, neurons: Bools | None = None) -> Tensor:
+            edges: Bools, neurons: Bools | None = None, prefix: Prefix = NO_PREFIX) -> Tensor:
     """Logits of the prompts with edges and hidden units patched; the model should be in evaluation mode.
 
     Costs one forward pass where nothing is patched, two or three where readers differ in their patched writers, and
     about twice that for batches beyond :data:`EXPANDED_BYTES`.
 
     Args:
-        input_ids, attention_mask: int64 [batch, seq], right-padded.
+        input_ids: int64 [batch, seq], right-padded.
+        attention_mask: int64 [batch, shared + seq], of the prefix too.
         positions: int64 [positions], the sequence positions whose logits are wanted.
         other: the recording of as many prompts of the same length.
         edges: bool [writers, readers] in the order of :class:`clue.circuit.graph.Graph`: true where an edge carries the
             other run. Pairs that are no edge are ignored.
         neurons: bool [n_layers, d_mlp], true where a hidden unit has its activation of the other run.
+        prefix: the tokens before these, the same ones in the other run, which do not count among its tokens.
 
     Returns:
         float32 or finer [batch, positions, vocabulary].
@@ -120,7 +124,7 @@ def patched(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions:
         if given is not None and given.shape != expected:
             raise CircuitError(f"{name} has shape {given.shape}, this model's graph has {expected}: build it with"
                                " clue.circuit.attribution.graph_of")
-    return _Patcher(body, other, edges, neurons).run(input_ids, attention_mask, positions)
+    return _Patcher(body, prefix, other, edges, neurons).run(input_ids, attention_mask, positions)
 
 
 def _readers(body: Anatomy) -> int:
@@ -136,8 +140,8 @@ class _Pass:
 
     stream: Tensor
 
-    def __init__(self, body: Anatomy) -> None:
-        self.body = body
+    def __init__(self, body: Anatomy, prefix: Prefix) -> None:
+        self.body, self.prefix = body, prefix
         dtype = next(body.model.parameters()).dtype
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -174,7 +178,7 @@ class _Pass:
         try:
             with torch.no_grad():
                 logits = cast("Tensor", self.body.model(
-                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                    input_ids=input_ids, attention_mask=attention_mask, **self.prefix.arguments(),
                     logits_to_keep=to_keep(self.body.model, positions)).logits)
         finally:
             for handle in handles:
@@ -242,8 +246,8 @@ class _Pass:
 class _Recorder(_Pass):
     """Keeps what passes by."""
 
-    def __init__(self, body: Anatomy) -> None:
-        super().__init__(body)
+    def __init__(self, body: Anatomy, prefix: Prefix) -> None:
+        super().__init__(body, prefix)
         self.heads: list[Tensor] = []
         self.scale: list[Tensor] = []
         self.mlps: list[Tensor] = []
@@ -289,8 +293,8 @@ class _Recorder(_Pass):
 class _Patcher(_Pass):
     """Puts the inputs of readers together; holds, as factors, what every writer so far would change by if patched."""
 
-    def __init__(self, body: Anatomy, other: Recording, edges: Bools, neurons: Bools | None) -> None:
-        super().__init__(body)
+    def __init__(self, body: Anatomy, prefix: Prefix, other: Recording, edges: Bools, neurons: Bools | None) -> None:
+        super().__init__(body, prefix)
         self.other, self.edges, self.neurons = other, edges, neurons
         self.heads: list[Tensor] = []
         self.scale: list[Tensor] = []

@@ -1,0 +1,63 @@
+"""Prefix: the tokens that the prompts of both runs begin with, run once for all of them.
+
+In a causal model two runs cannot differ before the first token that does, and the gradient at a later token never comes
+through the gradient at an earlier one. So nothing is scored at the tokens that both prompts of a pair begin with (a chat
+template, a system prompt, the words before the subject), and all that the other tokens need of them are their keys and
+values.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .answers import to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: Rotary frequencies that depend on how long the whole sequence is: keys without the rest may be others than with it.
+_BY_LENGTH = {"dynamic", "longrope"}
+
+
+def separable(model: nn.Module) -> bool:
+    """Whether the keys and values of a prompt's first tokens are the same whatever follows them."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}  # type: ignore[operator, union-attr]
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # by layer type, in some families
+    return _BY_LENGTH.isdisjoint(kind.get("rope_type") for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of the first tokens of a batch, a transformers ``Cache``; ``None`` if there are no such tokens."""
+
+    cache: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module, input_ids: Tensor) -> Prefix:
+        """Run the model on int64 [batch, tokens], which may be no tokens."""
+        import torch
+
+        if input_ids.shape[1] == 0:
+            return cls()
+        with torch.no_grad():
+            last = torch.arange(1, device=input_ids.device)  # logits are not wanted, and one is the least
+            return cls(model(input_ids=input_ids, use_cache=True, logits_to_keep=to_keep(model, last)).past_key_values)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the model is called with beside the other tokens. New ones for each run, which adds its own keys and values."""
+        if self.cache is None:
+            return {"use_cache": False}
+        past = copy(self.cache)
+        past.layers = [copy(layer) for layer in past.layers]  # whose tensors are replaced, never written to
+        return {"use_cache": True, "past_key_values": past}
+
+    def rewind(self, arguments: dict[str, Any], number: int) -> None:
+        """Take back what a run with these arguments added in layer ``number``."""
+        if self.cache is not None:
+            arguments["past_key_values"].layers[number] = copy(self.cache.layers[number])
+
+
+#: Runs of whole prompts.
+NO_PREFIX = Prefix()
