@@ -274,7 +274,7 @@ def node_ids(graph: Graph, nodes: Sequence[int | str], argument: str) -> list[in
     """
     if isinstance(nodes, (str, int)):
         raise CircuitError(f"{argument}: expected a list of nodes, got {nodes!r}")
-    names = {graph.name(node): node for node in range(graph.n_nodes)} if any(isinstance(x, str) for x in nodes) else {}
+    names = {name: node for node, name in enumerate(graph.names)} if any(isinstance(x, str) for x in nodes) else {}
     found = []
     for node in nodes:
         known = names.get(node) if isinstance(node, str) else None if isinstance(node, bool) else node
