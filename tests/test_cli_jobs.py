@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,25 @@ def test_the_job_in_steps(world: Path, localized: Path, tmp_path: Path, capsys: 
     assert "other tests (gold)" in failure(capsys, "evaluate", run, "--gold", world / "model")
     assert "made with edges = 0.0" in failure(capsys, "evaluate", run, "--edges", "0.5")
     assert snapshot(run) == before
+
+
+def test_one_model_is_held_at_a_time(world: Path, localized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation and robustness let go of a model before they load the next: a device may hold one, and not two."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    held: list[int] = []
+
+    def watched(source: str, settings: Settings) -> Any:
+        held.append(len(alive))
+        network, tokenizer = load_model(source, settings)
+        alive.add(network)
+        return network, tokenizer
+
+    run = shutil.copytree(localized, tmp_path / "run")
+    assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    monkeypatch.setattr("clue.jobs.load_model", watched)
+    assert main(["evaluate", str(run), "--gold", str(world / "model"), "--robustness", "--relearn-steps", "1", "--drift-steps",
+                 "1", "--curve-points", "1"]) == 0
+    assert held == [0] * 6
 
 
 def test_one_trial_is_counted_as_one() -> None:

@@ -313,7 +313,7 @@ def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     for argv, expected in [
         ([cnf], f"{cnf}: line 3: the file ends within a clause: its 0 is missing"),
         ([wcnf], f"{wcnf}: line 2: expected a weight or 'h', got '-3'"),
-        ([text], f"{text} is no JSON"),
+        ([text], f"{text} is not JSON"),
         ([tmp_path / "none.cnf"], "No such file or directory"),
         (["a.txt"], "a.txt: expected a name that ends in .cnf, .wcnf, .json or .safetensors"),
         ([wcnf, "--assume", "1"], "--assume goes with .cnf or .dimacs files only"),

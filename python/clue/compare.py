@@ -318,8 +318,10 @@ def _cell(run: Run, task: Task, row: Row, objective: str, settings: Settings, tu
             continue
         finally:
             peaks.append(training.meter.peak)
-        points += training.points
-        last = training.points[-1]
+            read = training.points
+            del model, training  # before the next one is loaded: there may be no room for two
+        points += read
+        last = read[-1]
         progress(f"train      {task.name} {row.name} {objective}, lr {lr:g}: {last.forgotten:.0%} forgotten after"
                  f" {last.steps} steps, validation {last.validation[0]:.3f}")
     known = [value for value in peaks if value is not None]

@@ -253,6 +253,7 @@ def evaluate(run: Run, settings: Settings, tests: Tests, progress: Progress) -> 
         network, tokenizer = _loaded(run, source, settings) if name == "before" else load_model(source, settings)
         found[name] = measure(network, tokenizer, sets, settings.evaluate, data=settings.data, seed=settings.seed,
                               reference=reference)
+        del network  # before the next one is loaded: there may be no room for two
         progress(f"evaluate   {name}")
     if stored_gold is not None:
         found["gold"] = stored_gold
@@ -294,6 +295,7 @@ def robustness(run: Run, settings: Settings, tests: Tests, progress: Progress) -
     for name, source in folders.items():
         network, tokenizer = _loaded(run, source, settings) if name == "before" else load_model(source, settings)
         found[name] = stress(network, tokenizer, sets, settings.robustness, data=settings.data, seed=settings.seed)
+        del network
         progress(f"robustness {name}")
     with run.stage("robustness", lambda: {"settings": settings.to_dict()}) as folder:
         for name, one in found.items():

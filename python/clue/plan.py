@@ -79,6 +79,9 @@ class Plan(ByValue):
     def __post_init__(self) -> None:
         if len(self.nodes) != len(self.role):
             raise PlanError(f"a plan needs one role per node, got {len(self.nodes)} nodes and {len(self.role)} roles")
+        if self.role.dtype != np.uint8 or self.role.max(initial=0) > max(Role):
+            raise PlanError(f"a plan's roles must be uint8, values of clue.Role (at most {max(Role):d}), got {self.role.dtype}"
+                            f" up to {self.role.max(initial=0)}")
         seen: dict[str, Slice] = {}
         for s in self.slices:
             if s.role not in _ROLES:

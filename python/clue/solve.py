@@ -21,7 +21,6 @@ Ctrl-C and SIGTERM end a command in the same way, with the best known, or ``s UN
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import signal
 import threading
@@ -377,10 +376,9 @@ def _circuits(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
 
 
 def _json(path: str) -> dict[str, Any]:
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ClueError(f"{path} is no JSON ({error})") from None
+    from .circuit.named_edges import load
+
+    data = load(path)
     if not isinstance(data, dict):
         raise ClueError(f"{path}: expected an object: a question (clue.logic.question) or a circuit of EAP-IG")
     return data

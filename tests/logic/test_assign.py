@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import itertools
+import json
 import threading
 from collections.abc import Callable
 
@@ -327,6 +328,11 @@ def test_save_and_load(tmp_path) -> None:
         assert np.array_equal(getattr(again, name), value), name
         if isinstance(value, np.ndarray):
             assert getattr(again, name).dtype == value.dtype
+    cut = json.loads((tmp_path / "assignment.json").read_text())
+    cut["forced"].pop()
+    (tmp_path / "assignment.json").write_text(json.dumps(cut))
+    with pytest.raises(CircuitError, match="its columns differ in length"):
+        Assignment.load(tmp_path / "assignment.json")
     (tmp_path / "assignment.json").write_text("{}")
     with pytest.raises(CircuitError, match="not an assignment file"):
         Assignment.load(tmp_path / "assignment.json")
@@ -353,6 +359,7 @@ def test_errors_name_the_circuit_and_the_remedy() -> None:
         ("no retain circuit", ([good], []), {}),
         ("another graph", ([good], [circuit(Nodes(5, np.ones(5, bool)), [(1, 4, Gate.AND)])]), {}),
         ("weights must be finite and not negative", ([good], [good]), {"weights": np.array([0, -1, 0, 0])}),
+        ("weights must hold numbers, got an array of <U1", ([good], [good]), {"weights": ["0", "1", "2", "3"]}),
         ("weights must be integers", ([good], [good]), {"weights": np.array([0, 0.5, 0, 0])}),
         (f"weights: expected at most {(2**63 - 1) // 16}, got {2**59}", ([good], [good]),
          {"weights": np.array([0, 2**59, 0, 0])}),

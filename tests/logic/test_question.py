@@ -76,8 +76,17 @@ def test_any_json_is_a_question_or_an_error(change: dict[str, Any]) -> None:
 def test_files_that_are_no_json(tmp_path: Path) -> None:
     for text in ("", "[", "[" * 100_000):
         (tmp_path / "q.json").write_text(text)
-        with pytest.raises(CircuitError, match="this is no JSON"):
+        with pytest.raises(CircuitError, match="q.json is not JSON, or is cut short"):
             read_question(tmp_path / "q.json")
     (tmp_path / "q.json").write_text("[]")
     with pytest.raises(CircuitError, match="expected an object"):
+        read_question(tmp_path / "q.json")
+
+
+def test_a_circuit_told_twice_is_not_one_of_the_two(tmp_path: Path) -> None:
+    """JSON's readers keep the last of two equal keys: the least cost would be proven of a question that nobody asked."""
+    edges = '[["in", "a", "AND"], ["a", "out", "AND"]]'
+    (tmp_path / "q.json").write_text(f'{{"nodes": ["in", "a", "out"], "forget": {{"f": {edges}, "f": {edges}}},'
+                                     f' "retain": {{"r": {edges}}}}}')
+    with pytest.raises(CircuitError, match="q.json: 'f' is there twice"):
         read_question(tmp_path / "q.json")

@@ -25,6 +25,10 @@ class Nodes:
     def name(self, node: int) -> str:
         return f"node {node}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(self.name, range(self.n_nodes)))
+
 
 @dataclass(frozen=True)
 class Edges:

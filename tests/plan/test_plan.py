@@ -123,6 +123,12 @@ def test_malformed_plans_are_refused(slices, message):
         make_plan(slices=slices, shapes={**SHAPES, "up.weight[:]": (24,), "up.weight[1]": (6, 4), "up.weight[1][:]": (24,)})
 
 
+@pytest.mark.parametrize("role", [np.uint8(9), np.float64(2)])
+def test_roles_that_are_none_are_refused(role):
+    with pytest.raises(PlanError, match="values of clue.Role"):
+        make_plan(role=np.full(4, role))
+
+
 def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(PlanError, match="holds no plan"):
         Plan.load(tmp_path)

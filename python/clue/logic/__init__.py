@@ -75,6 +75,8 @@ class Assignment(ByValue):
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             arrays: dict[str, Any] = {name: np.array(data[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
+            if len({array.shape for array in arrays.values()}) > 1:
+                raise ValueError("its columns differ in length")
             return cls(**arrays, **{name: data[name] for name in _NUMBERS})
         except FileNotFoundError:
             raise CircuitError(f"{path} does not exist: make it with `clue localize`") from None
@@ -274,7 +276,7 @@ def node_ids(graph: Graph, nodes: Sequence[int | str], argument: str) -> list[in
     """
     if isinstance(nodes, (str, int)):
         raise CircuitError(f"{argument}: expected a list of nodes, got {nodes!r}")
-    names = {graph.name(node): node for node in range(graph.n_nodes)} if any(isinstance(x, str) for x in nodes) else {}
+    names = {name: node for node, name in enumerate(graph.names)} if any(isinstance(x, str) for x in nodes) else {}
     found = []
     for node in nodes:
         known = names.get(node) if isinstance(node, str) else None if isinstance(node, bool) else node
@@ -354,6 +356,8 @@ def _numbers(name: str, values: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
     array = np.asarray(values)
     if array.shape != (n,):
         raise CircuitError(f"{name} must hold one number per node: expected shape ({n},), got {array.shape}")
+    if array.dtype.kind not in "biuf":
+        raise CircuitError(f"{name} must hold numbers, got an array of {array.dtype}")
     wrong = ~(np.isfinite(array) & (array >= 0))
     if wrong.any():
         raise CircuitError(f"{name} must be finite and not negative (node {int(np.argmax(wrong))})")

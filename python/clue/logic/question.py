@@ -12,16 +12,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from ..circuit.named_edges import load
 from ..errors import CircuitError
 from ..types import Gate
 
@@ -80,10 +79,7 @@ def read_question(path: str | os.PathLike[str], data: Any = None) -> Question:
         raise CircuitError(f"{path}: {what}")
 
     if data is None:
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            refuse(f"this is no JSON ({error})")
+        data = load(path)
     if not isinstance(data, dict):
         refuse("expected an object with 'nodes', 'forget' and 'retain'")
     for key in data:
