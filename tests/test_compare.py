@@ -12,8 +12,9 @@ import pytest
 
 import clue
 from clue import compare as compare_module
+from clue import evaluation_sets
 from clue.cli import main
-from clue.compare import Row, Task, Tuning, compare
+from clue.compare import Row, Task, Tuning, compare, files_task, world_task
 from clue.config import Settings
 from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
@@ -73,6 +74,52 @@ def untimed(cell: dict[str, Any]) -> dict[str, Any]:
     """A cell without what differs between two equal runs."""
     points = [{k: v for k, v in p.items() if k != "cpu_seconds"} for p in cell["points"]]
     return {k: v for k, v in cell.items() if k not in ("peak_bytes", "localize_seconds")} | {"points": points}
+
+
+def sources(records: RecordSet) -> set[str]:
+    return {f"{record.prompt} {record.answer}" for record in records}
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_what_a_task_of_files_trains_on_chooses_by_and_is_read_on(world: Path, tested: bool) -> None:
+    names = ("retain", "induction_train")
+    inputs = {"model": str(world / "model"), "forget": str(world / "forget.jsonl"),
+              "retain": {name: str(world / f"{name}.jsonl") for name in names}}
+    unseen, said = str(world / "retain_unseen.jsonl"), str(world / "retain_paraphrase.jsonl")
+    tests = evaluation_sets.Tests(retain={"unseen": unseen, "said": said} if tested else {},
+                                  skills={"induction": str(world / "induction_eval.jsonl")})
+    task = files_task(inputs, tests, Settings(), 0)
+    held = {name: task.sets.retain_extra[f"{VALIDATION}{name}"] for name in names}
+    for name in names:  # a fifth is held back, and neither localization nor unlearning sees it
+        whole = sources(clue.read(world / f"{name}.jsonl"))
+        seen, kept = sources(task.retain[name]), sources(held[name])
+        assert seen | kept == whole and not seen & kept and 0.1 < len(kept) / len(whole) < 0.3
+    extra = {name: sources(records) for name, records in task.sets.retain_extra.items() if not name.startswith(VALIDATION)}
+    if tested:
+        assert sources(task.sets.retain) == sources(clue.read(unseen))
+        assert extra == {"retain_seen": sources(task.retain["retain"]), "said": sources(clue.read(said))}
+    else:  # without tests of its own: what was seen, and nothing that chooses
+        assert sources(task.sets.retain) == sources(task.retain["retain"]) and not extra
+    assert task.sha256.keys() >= {"forget", *names, "test induction"} and "test forget" not in task.sha256
+    if tested:  # a test of that name stays the user's
+        sets = files_task(inputs, replace(tests, retain={"unseen": unseen, "retain_seen": said}), Settings(), 0).sets
+        assert sources(sets.retain_extra["retain_seen"]) == extra["said"]
+
+
+def test_what_a_task_of_the_world_trains_on_chooses_by_and_is_read_on() -> None:
+    from clue.data.world import build_world
+
+    task, made = world_task("hard", 0, lambda line: None), build_world("hard", 0)
+    given = {"retain": made.retain, **made.skills_train}
+    assert task.retain.keys() == given.keys()
+    for name, records in given.items():
+        seen, kept = sources(task.retain[name]), sources(task.sets.retain_extra[f"{VALIDATION}{name}"])
+        assert seen | kept == sources(records) and not seen & kept
+    assert sources(task.sets.retain) == sources(made.retain_unseen)
+    assert not sources(task.sets.retain) & sources(made.retain)
+    assert sources(task.sets.retain_extra["retain_seen"]) == sources(task.retain["retain"])
+    assert sources(task.sets.retain_extra["retain_paraphrase"]) == sources(made.retain_paraphrase)
+    assert sources(task.forget) == sources(task.sets.forget) == sources(made.forget)
 
 
 @pytest.mark.slow
