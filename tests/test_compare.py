@@ -44,13 +44,21 @@ def test_rows_are_named_as_they_are_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a small world, and a ``model`` that knows most of it."""
-    from clue.data.world import build_world, save_world, train_model
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a small world."""
+    from clue.data.world import build_world, save_world
 
     folder = tmp_path_factory.mktemp("world")
-    small = build_world(n_people=12, n_forget=2)
-    save_world(small, folder)
+    save_world(build_world(n_people=12, n_forget=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(files: Path) -> Path:
+    """The same, and a ``model`` that knows most of it."""
+    from clue.data.world import build_world, train_model
+
+    folder, small = files, build_world(n_people=12, n_forget=2)
     train_model(small, size="small", steps=120).save_pretrained(folder / "model")
     small.tokenizer.save_pretrained(folder / "model")
     return folder
@@ -81,17 +89,17 @@ def sources(records: RecordSet) -> set[str]:
 
 
 @pytest.mark.parametrize("tested", [True, False])
-def test_what_a_task_of_files_trains_on_chooses_by_and_is_read_on(world: Path, tested: bool) -> None:
+def test_what_a_task_of_files_trains_on_chooses_by_and_is_read_on(files: Path, tested: bool) -> None:
     names = ("retain", "induction_train")
-    inputs = {"model": str(world / "model"), "forget": str(world / "forget.jsonl"),
-              "retain": {name: str(world / f"{name}.jsonl") for name in names}}
-    unseen, said = str(world / "retain_unseen.jsonl"), str(world / "retain_paraphrase.jsonl")
+    inputs = {"model": str(files / "model"), "forget": str(files / "forget.jsonl"),
+              "retain": {name: str(files / f"{name}.jsonl") for name in names}}
+    unseen, said = str(files / "retain_unseen.jsonl"), str(files / "retain_paraphrase.jsonl")
     tests = evaluation_sets.Tests(retain={"unseen": unseen, "said": said} if tested else {},
-                                  skills={"induction": str(world / "induction_eval.jsonl")})
+                                  skills={"induction": str(files / "induction_eval.jsonl")})
     task = files_task(inputs, tests, Settings(), 0)
     held = {name: task.sets.retain_extra[f"{VALIDATION}{name}"] for name in names}
     for name in names:  # a fifth is held back, and neither localization nor unlearning sees it
-        whole = sources(clue.read(world / f"{name}.jsonl"))
+        whole = sources(clue.read(files / f"{name}.jsonl"))
         seen, kept = sources(task.retain[name]), sources(held[name])
         assert seen | kept == whole and not seen & kept and 0.1 < len(kept) / len(whole) < 0.3
     extra = {name: sources(records) for name, records in task.sets.retain_extra.items() if not name.startswith(VALIDATION)}

@@ -177,6 +177,8 @@ def test_the_embedding_and_the_output_are_never_edited() -> None:
         assert edited(operate([chain], [alone], most=1).role) == [2]
         with pytest.raises(CircuitError, match="the output is reached without passing a node"):
             operate([alone], [alone])
+        with pytest.raises(CircuitError, match="with never node 1, node 2$"):
+            operate([chain], [alone], never=[1, 2])
 
 
 @pytest.mark.parametrize("within", ["nothing", "most", "budget", "pins"])
