@@ -107,6 +107,7 @@ def test_rows_columns_and_bias_match_the_dense_solve(make_plan: Any, roles: tupl
         assert step.shape == shape and step.dtype == torch.float32
         np.testing.assert_allclose(step.numpy().reshape(g.shape), dense(x, dy, g), rtol=2e-5, atol=1e-6)
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_transposed_weights_match_the_dense_solve(make_plan: Any) -> None:
