@@ -12,8 +12,9 @@ import pytest
 
 import clue
 from clue import compare as compare_module
+from clue import evaluation_sets
 from clue.cli import main
-from clue.compare import Row, Task, Tuning, compare
+from clue.compare import Row, Task, Tuning, compare, files_task, world_task
 from clue.config import Settings
 from clue.data.encoding import encode
 from clue.data.records import Record, RecordSet
@@ -43,13 +44,21 @@ def test_rows_are_named_as_they_are_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a small world, and a ``model`` that knows most of it."""
-    from clue.data.world import build_world, save_world, train_model
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a small world."""
+    from clue.data.world import build_world, save_world
 
     folder = tmp_path_factory.mktemp("world")
-    small = build_world(n_people=12, n_forget=2)
-    save_world(small, folder)
+    save_world(build_world(n_people=12, n_forget=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(files: Path) -> Path:
+    """The same, and a ``model`` that knows most of it."""
+    from clue.data.world import build_world, train_model
+
+    folder, small = files, build_world(n_people=12, n_forget=2)
     train_model(small, size="small", steps=120).save_pretrained(folder / "model")
     small.tokenizer.save_pretrained(folder / "model")
     return folder
@@ -73,6 +82,52 @@ def untimed(cell: dict[str, Any]) -> dict[str, Any]:
     """A cell without what differs between two equal runs."""
     points = [{k: v for k, v in p.items() if k != "cpu_seconds"} for p in cell["points"]]
     return {k: v for k, v in cell.items() if k not in ("peak_bytes", "localize_seconds")} | {"points": points}
+
+
+def sources(records: RecordSet) -> set[str]:
+    return {f"{record.prompt} {record.answer}" for record in records}
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_what_a_task_of_files_trains_on_chooses_by_and_is_read_on(files: Path, tested: bool) -> None:
+    names = ("retain", "induction_train")
+    inputs = {"model": str(files / "model"), "forget": str(files / "forget.jsonl"),
+              "retain": {name: str(files / f"{name}.jsonl") for name in names}}
+    unseen, said = str(files / "retain_unseen.jsonl"), str(files / "retain_paraphrase.jsonl")
+    tests = evaluation_sets.Tests(retain={"unseen": unseen, "said": said} if tested else {},
+                                  skills={"induction": str(files / "induction_eval.jsonl")})
+    task = files_task(inputs, tests, Settings(), 0)
+    held = {name: task.sets.retain_extra[f"{VALIDATION}{name}"] for name in names}
+    for name in names:  # a fifth is held back, and neither localization nor unlearning sees it
+        whole = sources(clue.read(files / f"{name}.jsonl"))
+        seen, kept = sources(task.retain[name]), sources(held[name])
+        assert seen | kept == whole and not seen & kept and 0.1 < len(kept) / len(whole) < 0.3
+    extra = {name: sources(records) for name, records in task.sets.retain_extra.items() if not name.startswith(VALIDATION)}
+    if tested:
+        assert sources(task.sets.retain) == sources(clue.read(unseen))
+        assert extra == {"retain_seen": sources(task.retain["retain"]), "said": sources(clue.read(said))}
+    else:  # without tests of its own: what was seen, and nothing that chooses
+        assert sources(task.sets.retain) == sources(task.retain["retain"]) and not extra
+    assert task.sha256.keys() >= {"forget", *names, "test induction"} and "test forget" not in task.sha256
+    if tested:  # a test of that name stays the user's
+        sets = files_task(inputs, replace(tests, retain={"unseen": unseen, "retain_seen": said}), Settings(), 0).sets
+        assert sources(sets.retain_extra["retain_seen"]) == extra["said"]
+
+
+def test_what_a_task_of_the_world_trains_on_chooses_by_and_is_read_on() -> None:
+    from clue.data.world import build_world
+
+    task, made = world_task("hard", 0, lambda line: None), build_world("hard", 0)
+    given = {"retain": made.retain, **made.skills_train}
+    assert task.retain.keys() == given.keys()
+    for name, records in given.items():
+        seen, kept = sources(task.retain[name]), sources(task.sets.retain_extra[f"{VALIDATION}{name}"])
+        assert seen | kept == sources(records) and not seen & kept
+    assert sources(task.sets.retain) == sources(made.retain_unseen)
+    assert not sources(task.sets.retain) & sources(made.retain)
+    assert sources(task.sets.retain_extra["retain_seen"]) == sources(task.retain["retain"])
+    assert sources(task.sets.retain_extra["retain_paraphrase"]) == sources(made.retain_paraphrase)
+    assert sources(task.forget) == sources(task.sets.forget) == sources(made.forget)
 
 
 @pytest.mark.slow

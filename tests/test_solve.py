@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,30 @@ def test_signals_and_limits_before_anything_is_known(tmp_path: Path, capsys: pyt
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "s UNKNOWN\n")
+
+
+def test_signals_are_left_as_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also after a refusal, before which nobody asked for the time left: the alarm would end a program that goes on."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
+    good, bad = tmp_path / "a.cnf", tmp_path / "b.cnf"
+    good.write_text("p cnf 1 1\n1 0\n")
+    bad.write_text("p cnf 1 1\n1\n")
+    assert solve(capsys, good, "--time-limit", "1e300")[0] == 10  # longer than any clock of the system runs
+    assert "the file ends within a clause" in failure(capsys, bad, "--time-limit", "1000")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == handlers
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_limit_holds_in_a_thread_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No signal goes there."""
+    _, hard, soft, weights = hitting_sets()
+    write_wcnf(tmp_path / "a.wcnf", WCNF.from_lists(hard, soft, weights))
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(main(["solve", str(tmp_path / "a.wcnf"), "--time-limit", "0.3"])),
+                              daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found == [10] and "s SATISFIABLE" in capsys.readouterr().out
 
 
 QUESTION = {"nodes": ["embed", "h0", "h1", "h2", "logits"],

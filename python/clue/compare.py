@@ -157,7 +157,7 @@ def files_task(inputs: Mapping[str, Any], tests: Any, settings: Settings, seed: 
     seen, held = validated({name: records for name, records in used.items() if name != "forget"}, seed)
     extra = {**sets.retain_extra, **held}
     first = next(iter(seen))
-    if tests.retain and "retain_seen" not in extra:
+    if tests.retain:
         extra = {"retain_seen": seen[first], **extra}
     retain = sets.retain if tests.retain else seen[first]  # without tests of its own: what was seen
     hashes = {name: records.sha256 for name, records in used.items()} | {

@@ -268,6 +268,13 @@ def test_mixed_precision_around_it_changes_nothing():
     np.testing.assert_array_equal(mixed.ns, plain.ns)
 
 
+def test_inference_mode_is_refused_before_anything_runs():
+    """Tensors of inference mode cannot be differentiated, and the error of torch would not say what to do."""
+    body = anatomy(tiny("llama"))
+    with torch.inference_mode(), pytest.raises(ModelError, match=r"inference_mode\(\) gives none: call this outside"):
+        attribute(body, PAIRS)
+
+
 def test_a_broken_anatomy_is_refused():
     """Swap two layers in the table: the books no longer balance."""
     body = anatomy(tiny("llama"))

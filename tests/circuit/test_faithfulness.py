@@ -13,6 +13,8 @@ from clue.circuit.attribution import attribute, graph_of
 from clue.circuit.confirmation import confirm
 from clue.circuit.faithfulness import (
     FRACTIONS,
+    SAMPLE,
+    Measured,
     Part,
     curve,
     evaluate_circuit,
@@ -160,11 +162,16 @@ def test_the_ranking_grows_through_the_edges_that_selection_keeps():
         assert set(order[:len(kept)].tolist()) == set(kept.tolist())
 
 
-@pytest.mark.parametrize("fractions", [(0.5,), (0.5, 0.2), (0.0, 1.0), (0.5, 1.5)])
+@pytest.mark.parametrize("fractions", [(0.5,), (0.5, 0.2), (0.5, 0.5), (0.0, 1.0), (0.5, 1.5)])
 def test_fractions_are_checked(fractions):
     body, scores = scored()
     with pytest.raises(CircuitError, match="at least two rising numbers"):
         curve(body, PAIRS, scores, fractions)
+
+
+def test_the_smallest_circuit_of_a_curve_has_an_edge():
+    body, scores = scored()
+    assert curve(body, PAIRS, scores, (1e-9, 1.0)).counts.tolist() == [1, int(scores.graph.residual_edges.sum())]
 
 
 # Minimality
@@ -251,6 +258,28 @@ def test_pairs_that_change_nothing_are_refused():
 def test_a_setting_that_does_not_exist_is_refused(run):
     with pytest.raises(ClueError, match="target = 'log' is not one of margin, logprob"):
         run(scored()[0], PAIRS, circuit_of(0.3), LocalizeSettings(target="log"))
+
+
+@pytest.mark.parametrize(("empty", "judged"), [(1.0 + 1e-5, True), (1.0 + 1e-7, False), (1.0, False)])
+def test_a_target_that_moves_a_little_can_be_judged_and_one_that_rounding_moves_cannot(empty, judged):
+    for scale in (1.0, 1e-9, -1e9):
+        full, none, half = (np.array([scale * value]) for value in (1.0, empty, (1.0 + empty) / 2))
+        found = Measured(full, none, half[None], half[None])
+        if judged:
+            assert found.faithfulness() == pytest.approx([0.5], abs=1e-6)
+        else:
+            with pytest.raises(CircuitError, match="on clean and on corrupted prompts"):
+                found.faithfulness()
+    with pytest.raises(CircuitError, match="0 on clean and on corrupted prompts"):
+        Measured(*np.zeros((2, 1)), *np.zeros((2, 1, 1))).faithfulness()
+
+
+def test_a_judge_looks_at_a_sample():
+    rows = [[1 + i % 5, 5, 7 + i % 3, 9] for i in range(SAMPLE + 9)]
+    pairs = make_pairs(rows, [[1, 8 + i % 3, 7, 9] for i in range(len(rows))], [3] * len(rows))
+    (body, _), circuit = scored(), circuit_of(0.3)
+    few, all_of_them = (evaluate_circuit(body, some, circuit).faithfulness for some in (sample(pairs), pairs))
+    assert judge(body, pairs)(circuit) == pytest.approx(few) != pytest.approx(all_of_them)
 
 
 def test_a_circuit_of_another_model_is_refused():

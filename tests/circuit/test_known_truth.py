@@ -14,12 +14,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from clue.circuit.attribution import Scores, attribute
-from clue.circuit.confirmation import confirm
+from clue.circuit.attribution import Scores, attribute, graph_of
+from clue.circuit.confirmation import MOST_INPUTS, confirm
+from clue.circuit.graph import Circuit
 from clue.circuit.selection import build_circuit
 from clue.config import LocalizeSettings
 from clue.model.anatomy import anatomy
-from clue.types import Gate, NodeKind
+from clue.types import Gate, NodeKind, Provenance
 from tests.circuit.test_attribution import make_pairs
 
 pytestmark = pytest.mark.usefixtures("in_double")
@@ -110,6 +111,71 @@ def test_flat_gates_get_their_label(name):
     heads = np.isin(circuit.src, [graph.node(NodeKind.HEAD, 0, h) for h in range(2)])
     assert set(circuit.gate[into & heads].tolist()) == {Gate[name.upper()]}
     assert (into & heads).sum() == 2
+
+
+def sum_model(heads: int, units: list[tuple[float, float]], beside: float = 0.0) -> LlamaForCausalLM:
+    """The margin is the sum of weight * relu(s - offset) over the units (weight, offset), s being how many heads copied
+    their bit, and ``beside`` more in the clean run, straight from the embedding."""
+    bits = range(3, 3 + heads)
+    model = blank_model(4 * heads, layers=1, heads=heads, d_head=2, d_mlp=2)
+    with torch.no_grad():
+        layer, embed = model.model.layers[0], model.model.embed_tokens.weight
+        for head, bit in enumerate(bits):
+            embed[ONES, bit] = 1.0
+            layer.self_attn.v_proj.weight[2 * head, bit] = 1.0
+            layer.self_attn.o_proj.weight[SUM, 2 * head] = 1.0
+        for unit, (weight, offset) in enumerate(units):
+            layer.mlp.gate_proj.weight[unit, SUM] = 1.0
+            layer.mlp.gate_proj.weight[unit, CONST] = -offset / BIG
+            layer.mlp.up_proj.weight[unit, CONST] = 1 / BIG
+            layer.mlp.down_proj.weight[OUT, unit] = weight
+        model.lm_head.weight[YES, OUT] = 1.0
+        model.lm_head.weight[YES, CONST] = -0.5 / BIG
+        model.lm_head.weight[YES, bits[0]] = beside
+        model.lm_head.weight[[ONES, ZEROS], CONST] = -9 / BIG
+    return model
+
+
+def confirmed_heads(model: LlamaForCausalLM, gate: Gate, ns: list[float], dn: list[float]) -> Circuit:
+    """The heads' edges into m0, said to be of one gate, after the test."""
+    by = {Gate.AND: Provenance.NOISING, Gate.OR: Provenance.DENOISING, Gate.ADDER: Provenance.BOTH}[gate]
+    body, n = anatomy(model), len(ns)
+    graph = graph_of(body)
+    src = np.array([graph.node(NodeKind.HEAD, 0, head) for head in range(n)], np.int32)
+    circuit = Circuit("x", graph, src, np.full(n, graph.mlp_reader(0), np.int32), np.full(n, gate, np.uint8),
+                      np.full(n, by, np.uint8), np.array(ns), np.array(dn))
+    return confirm(body, make_pairs([[ONES, YES]], [[ZEROS, YES]], [1]), circuit, LocalizeSettings(confirm=1))
+
+
+@pytest.mark.parametrize(("share", "gate"), [(0.77, Gate.AND), (0.73, Gate.ADDER), (0.27, Gate.ADDER), (0.23, Gate.OR)])
+def test_the_gates_part_halfway(in_double, share, gate):
+    """Two inputs, the first of which takes ``share`` of what both take."""
+    model = sum_model(2, [(1 - share, 0.0), (2 * share - 1, 1.0)])
+    for told in Gate:
+        found = confirmed_heads(model, told, [1.0, 2.0], [2.0, 1.0])
+        assert set(found.gate.tolist()) == {gate}
+        assert set((found.provenance & (Provenance.CONFIRMED | Provenance.CONTRADICTED)).tolist()) == {
+            Provenance.CONFIRMED if told == gate else Provenance.CONTRADICTED}
+
+
+@pytest.mark.parametrize(("beside", "told"), [(50.0, True), (200.0, False)])
+def test_what_moves_less_than_a_hundredth_of_the_target_says_nothing(in_double, beside, told):
+    """The AND of both heads moves the margin by 1, and ``beside`` moves on its own."""
+    found = confirmed_heads(sum_model(2, [(1.0, 1.0)], beside), Gate.OR, [0.0, 0.0], [1.0, 1.0])
+    assert set(found.gate.tolist()) == {Gate.AND if told else Gate.OR}
+
+
+@pytest.mark.parametrize("gate", [Gate.AND, Gate.OR, Gate.ADDER])
+def test_the_strongest_inputs_are_tested_and_all_of_the_group_patched(in_double, gate):
+    """Ten inputs: an OR dies with the last of all, not with the last of those that are tested."""
+    units = {Gate.AND: [(1.0, 9.0)], Gate.OR: [(1.0, 0.0), (-1.0, 1.0)], Gate.ADDER: [(0.1, 0.0)]}[gate]
+    strong, other = [1.0, 5.0, 3.0, 4.0, 9.0, 2.0, 6.0, 8.0, 7.0, 10.0], [1.0] * 10
+    # An ADDER is as strong as the stronger of its scores.
+    ns, dn = {Gate.AND: (strong, other), Gate.OR: (other, strong), Gate.ADDER: (other, strong)}[gate]
+    found = confirmed_heads(sum_model(10, units), gate, ns, dn)
+    assert set(found.gate.tolist()) == {gate}
+    tested = (found.provenance & Provenance.CONFIRMED) != 0
+    assert tested.tolist() == [strength > 2 for strength in strong] and tested.sum() == MOST_INPUTS
 
 
 def nested_model() -> LlamaForCausalLM:

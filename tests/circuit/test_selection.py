@@ -70,6 +70,29 @@ def test_every_edge_is_on_a_path_and_none_is_invented(seed, share, granularity):
         assert inside or (src, dst) in residual
         if why == Provenance.STRUCTURAL:
             assert inside
+    structural = circuit.provenance == Provenance.STRUCTURAL
+    assert set(circuit.gate[structural].tolist()) <= {Gate.AND}  # whatever a head or MLP is made of has to work
+    assert np.isnan(circuit.ns[structural]).all() and np.isnan(circuit.dn[structural]).all()
+
+
+@pytest.mark.parametrize("end", ["reader", "writer"])
+def test_neurons_of_an_mlp_wired_at_one_end_take_no_share(end):
+    """Of a quarter of the neurons, two, none is spent on the strongest ones, whose MLP leads nowhere."""
+    graph = Graph(2, 1, 1, 4, True)
+    alive = 0 if end == "reader" else 1  # m1 is read and not written, or m0 is written and not read
+    mlp_in, mlp = graph.mlp_reader(alive), graph.node(NodeKind.MLP, alive)
+    edges = np.zeros(graph.residual_edges.shape)
+    readers, writers = graph.readers.tolist(), graph.writers.tolist()
+    other = (0, readers.index(graph.mlp_reader(1))) if end == "reader" else (writers.index(graph.node(NodeKind.MLP, 0)), -1)
+    for u, v in ((0, readers.index(mlp_in)), (writers.index(mlp), -1), other):
+        edges[u, v] = 1.0
+    units = np.array([[4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 6.0, 5.0]])[::1 if alive == 0 else -1]
+    scores = Scores("people", graph, edges, edges, units, units, units, units, tokens=1, pairs=1, informative=1, gap_ns=0,
+                    gap_dn=0)
+    for share, kept in ((0.25, 2), (1e-6, 1)):  # and never fewer than one
+        circuit = build_circuit(scores, LocalizeSettings(edges=3 / graph.residual_edges.sum(), neurons=share))
+        found = circuit.src[graph.kind[circuit.src] == NodeKind.NEURON]
+        assert [graph.name(node) for node in found] == [f"m{alive}.n{i}" for i in range(kept)]
 
 
 def test_a_lone_gate_keeps_its_label():
@@ -101,7 +124,9 @@ def test_size_is_the_share_of_all_edges_counted_once():
 def test_ties_go_to_the_lower_index_and_noise_in_the_last_bits_does_not_decide():
     allowed = np.ones((1, 4), dtype=bool)
     scores = np.array([[1.0, 0.5, 0.5 + 1e-12, 0.0]])
-    assert top(scores, allowed, 2).tolist() == [[True, True, False, False]]
+    for scale in (1.0, 1e-12, 1e12):
+        assert top(scale * scores, allowed, 2).tolist() == [[True, True, False, False]]
+    assert top(scores * [1, 1, 1 + 1e-6, 1], allowed, 2).tolist() == [[True, False, True, False]]
     assert top(scores, allowed, 4).tolist() == [[True, True, True, False]]  # a zero score is no evidence
 
 
@@ -172,6 +197,28 @@ def test_a_target_that_all_edges_miss_and_fewer_reach(granularity):
     reached = iter(range(100))
     with pytest.raises(CircuitError, match=r"of \d+ numbers of edges the best, \d+ of \d+, reaches a faithfulness of 0\.4"):
         build_circuit(scores, settings, faithful=lambda circuit: 0.4 - next(reached) / 1000)
+
+
+def test_the_bisection_begins_above_the_numbers_that_missed():
+    scores, asked = make_scores(0), []
+    available = int(scores.graph.residual_edges.sum())
+    settings = LocalizeSettings(faithfulness=0.5, granularity="block")
+    sizes = [len(build_circuit(scores, replace(settings, faithfulness=0.0, edges=count / available)))
+             for count in range(1, available + 1)]
+
+    def faithful(circuit: Circuit) -> float:
+        asked.append(len(circuit))
+        return 0.6 if sizes[available // 2] <= len(circuit) < sizes[-1] else 0.4
+
+    build_circuit(scores, settings, faithful=faithful)
+    first = next(i for i, size in enumerate(asked) if size >= sizes[available // 2] and i > 0)
+    assert len(asked) > first + 1 and min(asked[first:]) > asked[first - 1]
+
+
+def test_a_circuit_without_edges_is_never_the_answer():
+    settings = LocalizeSettings(faithfulness=0.5, granularity="block")
+    for seed in range(5):
+        assert len(build_circuit(make_scores(seed), settings, faithful=lambda circuit: 1.0)) > 0
 
 
 def test_rounding_does_not_keep_the_whole_model_from_its_target():

@@ -199,6 +199,21 @@ def test_refusals() -> None:
     ]:
         with pytest.raises(CircuitError, match=text):
             Explainer([forget], [retain], **options)
+    found = assign([forget], [retain])
+    role, inside = found.role.copy(), int(np.flatnonzero(found.role == Role.CONFLICT)[0])
+    role[inside] = Role.RETAIN
+    told = {"role": role, "cost": found.cost + 1}
+    for works in ("retain_works", "forget_works"):  # of another circuit: this node is in none
+        told[works] = getattr(found, works).copy()
+        outside = np.flatnonzero(found.role != Role.CONFLICT)
+        told[works][outside[getattr(found, works)[outside] >= 0][-1]] = -1
+    for name, value in told.items():
+        with pytest.raises(CircuitError, match="does not belong"):
+            Explainer([forget], [retain], assignment=replace(found, **{name: value}))
+    longer = {name: np.append(getattr(found, name), getattr(found, name)[-1]) for name in ("role", "retain_works",
+                                                                                          "forget_works")}
+    with pytest.raises(CircuitError, match="does not belong"):
+        Explainer([forget], [retain], assignment=replace(found, **longer))
     with pytest.raises(CircuitError, match="node: there is no node 'x'"):
         explain([forget], [retain], "x")
     assert BACKBONE.index("every") == 2

@@ -33,6 +33,12 @@ def test_a_question_is_read_whole(tmp_path: Path) -> None:
     assert found.cost == 1
 
 
+def test_weights_may_be_anything_below_the_limit_and_the_ends_are_never_editable() -> None:
+    question = read_question("q.json", GOOD | {"weights": {"a": 0, "b": 2**62 - 1}, "editable": ["in", "b", "out"]})
+    assert question.weights.tolist() == [1, 0, 2**62 - 1, 1]
+    assert question.graph.editable.tolist() == [0, 0, 1, 0]
+
+
 @pytest.mark.parametrize(("change", "text"), [
     ({"nodes": None}, "'nodes' must list at least two names"),
     ({"nodes": ["in"]}, "'nodes' must list at least two names"),
@@ -46,6 +52,8 @@ def test_a_question_is_read_whole(tmp_path: Path) -> None:
     ({"weights": {"a": -1}}, "weights: a must have an integer"),
     ({"weights": {"a": 1.5}}, "weights: a must have an integer"),
     ({"weights": {"a": float("nan")}}, "weights: a must have an integer"),
+    ({"weights": {"a": True}}, "weights: a must have an integer"),
+    ({"weights": {"a": 2**62}}, "weights: a must have an integer"),
     ({"weights": {"a": 2**70}}, "weights: a must have an integer"),
     ({"forget": []}, "'forget' must give at least one circuit"),
     ({"retain": {"r": 3}}, "retain r: expected a list of edges"),

@@ -152,6 +152,33 @@ def test_hard_questions_and_limits_of_time() -> None:
     found = operate([forget], [retain], time_limit=0.5)
     assert not found.optimal and 0 < found.lower_bound < found.cost <= 120
     assert found.forget_works[-1] == 0 and found.retain_works[-1] == 1
+    # Where edits weigh nothing an edit set is found at once, and how few would do is left open.
+    with pytest.raises(CircuitError, match=r"at most 1 edited nodes: it takes at least \d+$"):
+        operate([forget], [retain], weights=np.zeros(forget.graph.n_nodes, np.int64), most=1, time_limit=1)
+
+
+def test_what_is_proven_when_the_time_is_up() -> None:
+    """Proven are levels 1 and 2, the conflicts and the edits, or also the other levels, and then there is one answer."""
+    forget, retain = hitting_set()
+    n = forget.graph.n_nodes
+    apart = circuit(forget.graph, [(0, n - 1, Gate.AND)])  # forgetting costs no conflict, but many edits
+    found = operate([forget], [apart], time_limit=0.5)
+    assert found.cost == found.lower_bound == 0 and not found.optimal and not found.statistics["unique"]
+    # All edits weigh nothing: what is left to prove is the risk.
+    found = operate([forget], [retain], weights=np.zeros(n, np.int64), retain_score=np.ones(n), time_limit=0.5)
+    assert found.cost == 0 and found.optimal and not found.statistics["unique"]
+
+
+def test_the_embedding_and_the_output_are_never_edited() -> None:
+    for editable in ([0, 1, 1, 0], [1, 1, 1, 1]):
+        graph = Nodes(4, np.array(editable, bool))
+        chain, alone = (circuit(graph, edges) for edges in (
+            [(0, 1, Gate.AND), (1, 2, Gate.AND), (2, 3, Gate.AND)], [(0, 3, Gate.AND)]))
+        assert edited(operate([chain], [alone], most=1).role) == [2]
+        with pytest.raises(CircuitError, match="the output is reached without passing a node"):
+            operate([alone], [alone])
+        with pytest.raises(CircuitError, match="with never node 1, node 2$"):
+            operate([chain], [alone], never=[1, 2])
 
 
 @pytest.mark.parametrize("within", ["nothing", "most", "budget", "pins"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, replace
 from functools import cache
 
@@ -11,7 +12,7 @@ import torch
 
 from clue.circuit.attribution import graph_of
 from clue.circuit.target import Prompts
-from clue.errors import CircuitError
+from clue.errors import CircuitError, ModelError
 from clue.model import patching
 from clue.model.anatomy import anatomy
 from clue.model.experts import Routed
@@ -162,12 +163,23 @@ def test_coarser_dtypes_stay_exact_at_the_ends_and_near_between(name, dtype):
     coarse = anatomy(tiny(name).to(dtype))
     other = record(coarse, CORRUPTED, *EVERYTHING)
     none = np.zeros(graph.residual_edges.shape, dtype=bool)
+    assert other.logits.dtype == torch.float32  # what is computed of them is not to be rounded again
     assert torch.equal(patched(coarse, CLEAN, *EVERYTHING, other, ~none), other.logits)
     assert torch.equal(patched(coarse, CLEAN, *EVERYTHING, other, none), record(coarse, CLEAN, *EVERYTHING).logits)
     with InDouble():
         want = patched(body, CLEAN, *EVERYTHING, corrupted, some, units)
     found = patched(coarse, CLEAN, *EVERYTHING, other, some, units).double()
     assert (found - want).norm() < (1e-4 if dtype == torch.float32 else 0.1) * want.norm()
+
+
+@pytest.mark.parametrize("path", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "mlp"])
+def test_what_the_model_does_not_compute_with_is_an_error(path):
+    """A module of one layer is another one than when the model was bound: nothing passes through the old one."""
+    model = tiny("llama")
+    body = anatomy(model)
+    model.model.layers[1].set_submodule(path, copy.deepcopy(model.model.layers[1].get_submodule(path)))
+    with pytest.raises(ModelError, match="1 of 2 layers passed through the modules that the llama entry names"):
+        record(body, CLEAN, *EVERYTHING)
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error():

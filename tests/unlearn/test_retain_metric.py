@@ -107,6 +107,7 @@ def test_rows_columns_and_bias_match_the_dense_solve(make_plan: Any, roles: tupl
         assert step.shape == shape and step.dtype == torch.float32
         np.testing.assert_allclose(step.numpy().reshape(g.shape), dense(x, dy, g), rtol=2e-5, atol=1e-6)
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_transposed_weights_match_the_dense_solve(make_plan: Any) -> None:
@@ -177,6 +178,36 @@ def test_shared_inputs_give_what_each_layer_alone_would(make_model: Any, make_pl
         alone = make_plan(model, {name: (0, {Role.CONFLICT: [0, 3, 5]})})
         expected = RetainMetric.measure(model, alone, batches, damping=DAMPING).precondition(name, g)
         torch.testing.assert_close(metric.precondition(name, g), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_are_planned_in_part_are_kept_apart(make_model: Any, make_plan: Any) -> None:
+    """Columns of q and rows of k and v: one of the three reads some channels of what the others read whole."""
+    model, layer = make_model(), "model.layers.0.self_attn."
+    batches = [Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+               for ids in (torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0)),)]
+    for columns in ("q_proj", "k_proj", "v_proj"):
+        slices = {f"{layer}{part}.weight": (int(part == columns), {Role.CONFLICT: [0, 3, 5]})
+                  for part in ("q_proj", "k_proj", "v_proj")}
+        metric = RetainMetric.measure(model, make_plan(model, slices), batches, damping=DAMPING)
+        for name, one in slices.items():
+            shape = model.get_parameter(name).shape
+            g = torch.randn((shape[0], 3) if one[0] else (3, shape[1]), generator=torch.Generator().manual_seed(1))
+            expected = RetainMetric.measure(model, make_plan(model, {name: one}), batches, damping=DAMPING)
+            torch.testing.assert_close(metric.precondition(name, g), expected.precondition(name, g), rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_are_shared_are_held_once_and_half_gradients_come_back_half(make_model: Any, make_plan: Any) -> None:
+    model = make_model()
+    ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    parts = [f"model.layers.0.self_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj")]
+    plan = make_plan(model, {name: (0, {Role.CONFLICT: [0, 3, 5]}) for name in parts})
+    with torch.no_grad():  # as evaluation around it may have it
+        metric = RetainMetric.measure(model, plan, [Batch(ids, torch.ones_like(ids), ids)], damping=DAMPING)
+    assert metric.bytes() == 4 * (32 * 32 + 3 * 3 * 3)  # what all three read, and what each writes
+    g = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    step = metric.precondition(parts[0], g)
+    assert step.dtype == torch.bfloat16
+    torch.testing.assert_close(step, metric.precondition(parts[0], g.float()).bfloat16())
 
 
 def test_directions_retention_never_uses_are_kept(make_plan: Any) -> None:

@@ -18,9 +18,10 @@ from clue.model.answers import answer_logits
 from clue.plan import Plan, Slice
 from clue.types import Role
 from clue.unlearn import OBJECTIVES, Answers, Objective, unlearn
-from clue.unlearn.objectives import answer_log_probs, answer_rows, gradient_ascent, refusal
+from clue.unlearn.objectives import answer_log_probs, answer_rows, gradient_ascent, objective_of, refusal
 from clue.unlearn.reference import ReferenceWeights
 from clue.unlearn.refusals import REFUSALS, refuse
+from clue.unlearn.role_gradient import RoleGradient
 from clue.weights import part_name
 from tests.families import tiny
 
@@ -126,6 +127,19 @@ def test_reference_quantities_are_those_of_the_model_before(make_model: Any, mix
             objective=Objective(forget, retain, reference=True, refusals=True, forget_logits=True, retain_logits=True))
     assert seen == 4
     assert not torch.allclose(log_p(model, tokenizer, sets["forget"]), wanted[0], atol=0.01)
+
+
+@pytest.mark.parametrize(("rounding", "dtype"), [("nearest", torch.float32), ("stochastic", torch.bfloat16)])
+def test_gradients_are_as_coarse_as_the_weights_where_these_are_rounded(make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                                                       sets: Any, rounding: str, dtype: torch.dtype) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    plan, settings = mixed_plan(model), UnlearnSettings(rounding=rounding, floor=0.0)
+    roles = (Role.FORGET, Role.CONFLICT)
+    step = RoleGradient(model, plan, roles, objective_of("graddiff"), settings, None, ReferenceWeights(model, plan), 0, 0)
+    with step.sparse:
+        _, gradients = step(encode(sets["forget"], tokenizer), None, encode(sets["retain"], tokenizer), 1.0)
+    assert {gradient.dtype for gradient in gradients.values()} == {dtype}
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
 
 
 def test_the_weights_before_come_and_go_bit_by_bit(make_model: Any, mixed_plan: Any, bits: Any) -> None:

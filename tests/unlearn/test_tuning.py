@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue.config import UnlearnSettings
+from clue.data.encoding import encode
 from clue.data.held_back import hold_back
 from clue.data.records import Record, RecordSet
 from clue.errors import ModelError, RunError
 from clue.unlearn import UnlearnLog, tune, unlearn
-from clue.unlearn.tuning import FACTOR, LEAST, NOTES, Trial, search
+from clue.unlearn.tuning import FACTOR, LEAST, NOTES, Trial, Tuning, search
 
 QUICK = UnlearnSettings(objective="graddiff", lr=0.0, trials=3, steps=6, batch_size=2, warmup=0, floor=0.9, metric_every=0)
 
@@ -70,6 +71,48 @@ def test_a_trial_says_whether_it_got_to_the_strangers(make_model: Any, mixed_pla
         assert found.settings.objective == "npo-stranger"
         assert [trial.at_goal for trial in found.trials] == [near == 100.0]
         assert found.to_json()["trials"][0]["at_goal"] == (near == 100.0)
+
+
+def test_a_trial_that_diverged_is_never_the_best() -> None:
+    def attempt(lr: float, retain_weight: float) -> Trial:
+        if lr > 1e-3:
+            return Trial(lr, retain_weight, 0, -1.0, 0.0)
+        return Trial(lr, retain_weight, 10, 0.5, 0.1, at_goal=False)  # on the way to the strangers
+
+    best = search(attempt, 1e-3, 1.0, 4, 10, lambda trial: False)
+    assert best is not None and best.forgotten == 0.5
+
+
+def test_what_was_kept_is_told_of_the_trial_that_was_chosen() -> None:
+    trials = (Trial(1e-3, 1.0, 5, 1.0, 0.7), Trial(1e-3, 3.0, 5, 1.0, 0.8), Trial(4e-3, 1.0, 5, 1.0, 0.6))
+    for lr, weight, kept in ((1e-3, 3.0, 0.8), (4e-3, 1.0, 0.6), (1e-3, 1.0, 0.7)):
+        settings = replace(QUICK, lr=lr, retain_weight=weight)
+        assert Tuning(settings, trials, 0.9).to_json()["kept"] == kept
+    assert Tuning(QUICK, (), math.nan).to_json() == {"lr": 0.0, "retain_weight": 1.0, "steps": 6, "before": None, "kept": None,
+                                                     "trials": []}
+
+
+def test_what_is_kept_is_read_on_the_records_held_back(make_model: Any, mixed_plan: Any, tokenizer: Any, sets: Any) -> None:
+    """The mean over the sets of the mean answer probability, without dropout, whatever mode the model is in."""
+    words = [w for w in tokenizer.get_vocab() if not w.startswith("<")]
+    retain = {name: RecordSet(name, tuple(Record(f"{w} {name}", f"{w} {words[-1 - i]}") for i, w in enumerate(words[:count])))
+              for name, count in (("what", 18), ("does", 5))}
+    model = make_model(attention_dropout=0.5).train()
+    found = tune(model, tokenizer, sets["forget"], retain, mixed_plan(model), replace(QUICK, trials=0), seed=2)
+    held = hold_back(retain, 2)[1]
+    assert [len(records) for records in held.values()] == [4, 1]
+    model.eval()
+    means = []
+    for records in held.values():
+        values = []
+        for example in encode(records, tokenizer):
+            ids = torch.tensor(example.input_ids)
+            start = example.answer_start
+            with torch.no_grad():
+                log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+            values.append(float(log_p[start - 1:].mean().exp()))
+        means.append(sum(values) / len(values))
+    assert found.before == pytest.approx(sum(means) / 2, rel=1e-5)
 
 
 def test_no_trials_are_none() -> None:

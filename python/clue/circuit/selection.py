@@ -89,7 +89,7 @@ def build_circuit(scores: Scores, settings: LocalizeSettings, *,
         count = _least(low, high, reaches)
         return replace(cut(count), faithfulness=found[count])
 
-    wanted = max(1, round(settings.edges * available))
+    wanted = round(settings.edges * available)
     circuit = cut(wanted)
     if not len(circuit):
         circuit = cut(_least(wanted, available, lambda count: len(cut(count)) > 0))

@@ -144,12 +144,15 @@ class Explainer:
         self.assignment = assignment
         self._dying, self._working = groups(forget, retain=False), groups(retain, retain=True)
         both = self._question["editable"].astype(bool) & self._dying.member & self._working.member
+        wrong = CircuitError("the assignment does not belong to these circuits and weights")
+        if {len(part) for part in (assignment.role, assignment.retain_works, assignment.forget_works)} != {len(both)}:
+            raise wrong
         conflict = both & (assignment.retain_works == 1) & (assignment.forget_works == 0)
-        if (len(assignment.role) != self._graph.n_nodes or np.any((assignment.forget_works < 0) == self._dying.member)
+        if (np.any((assignment.forget_works < 0) == self._dying.member)
                 or np.any((assignment.retain_works < 0) == self._working.member)
                 or np.any(conflict != (assignment.role == Role.CONFLICT))
                 or assignment.cost != int(self._question["weights"][conflict].sum())):
-            raise CircuitError("the assignment does not belong to these circuits and weights")
+            raise wrong
         self._both = both
 
     def explain(self, node: int | str) -> Explanation:
@@ -177,8 +180,7 @@ class Explainer:
         if not self._question["editable"][node] or node in (0, self._graph.n_nodes - 1):
             return False
         in_forget, in_retain = bool(self._dying.member[node]), bool(self._working.member[node])
-        return {Role.FORGET: in_forget, Role.RETAIN: in_retain, Role.CONFLICT: in_forget and in_retain,
-                Role.FREE: in_forget or in_retain}[role]
+        return {Role.FORGET: in_forget, Role.RETAIN: in_retain, Role.CONFLICT: in_forget and in_retain, Role.FREE: True}[role]
 
     def what_if(self, node: int, role: Role) -> WhatIf:
         """The best assignment in which the node has another role.

@@ -95,7 +95,7 @@ class Groups:
         n = len(self.member)
         reached, through = np.zeros(n, dtype=bool), np.full(n, -1)
         sizes = np.diff(self.start)
-        known = np.flatnonzero((self.all_inputs | (sizes == 1)) & ~self.satisfied & (sizes > 0))
+        known = np.flatnonzero((self.all_inputs | (sizes == 1)) & ~self.satisfied)
         first = np.searchsorted(self.receiver[known], np.arange(n + 1))
         front = np.array([n - 1])
         reached[front] = True
@@ -110,10 +110,9 @@ class Groups:
         return reached, through
 
     def sources(self) -> npt.NDArray[np.bool_]:
-        """bool [nodes]: members that no group enters, so that nothing stops them but an edit; never the embedding."""
+        """bool [nodes]: members that no group enters, so that nothing stops them but an edit."""
         found = self.member.copy()
         found[self.receiver] = False
-        found[0] = False
         return found
 
     def clauses(self, x: Ids, *, semantics: str = "support", selector: Ids | None = None,

@@ -112,7 +112,7 @@ def read_question(path: str | os.PathLike[str], data: Any = None) -> Question:
         for name, node in zip(data["weights"], ids(data["weights"], "weights"), strict=True):
             weight = data["weights"][name]
             if type(weight) is not int or not 0 <= weight < 2**62:
-                refuse(f"weights: {name} must have an integer in 0 .. 2^62, not {weight!r}")
+                refuse(f"weights: {name} must have an integer in 0 .. 2^62 - 1, not {weight!r}")
             weights[node] = weight
     graph = NamedNodes(tuple(nodes), editable)
     sides = {}

@@ -102,7 +102,7 @@ class Factor:
             product = vectors.T @ vectors
         else:
             if self._random is None:
-                self._random = _orthonormal(self.width, min(self.width, self._rank + _MORE), vectors.dtype, vectors.device)
+                self._random = _orthonormal(self.width, self._rank + _MORE, vectors.dtype, vectors.device)
                 self._trace = torch.zeros((), dtype=torch.float64, device=vectors.device)
             product = vectors.T @ (vectors @ self._random)
             assert self._trace is not None
@@ -147,7 +147,7 @@ class Factor:
 
 @lru_cache(maxsize=4)  # factors of one width share it
 def _orthonormal(width: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[width, columns], the same ones always: orthonormal, since that loses the fewest digits."""
+    """[width, columns or width, if that is less], the same ones always: orthonormal, since that loses the fewest digits."""
     generator = torch.Generator().manual_seed(_SEED)
     found = torch.linalg.qr(torch.randn(width, columns, generator=generator, dtype=torch.float64)).Q
     return found.to(device, dtype)

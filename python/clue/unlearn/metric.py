@@ -121,7 +121,6 @@ class RetainMetric:
             try:
                 for batch, counts in _shared_out(batches):
                     tokens[:] = [batch.attention_mask.bool() & counts]
-                    previous.clear()
                     log_p, _ = answer_log_probs(*answer_logits(model, batch))
                     (-log_p.sum()).backward()  # type: ignore[no-untyped-call]
             finally:
