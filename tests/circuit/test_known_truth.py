@@ -15,8 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clue.circuit.attribution import Scores, attribute, graph_of
-from clue.circuit.confirmation import MOST_INPUTS, confirm
-from clue.circuit.graph import Circuit
+from clue.circuit.confirmation import MOST_INPUTS, confirm, satisfying
+from clue.circuit.graph import Circuit, Graph
 from clue.circuit.selection import build_circuit
 from clue.config import LocalizeSettings
 from clue.model.anatomy import anatomy
@@ -205,44 +205,73 @@ def nested_model() -> LlamaForCausalLM:
     return model
 
 
-def gate_of_gates(outer: str, inner: str) -> LlamaForCausalLM:
-    """OUTER(INNER(a, b), INNER(c, d)): four heads copy a bit each, m0 and m1 are the inner gates and m2 is the outer one."""
-    model = blank_model(12, layers=3, heads=4, d_head=2, d_mlp=2)
-    bits, heads, write = (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11)
-    read = (heads[:2], heads[2:], write[:2])
-    constants = [GATES[inner][1], GATES[inner][1], GATES[outer][1]]
+def planted(gates: tuple[tuple[str, tuple[str, str]], ...], bits: int) -> LlamaForCausalLM:
+    """A formula: layer by layer a gate (m0, m1, ...) and its two inputs, each the head of a bit (h0, h1, ...) or a gate."""
+    first, width = 1 + bits, 1 + 2 * bits + len(gates)
+    model = blank_model(width + -width % bits, layers=len(gates), heads=bits, d_head=2, d_mlp=2)
+    channels = {f"h{bit}": first + bit for bit in range(bits)}
+    constants = dict.fromkeys(channels, 0.0)  # of which the channels are short
     with torch.no_grad():
         embed, attention = model.model.embed_tokens.weight, model.model.layers[0].self_attn
-        for head, bit in enumerate(bits):
-            embed[ONES, bit] = 1.0
-            attention.v_proj.weight[2 * head, bit] = 1.0
-            attention.o_proj.weight[heads[head], 2 * head] = 1.0
-        for layer, name in enumerate((inner, inner, outer)):
-            mlp, ((slope, shift, weight),) = model.model.layers[layer].mlp, GATES[name][0]
-            before = 2 * constants[0] if layer == 2 else 0.0  # of which the channels read are short
-            mlp.gate_proj.weight[0, list(read[layer])] = slope
-            mlp.gate_proj.weight[0, CONST] = (shift + slope * before) / BIG
+        for bit in range(bits):
+            embed[ONES, 1 + bit] = 1.0
+            attention.v_proj.weight[2 * bit, 1 + bit] = 1.0
+            attention.o_proj.weight[first + bit, 2 * bit] = 1.0
+        for layer, (name, inputs) in enumerate(gates):
+            mlp, ((slope, shift, weight),), written = model.model.layers[layer].mlp, GATES[name][0], first + bits + layer
+            mlp.gate_proj.weight[0, [channels[one] for one in inputs]] = slope
+            mlp.gate_proj.weight[0, CONST] = (shift + slope * sum(constants[one] for one in inputs)) / BIG
             mlp.up_proj.weight[0, CONST] = 1 / BIG
-            mlp.down_proj.weight[write[layer], 0] = weight
-        model.lm_head.weight[YES, write[2]] = 1.0
-        model.lm_head.weight[YES, CONST] = (constants[2] - 0.5) / BIG
+            mlp.down_proj.weight[written, 0] = weight
+            channels[f"m{layer}"], constants[f"m{layer}"] = written, GATES[name][1]
+        model.lm_head.weight[YES, written] = 1.0
+        model.lm_head.weight[YES, CONST] = (constants[f"m{len(gates) - 1}"] - 0.5) / BIG
         model.lm_head.weight[[ONES, ZEROS], CONST] = -9 / BIG
     return model
+
+
+def gates_seen(gates: tuple[tuple[str, tuple[str, str]], ...], bits: int, granularity: str) -> list[tuple[str, bool]]:
+    """For each input of each gate of a formula, the gate that patching sees and whether it saw it."""
+    body, pairs = anatomy(planted(gates, bits)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1])
+    settings = LocalizeSettings(edges=1.0, neurons=1.0, path_steps=16, granularity=granularity)
+    circuit = build_circuit(cleaned(attribute(body, pairs, settings)), settings)
+    confirmed = confirm(body, pairs, circuit, replace(settings, confirm=9))
+    graph, found = circuit.graph, []
+    for layer, (_, inputs) in enumerate(gates):
+        for one in inputs:
+            edge, = np.flatnonzero((confirmed.src == graph.names.index(one if one[0] == "m" else f"a0.{one}"))
+                                   & (confirmed.dst == graph.mlp_reader(layer)))
+            seen = confirmed.provenance[edge] & (Provenance.CONFIRMED | Provenance.CONTRADICTED)
+            found.append((Gate(confirmed.gate[edge]).name.lower(), bool(seen)))
+    return found
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("or", "and"), ("and", "or"), ("or", "or"), ("and", "and")])
 def test_patching_tells_the_gate_of_gates(in_double, outer, inner):
     """Between the prompts both directions see a gate whose inputs are gates: an ADDER, until its inputs are patched."""
-    body, pairs = anatomy(gate_of_gates(outer, inner)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1])
-    settings = LocalizeSettings(edges=1.0, neurons=1.0, path_steps=16, granularity="block")
-    circuit = build_circuit(cleaned(attribute(body, pairs, settings)), settings)
-    confirmed = confirm(body, pairs, circuit, replace(settings, confirm=9))
-    names = circuit.graph.names
-    gates = {f"{names[u]}->{names[v]}": Gate(gate).name.lower()
-             for u, v, gate in zip(confirmed.src, confirmed.dst, confirmed.gate, strict=True)}
-    for edge, gate in (("a0.h0->m0", inner), ("a0.h1->m0", inner), ("a0.h2->m1", inner), ("a0.h3->m1", inner),
-                       ("m0->m2", outer), ("m1->m2", outer)):
-        assert gates[edge] == gate, edge
+    gates = ((inner, ("h0", "h1")), (inner, ("h2", "h3")), (outer, ("m0", "m1")))
+    assert gates_seen(gates, 4, "block") == [(inner, True)] * 4 + [(outer, True)] * 2
+
+
+@pytest.mark.parametrize("granularity", ["block", "neuron"])
+@pytest.mark.parametrize("names", [("or", "and", "or"), ("and", "or", "and"), ("and", "and", "or")])
+def test_patching_tells_a_gate_behind_which_an_or_works_without_it(in_double, names, granularity):
+    """In OR(AND(OR(a, b), c), d) nothing moves for a, b or c while d is there, and the AND's inputs are labelled OR."""
+    gates = tuple((name, (f"m{layer - 1}" if layer else "h0", f"h{layer + 1}")) for layer, name in enumerate(names))
+    assert gates_seen(gates, len(names) + 1, granularity) == [(name, True) for name in names for _ in range(2)]
+
+
+def test_what_is_patched_around_a_gate_are_the_other_inputs_of_the_ors_behind_it():
+    graph = Graph(n_layers=3, n_heads=2, n_kv_heads=2, d_mlp=0, neurons=False)
+    told = {"a0.h0->m0": Gate.OR, "a0.h1->m0": Gate.OR,  # the gate
+            "m0->m1": Gate.OR, "a0.h0->m1": Gate.OR, "a0.h1->m1": Gate.AND,
+            "m0->m2": Gate.OR, "m1->m2": Gate.OR, "a1.h0->m2": Gate.OR,
+            "m2->logits": Gate.ADDER, "a1.h0->logits": Gate.OR, "a1.h1->logits": Gate.OR}  # which ask for m2 as well
+    src, dst = (np.array([graph.names.index(edge.split("->")[end]) for edge in told], dtype=np.int32) for end in (0, 1))
+    gate, none = np.array(list(told.values()), dtype=np.uint8), np.zeros(len(told))
+    circuit = Circuit("hand-made", graph, src, dst, gate, np.ones_like(gate), none, none)
+    found = satisfying(circuit, gate, graph.mlp_reader(0))
+    assert [list(told)[edge] for edge in found] == ["a0.h0->m1", "a1.h0->m2"]
 
 
 @pytest.mark.parametrize("steps", [2, 16])

@@ -11,6 +11,11 @@ An AND dies with its first input (last = 0), an OR with its last only (first = 0
 With two inputs these are runs with one and with two inputs patched: (first + first') / (loss with both) is 2 for AND, 1
 for ADDER and 0 for OR, and the bounds between them are halfway, at first / (first + last) = 3/4 and 1/4.
 
+None of this moves the target where an OR further on works by another input, as for OR(a, b) in
+OR(AND(OR(a, b), c), d). A gate shows at the output if the ANDs on its way have their other inputs and the ORs have not.
+So groups that move nothing are tested once more while the other inputs of the ORs behind them are patched throughout,
+and again whenever a gate behind them turns out to be another one.
+
 Nothing is silently relabelled: found-by bits stay, and ``CONFIRMED`` or ``CONTRADICTED`` is added.
 """
 
@@ -25,7 +30,7 @@ import numpy.typing as npt
 from ..config import LocalizeSettings, check
 from ..types import Gate, NodeKind, Provenance
 from .faithfulness import SAMPLE, Part, measure, places, sample
-from .graph import Circuit
+from .graph import Circuit, Floats, reached
 
 if TYPE_CHECKING:
     from ..data.pairs import Pairs
@@ -57,7 +62,8 @@ def confirm(body: Anatomy, pairs: Pairs, circuit: Circuit,
     the largest score of their edges in the direction that found them.
 
     Costs, on at most :data:`clue.circuit.faithfulness.SAMPLE` pairs, two forward passes and at most
-    2 * :data:`MOST_INPUTS` + 1 patched ones per group; a receiver has at most three groups.
+    2 * :data:`MOST_INPUTS` + 1 patched ones per group; a receiver has at most three groups. Groups behind which an OR
+    works without them cost this and one more pass again, for each gate on their way that has to be seen first at most.
 
     Args:
         body, pairs: what the circuit was found on.
@@ -73,30 +79,54 @@ def confirm(body: Anatomy, pairs: Pairs, circuit: Circuit,
     groups = _groups(circuit, settings.confirm)
     if not groups:
         return circuit
-    cuts: dict[bytes, npt.NDArray[np.intp]] = {}
-
-    def number(edges: npt.NDArray[np.intp]) -> int:
-        """The number of the run with these edges patched; equal sets share a run."""
-        key = np.sort(edges).tobytes()
-        cuts.setdefault(key, edges)
-        return list(cuts).index(key)
-
-    runs = [[(number(np.array([edge])), number(np.setdiff1d(group.edges, [edge])), number(group.edges))
-             for edge in group.tested] for group in groups]
-    patched_sets = list(cuts.values())
-    found = measure(body, sample(pairs, SAMPLE), len(patched_sets), lambda i: _without(circuit, patched_sets[i]), settings)
-    target = found.faithfulness()  # 1 is the whole model, 0 the corrupted run
     gate, provenance = circuit.gate.copy(), circuit.provenance.copy()
-    for group, triples in zip(groups, runs, strict=True):
-        for edge, (alone, others, everything) in zip(group.tested, triples, strict=True):
-            first, last = abs(1 - target[alone]), abs(target[others] - target[everything])
-            if first + last < NOTICEABLE:
+    few, nothing = sample(pairs, SAMPLE), np.zeros(0, dtype=np.intp)
+    tested = [(group, nothing) for group in groups]  # with what is patched around them
+    while tested:
+        unmoved = []
+        for (group, around), moved in zip(tested, _moved(body, few, circuit, tested, settings), strict=True):
+            first, last = moved
+            seen = first + last >= NOTICEABLE
+            if not seen.any():
+                unmoved.append((group, around))
                 continue
-            share = first / (first + last)
-            seen = Gate.AND if share > 0.75 else Gate.OR if share < 0.25 else Gate.ADDER
-            provenance[edge] |= Provenance.CONFIRMED if seen == gate[edge] else Provenance.CONTRADICTED
-            gate[edge] = seen
+            edges, share = group.tested[seen], first[seen] / (first + last)[seen]
+            found = np.where(share > 0.75, Gate.AND, np.where(share < 0.25, Gate.OR, Gate.ADDER))
+            provenance[edges] |= np.where(found == gate[edges], Provenance.CONFIRMED, Provenance.CONTRADICTED).astype(np.uint8)
+            gate[edges] = found
+        # Only what is patched around a group can make it move now, and that follows from the gates found meanwhile.
+        now = [(group, before, satisfying(circuit, gate, int(circuit.dst[group.edges[0]]))) for group, before in unmoved]
+        tested = [(group, around) for group, before, around in now if not np.array_equal(before, around)]
     return replace(circuit, gate=gate, provenance=provenance)
+
+
+def _moved(body: Anatomy, pairs: Pairs, circuit: Circuit, tested: list[tuple[_Group, npt.NDArray[np.intp]]],
+           settings: LocalizeSettings) -> list[tuple[Floats, Floats]]:
+    """For each group, first and last of its tested edges, float64 >= 0, as shares of m(full) - m(empty)."""
+    cuts: dict[bytes, tuple[int, npt.NDArray[np.intp]]] = {}
+
+    def number(*edges: npt.NDArray[np.intp]) -> int:
+        """The number of the run with these edges patched; equal sets share a run."""
+        patched = np.unique(np.concatenate(edges))
+        return cuts.setdefault(patched.tobytes(), (len(cuts), patched))[0]
+
+    runs = [([number(around)] if len(around) else [],
+             [number(around, np.array([edge])) for edge in group.tested],
+             [number(around, np.setdiff1d(group.edges, [edge])) for edge in group.tested],
+             number(around, group.edges)) for group, around in tested]
+    sets = [patched for _, patched in cuts.values()]
+    target = measure(body, pairs, len(sets), lambda i: _without(circuit, sets[i]), settings).faithfulness()
+    return [(np.abs((target[base[0]] if base else 1.0) - target[alone]), np.abs(target[others] - target[everything]))
+            for base, alone, others, everything in runs]
+
+
+def satisfying(circuit: Circuit, gate: npt.NDArray[np.uint8], receiver: int) -> npt.NDArray[np.intp]:
+    """The inputs by which the ORs behind a receiver work without it: edge numbers, ascending."""
+    behind = reached(circuit.graph.n_nodes, circuit.src, circuit.dst, receiver)
+    ors = (gate == Gate.OR) & behind[circuit.dst]
+    within = np.zeros(circuit.graph.n_nodes, dtype=bool)
+    within[circuit.dst[ors & behind[circuit.src]]] = True
+    return np.flatnonzero(ors & ~behind[circuit.src] & within[circuit.dst])
 
 
 def _groups(circuit: Circuit, receivers: int) -> list[_Group]:

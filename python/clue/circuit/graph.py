@@ -284,10 +284,11 @@ class Circuit(ByValue):
 
 def on_path(n_nodes: int, src: Ints, dst: Ints, source: int, sink: int) -> Bools:
     """bool [edges]: the edge lies on a path from ``source`` to ``sink``. Ids must be topological (src < dst)."""
-    return _reached(n_nodes, src, dst, source)[src] & _reached(n_nodes, dst, src, sink)[dst]
+    return reached(n_nodes, src, dst, source)[src] & reached(n_nodes, dst, src, sink)[dst]
 
 
-def _reached(n_nodes: int, src: Ints, dst: Ints, start: int) -> Bools:
+def reached(n_nodes: int, src: Ints, dst: Ints, start: int) -> Bools:
+    """bool [nodes]: the nodes that edges lead to from ``start``, which is one of them."""
     found = np.zeros(n_nodes, dtype=bool)
     found[start] = True
     while True:  # one sweep per hop; a transformer has few hops per layer
