@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -152,6 +154,17 @@ def test_hard_questions_and_limits_of_time() -> None:
     found = operate([forget], [retain], time_limit=0.5)
     assert not found.optimal and 0 < found.lower_bound < found.cost <= 120
     assert found.forget_works[-1] == 0 and found.retain_works[-1] == 1
+    for keep in (True, False):
+        timer = threading.Timer(0.5, _thread.interrupt_main)
+        timer.start()
+        if keep:
+            found = operate([forget], [retain], keep_on_interrupt=True)
+            assert not found.optimal and 0 < found.lower_bound < found.cost <= 120
+            assert found.forget_works[-1] == 0 and found.retain_works[-1] == 1
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                operate([forget], [retain])
+        timer.join()
 
 
 @pytest.mark.parametrize("within", ["nothing", "most", "budget", "pins"])
