@@ -195,6 +195,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(
         assert f"{run / 'model'} {told}" in failure(capsys, "unlearn", run, "--lr", "0.01")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    (run / ".training").rmdir()  # where the last checkpoint had no room either
     assert {name: content for name, content in snapshot(tmp_path).items() if not name.startswith("new")} == before
     assert Run.open(tmp_path / "new").stages() == ["pairs"]
     # Between a stage and what the run's own file says of it.
@@ -209,6 +210,27 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(
     assert "is there already" in capsys.readouterr().err
     assert Run.open(run).manifest["settings"]["unlearn"]["lr"] == 0.01 and Run.open(run).manifest["verification"]
     assert main(["localize", *inputs(world), "-o", str(tmp_path / "new"), *QUICK]) == 0
+
+
+def test_a_model_that_found_no_room_is_saved_later_without_training(
+        world: Path, localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other = shutil.copytree(localized, tmp_path / "run"), shutil.copytree(localized, tmp_path / "other")
+    size = (world / "model" / "model.safetensors").stat().st_size
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limit[1]))
+    try:
+        assert f"{run / 'model'} cannot be written (File too large): free some space" in failure(
+            capsys, "unlearn", run, "--lr", "0.01")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clue.unlearn.loop._Training._step", lambda *given: pytest.fail("a step was made again"))
+        assert main(["unlearn", str(run), "--lr", "0.01"]) == 0
+    assert main(["unlearn", str(other), "--lr", "0.01"]) == 0
+    weights, log = "model.safetensors", "training.json"
+    assert (run / "model" / weights).read_bytes() == (other / "model" / weights).read_bytes()
+    assert (run / "model" / log).read_bytes() == (other / "model" / log).read_bytes()
+    assert not (run / ".training").exists()
 
 
 def test_one_process_unlearns_in_a_run(localized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from clue.config import Settings
 from clue.errors import ModelError
-from clue.loading import load_model, of_hub
+from clue.loading import check_model, load_model, of_hub
 from tests.unlearn.conftest import build_model, build_tokenizer
 
 
@@ -75,3 +79,55 @@ def test_a_tokenizer_that_cannot_be_is_one_sentence(saved: Path, tmp_path: Path)
     (Path(folder) / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
         load_model(folder, Settings())
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that holds nothing, and hangs up where ``server.answers`` is off; it counts what it is asked."""
+
+    def do_HEAD(self) -> None:
+        self.server.asked += 1  # type: ignore[attr-defined]
+        if self.server.answers:  # type: ignore[attr-defined]
+            self.send_error(404)
+
+    def log_message(self, *given: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    server: Any = HTTPServer(("127.0.0.1", 0), Hub)
+    server.answers, server.asked = False, 0
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_hub_that_does_not_answer_is_asked_twice(hub: Any, saved: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="nobody cannot be loaded .*find them in the cached files.*one this machine can"):
+        load_model("nobody", Settings())
+    assert hub.asked == 2
+    downloaded = tmp_path / "models--owner--name"  # as the hub's library leaves it
+    shutil.copytree(saved, downloaded / "snapshots" / ("a" * 40))
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "main").write_text("a" * 40)
+    load_model("owner/name", Settings())
+    check_model("owner/name")
+    assert hub.asked == 6
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    load_model("owner/name", Settings())
+    assert hub.asked == 6
+
+
+def test_a_hub_that_answers_is_asked_for_the_files(hub: Any) -> None:
+    hub.answers = True
+    with pytest.raises(ModelError, match="nobody cannot be loaded"):
+        check_model("nobody")
+    assert hub.asked > 1

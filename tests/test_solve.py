@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import gzip
 import json
 import os
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from clue import _core
 from clue.circuit.graph import Circuit, Graph
 from clue.circuit.interchange import write_eap_ig
 from clue.cli import main
@@ -178,6 +181,27 @@ def test_signals_end_a_search_with_the_best_so_far(tmp_path: Path, name: str, nu
     costs += [int(line[2:]) for line in lines if line.startswith("o ")]
     assert any(line.startswith("c bounds ") and f"..{costs[-1]}, gap " in line for line in lines)
     assert costs == sorted(set(costs), reverse=True)
+
+
+@pytest.mark.parametrize(("limits", "known"), [([], True), (["--most", "1"], False)])
+def test_ctrl_c_ends_surgery_with_the_best_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                  monkeypatch: pytest.MonkeyPatch, limits: list[str], known: bool) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(hard_question()))
+    native = _core.operate
+
+    def interrupted(**question: Any) -> dict[str, Any]:
+        threading.Timer(0.5, _thread.interrupt_main).start()
+        return native(**question)
+
+    monkeypatch.setattr(_core, "operate", interrupted)
+    status, lines = solve(capsys, path, "--surgical", *limits)
+    if not known:  # the best so far edits more than one node
+        assert (status, lines) == (0, ["s UNKNOWN"])
+        return
+    assert (status, lines[1]) == (10, "s SATISFIABLE")
+    dead = {line.removeprefix("v conflict ") for line in lines if line.startswith("v conflict ")}
+    assert lines[0] == f"o {len(dead)}" and all(dead & {f"x{v}" for v in clause} for clause in hitting_sets()[1])
 
 
 def test_signals_and_limits_before_anything_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,12 +140,14 @@ py::dict operate(std::int32_t n_nodes, const py::object& editable, const py::lis
   operation.least = least;
   const logic::Edits edits =
       call_interruptible([&](const auto& interrupted) { return logic::operate(operation, interrupted); });
+  const py::object interrupted = clue::raised(edits.interrupted);
   using namespace py::literals;
   return py::dict("feasible"_a = edits.feasible, "edited"_a = array(edits.edited), "conflict"_a = array(edits.conflict),
                   "forced"_a = array(edits.forced), "forget_works"_a = array(edits.forget_works),
                   "retain_works"_a = array(edits.retain_works), "lower_bound"_a = edits.lower_bound,
                   "levels_closed"_a = edits.levels_closed, "variables"_a = edits.variables, "clauses"_a = edits.clauses,
-                  "components"_a = edits.components, "cores"_a = edits.cores, "solves"_a = edits.solves);
+                  "components"_a = edits.components, "cores"_a = edits.cores, "solves"_a = edits.solves,
+                  "interrupted"_a = interrupted);
 }
 
 py::dict check_circuits(std::int32_t n_nodes, const py::object& editable, const py::list& forget,

@@ -57,7 +57,7 @@ class Surgeon {
     encode();
     if (found_.feasible) minimize_packs();
     if (!found_.feasible) return std::move(found_);
-    if (limits_.interrupted() || !known_) give_up();
+    if (!known_) give_up();
     report();
     return std::move(found_);
   }
@@ -343,7 +343,9 @@ class Surgeon {
 Edits operate(const Operation& operation, const std::function<bool()>& interrupted) {
   Limits limits(operation.question.time_limit, interrupted);
   require_valid(operation.question);
-  return Surgeon(operation, limits).answer();
+  Edits edits = Surgeon(operation, limits).answer();
+  edits.interrupted = limits.interrupted();
+  return edits;
 }
 
 }  // namespace clue::logic

@@ -30,6 +30,7 @@ struct Edits {
   std::vector<std::uint8_t> edited, conflict, forced;    // [n_nodes] forced: a conflict by unit propagation
   std::vector<std::uint8_t> forget_works, retain_works;  // [n_nodes] after the edit; 1 outside the circuits
   bool feasible = true;                                  // false: no edit set kills the forget outputs
+  bool interrupted = false;                              // `interrupted` cut it short, not the time limit
   std::int64_t lower_bound = 0;                          // on the weight of conflicts, or of edits if `least`
   std::size_t levels_closed = 0;                         // conflicts, edits, risk, reach, preference; `least`: edits
   std::int64_t variables = 0, clauses = 0, components = 0, cores = 0, solves = 0;

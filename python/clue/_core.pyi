@@ -60,7 +60,8 @@ def operate(
     limits: npt.NDArray[np.int32],
     least: bool,
     time_limit: float,
-) -> dict[str, Any]: ...
+) -> dict[str, Any]:
+    """``interrupted`` is None, or the exception that a signal raised."""
 
 # SAT (csrc/sat). Wrapped by clue.sat, where each call is described; clauses in arrays end with 0, and seconds of 0 and
 # limits of -1 mean none.

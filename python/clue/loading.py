@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ from .errors import ModelError
 
 if TYPE_CHECKING:
     from .config import Settings
+
+#: Seconds in which the hub is to answer.
+ANSWER = 10
 
 
 def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
@@ -28,9 +32,10 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _told(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype, output_loading_info=True)
+    with _told(source) as local:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype, output_loading_info=True,
+                                                           local_files_only=local)
     network, told = loaded
     weights = {name for name, _ in network.named_parameters()}
     missing = sorted(weights & set(told["missing_keys"]))
@@ -48,8 +53,8 @@ def check_model(source: str) -> None:
     """Raise :class:`ModelError` unless a model's configuration is there: what can be said before its weights are read."""
     from transformers import AutoConfig
 
-    with _told(source):
-        AutoConfig.from_pretrained(source)
+    with _told(source) as local:
+        AutoConfig.from_pretrained(source, local_files_only=local)
 
 
 def of_hub(source: str) -> bool:
@@ -71,13 +76,35 @@ def of_hub(source: str) -> bool:
     return True
 
 
+def _hub_answers(source: str) -> bool:
+    """Whether the hub can be asked for a model, at the second attempt if not at the first. Transformers would ask it for
+    every file of one, each time with pauses of 24 s, before it says that it cannot, or takes what an earlier download left."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    for pause in () if constants.HF_HUB_OFFLINE else (1, 0):
+        try:
+            get_session().head(hf_hub_url(source, "config.json"), timeout=ANSWER)
+        except Exception:  # of two libraries, by the hub's version
+            time.sleep(pause)
+        else:
+            return True
+    return False
+
+
 @contextmanager
-def _told(source: str) -> Iterator[None]:
-    """What transformers raises for a model that it cannot load, as a :class:`ModelError`."""
-    if not of_hub(source) and not (Path(source) / "config.json").is_file():
+def _told(source: str) -> Iterator[bool]:
+    """What transformers raises for a model that it cannot load, as a :class:`ModelError`.
+
+    Yields:
+        whether to take what is on this machine alone.
+    """
+    remote = of_hub(source)
+    if not remote and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} holds no config.json: give the folder of a saved causal language model, or a hub id")
+    local = not (remote and _hub_answers(source))
     try:
-        yield
+        yield local
     except Exception as error:  # of any kind: of packages that are missing, configurations, tokenizers, damaged files
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelError(f"{source} cannot be loaded as a causal language model ({reason}): give the folder of a saved"

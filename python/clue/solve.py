@@ -14,8 +14,8 @@ circuits         ``o`` cost of conflicts as above, ``s OPTIMUM FOUND`` or   30, 
 
 Everything else is in ``c`` lines; what takes long and is no part of the answer, explanations and refutations, comes after
 it. Variables above the largest one that a clause uses are left out of ``v`` lines: they may have any value. The time limit,
-Ctrl-C and SIGTERM end a command in the same way, with the best known, or ``s UNKNOWN``; but Ctrl-C and SIGTERM end
-``--surgical`` without its best. Heavy imports happen inside the commands.
+Ctrl-C and SIGTERM end a command in the same way, with the best known, or ``s UNKNOWN``. Heavy imports happen inside the
+commands.
 """
 
 from __future__ import annotations
@@ -346,13 +346,12 @@ def _circuits(arguments: argparse.Namespace, time_left: TimeLeft) -> int:
         node_ids(circuit.graph, arguments.explain, "--explain")
     start = time.perf_counter()
     common: dict[str, Any] = {"weights": weights, "never": arguments.never, "must": arguments.must,
-                              "time_limit": time_left() or 0}
+                              "time_limit": time_left() or 0, "keep_on_interrupt": True}
     tell = _tell_costs()
     if arguments.surgical:
         found = operate(forget, retain, budget=arguments.budget, most=arguments.most, **common)
     else:
-        found = assign(forget, retain, semantics=arguments.semantics, keep_on_interrupt=True, on_bounds=tell,
-                       certify=arguments.certify, **common)
+        found = assign(forget, retain, semantics=arguments.semantics, on_bounds=tell, certify=arguments.certify, **common)
     tell(found.lower_bound, found.cost)
     graph = forget[0].graph
     _say(f"c {graph.n_nodes} nodes, {sum(len(c.src) for c in (*forget, *retain))} edges,"

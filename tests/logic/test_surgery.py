@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -155,6 +157,17 @@ def test_hard_questions_and_limits_of_time() -> None:
     # Where edits weigh nothing an edit set is found at once, and how few would do is left open.
     with pytest.raises(CircuitError, match=r"at most 1 edited nodes: it takes at least \d+$"):
         operate([forget], [retain], weights=np.zeros(forget.graph.n_nodes, np.int64), most=1, time_limit=1)
+    for keep in (True, False):
+        timer = threading.Timer(0.5, _thread.interrupt_main)
+        timer.start()
+        if keep:
+            found = operate([forget], [retain], keep_on_interrupt=True)
+            assert not found.optimal and 0 < found.lower_bound < found.cost <= 120
+            assert found.forget_works[-1] == 0 and found.retain_works[-1] == 1
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                operate([forget], [retain])
+        timer.join()
 
 
 def test_what_is_proven_when_the_time_is_up() -> None:

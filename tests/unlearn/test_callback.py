@@ -12,6 +12,8 @@ from clue.errors import ClueError, PlanError
 from clue.types import Role
 from clue.unlearn import MaskedAdamW, PlanCallback, SparseGradients
 
+from ..families import VARIANTS, tiny
+
 
 def dataset() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
@@ -141,3 +143,32 @@ def test_clipping_counts_planned_weights_alone_whatever_optimizer(make_model: An
         callback.release(model)
         assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert norms[0] == norms[1] > 0
+
+
+def test_weight_decay_spares_what_the_trainer_spares(tmp_path: Path, make_model: Any, make_plan: Any) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = make_model()
+    names = {name for name, _ in model.named_parameters() if "layers.0." in name or "model.norm" in name}
+    arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
+    spared = {name for name in names if name not in Trainer(model=model, args=arguments).get_decay_parameter_names(model)}
+    assert "model.norm.weight" in spared and any("bias" in name for name in spared) and spared < names
+    plan = make_plan(model, {name: (0, {Role.FORGET: [0, 3]}) for name in names})
+    callback = PlanCallback(plan)
+    optimizer = Trainer(model=model, args=arguments, callbacks=[callback]).create_optimizer()
+    assert callback._slices is not None
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {slices.name: decay[id(parameter)] for slices, parameter in callback._slices._planned} == {
+        name: 0.0 if name in spared else 0.1 for name in names}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_trainer_spares_the_vectors_of_every_family(variant: str) -> None:
+    """Slices tell what is spared by the dimensions of a weight."""
+    from transformers import Trainer
+
+    model = tiny(variant)
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    assert {name for name, parameter in model.named_parameters() if parameter.ndim > 1} == {
+        name for name, _ in model.named_parameters() if name in decayed}  # of tied weights, those it has

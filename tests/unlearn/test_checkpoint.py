@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ from clue.unlearn.objectives import OBJECTIVES, Answers
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = UnlearnSettings(objective="npo", lr=1e-2, steps=6, batch_size=2, warmup=0, floor=0.0)
+
+
+def stop_after(step: int) -> Callable[[dict[str, Any]], None]:
+    """What ends a training on its way, as a killed one ends."""
+    def on_step(entry: dict[str, Any]) -> None:
+        if entry["step"] == step:
+            raise KeyboardInterrupt
+
+    return on_step
 
 
 def test_killed_trainings_end_with_the_same_bits(tmp_path: Path) -> None:
@@ -74,7 +84,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path, make_model: Any, mixed_plan: An
     assert planned == plan.weights_changed
     moments = sum(t.size for name, t in tensors.items() if name.rpartition("/")[2].startswith("exp_avg"))
     assert moments == 2 * plan.weights_changed
-    assert len(tensors["log/forget_loss"]) == 4  # steps 5 and 6 came after it
+    assert len(tensors["log/forget_loss"]) == 6  # the last step's, whatever `every` says
     # Nothing of the size of the model.
     assert sum(t.nbytes for t in tensors.values()) < 4 * plan.weights_changed * 4 + 40_000
 
@@ -82,12 +92,13 @@ def test_what_a_checkpoint_holds(tmp_path: Path, make_model: Any, mixed_plan: An
 def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any,
                                                           sets: Any) -> None:
     """The limit on file sizes stands in for a full disk: writing fails the same way."""
-    def train(every: int) -> None:
+    def train(every: int, stop: int = 0) -> None:
         model = make_model()
         unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), SETTINGS,
-                checkpoint=tmp_path, every=every)
+                checkpoint=tmp_path, every=every, on_step=stop_after(stop))
 
-    train(every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(every=4, stop=5)
     before = (tmp_path / "training.safetensors").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
@@ -99,6 +110,19 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path: Path, make_m
     assert refusal.value.filename == str(tmp_path / "training.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["training.safetensors"]
     assert (tmp_path / "training.safetensors").read_bytes() == before
+
+
+def test_no_room_for_the_last_checkpoint_costs_no_training(tmp_path: Path, make_model: Any, mixed_plan: Any, tokenizer: Any,
+                                                           sets: Any) -> None:
+    model = make_model()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        log = unlearn(model, tokenizer, sets["forget"], {"retain": sets["retain"]}, mixed_plan(model), SETTINGS,
+                      checkpoint=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert log.steps == 6 and not list(tmp_path.iterdir())
 
 
 def test_a_file_where_the_folder_belongs_is_refused_before_the_training(
@@ -114,12 +138,16 @@ def test_the_clock_decides_where_nobody_does(tmp_path: Path, make_model: Any, mi
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     retain = {"retain": sets["retain"]}
     model = make_model()
-    unlearn(model, tokenizer, sets["forget"], retain, mixed_plan(model), SETTINGS, checkpoint=tmp_path / "never")
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(model, tokenizer, sets["forget"], retain, mixed_plan(model), SETTINGS, checkpoint=tmp_path / "never",
+                on_step=stop_after(6))
     assert not (tmp_path / "never").exists()  # over in less than a minute
     now = iter(range(0, 10_000, 45))
     monkeypatch.setattr("clue.unlearn.checkpoint.time.monotonic", lambda: next(now))
     model = make_model()
-    unlearn(model, tokenizer, sets["forget"], retain, mixed_plan(model), SETTINGS, checkpoint=tmp_path / "now")
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(model, tokenizer, sets["forget"], retain, mixed_plan(model), SETTINGS, checkpoint=tmp_path / "now",
+                on_step=stop_after(6))
     assert (tmp_path / "now" / "training.safetensors").exists()
 
 

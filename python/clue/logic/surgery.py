@@ -57,6 +57,7 @@ def operate(
     never: Sequence[int | str] = (),
     must: Sequence[int | str] = (),
     time_limit: float = 0,
+    keep_on_interrupt: bool = False,
 ) -> Assignment:
     """The least edit set after which every forget output is dead and every retain output alive.
 
@@ -80,6 +81,7 @@ def operate(
         budget: most weight of all edited nodes together.
         most: most edited nodes.
         never, must: nodes, by id or name, that must not be edited, and that must be.
+        keep_on_interrupt: on Ctrl-C, too, return the best so far instead of raising, if one within the limits is known.
 
     Returns:
         Roles: CONFLICT, and FORGET for the other edited nodes; RETAIN where a node is not edited and works for the
@@ -102,7 +104,7 @@ def operate(
     limits = [_Limit(what, counts, _whole(name, value)) for name, value, what, counts in (
         ("most", most, "edited nodes", np.ones_like(costs)), ("budget", budget, "weight of edits", costs))
         if value is not None]
-    return _Operation(forget, question, pinned(forget, never, must), time_limit).answer(limits)
+    return _Operation(forget, question, pinned(forget, never, must), time_limit, keep_on_interrupt).answer(limits)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -115,10 +117,10 @@ class _Operation:
     """One question, and the steps of the answer. In limits, the variable of node n, "it is edited", is n + 1."""
 
     def __init__(self, forget: Sequence[Circuit], question: dict[str, Any], pins: npt.NDArray[np.int8] | None,
-                 time_limit: float) -> None:
+                 time_limit: float, keep_on_interrupt: bool) -> None:
         self.circuits = forget
         self.question = {name: value for name, value in question.items() if name != "semantics"}
-        self.pins = pins
+        self.pins, self.keep_on_interrupt = pins, keep_on_interrupt
         self.deadline = time.monotonic() + time_limit if time_limit else math.inf
         self.n: int = question["n_nodes"]
         self.editable = question["editable"].astype(bool) & _members(question["forget"], self.n)
@@ -131,6 +133,8 @@ class _Operation:
             raise CircuitError(self._why_impossible())
         edited = found["edited"].astype(bool)
         if any(int(limit.costs[edited].sum()) > limit.most for limit in limits):
+            if found["interrupted"] is not None:
+                raise found["interrupted"]
             found = self._operate(limits=self._clauses(limits))
             if not found["feasible"]:
                 raise CircuitError("time_limit: whether there is an edit set within the limits was not found in time")
@@ -159,6 +163,10 @@ class _Operation:
                                   limits=np.zeros(0, np.int32) if limits is None else limits)
         except ValueError as error:
             raise CircuitError(str(error)) from None
+        interrupted = found["interrupted"]
+        keep = self.keep_on_interrupt and isinstance(interrupted, KeyboardInterrupt)
+        if interrupted is not None and (least or not found["feasible"] or not keep):
+            raise interrupted
         self.cores += found["cores"]
         self.solves += found["solves"]
         return found

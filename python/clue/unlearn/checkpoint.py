@@ -76,11 +76,13 @@ class Checkpoint:
         self._file, self._every, self._identity = Path(folder) / FILE, every, dict(identity)
         self._steps, self._took, self._last = 0, 0.0, time.monotonic()
 
-    def due(self) -> bool:
-        """Whether this process is to write one now; called once after every step."""
+    def due(self, last: bool = False) -> bool:
+        """Whether this process is to write one now, as after the ``last`` step; called once after every step."""
         self._steps += 1
         if place()[0] != 0:
             return False
+        if last:
+            return True
         if self._every:
             return self._steps % self._every == 0
         return time.monotonic() - self._last >= max(SECONDS, PATIENCE * self._took)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,8 @@ def unlearn(model: nn.Module, tokenizer: Any, forget: Any, retain: Any, plan: Pl
             schedule and log; processes that share the training share it. Where it holds one, training goes on from there,
             given the model as it was before: on a CPU to the same bits as without the interruption. It stays there at the
             end; who made it removes it.
-        every: steps between two checkpoints; 0 means one a minute, or less often where writing takes long.
+        every: steps between two checkpoints; 0 means one a minute, or less often where writing takes long. The last step is
+            always kept where there is room for it, so that a model that could not be saved needs no training again.
 
     Returns:
         The :class:`clue.unlearn.UnlearnLog`: what every step saw, what was forgotten in the end, how many weights moved, and
@@ -284,8 +285,11 @@ class _Training:
                     while place.number < stage.steps and not stopped and not self._metric_is_due():
                         self._step(stage, optimizers, gradient, reference, weight)
                         stopped = self._done()
-                        if self.keeper is not None and self.keeper.due():
-                            self.keeper.save(vars(place), self._tensors(optimizers))
+                        last = stage is stages[-1] and (stopped or place.number == stage.steps)
+                        if self.keeper is not None and self.keeper.due(last):
+                            # Without room for the last one there may still be room for the model that is now saved.
+                            with suppress(OSError) if last else nullcontext():
+                                self.keeper.save(vars(place), self._tensors(optimizers))
         return self._finished(stopped)
 
     def _step(self, stage: Stage, optimizers: Sequence[MaskedAdamW], gradient: RoleGradient, reference: Tensor | None,

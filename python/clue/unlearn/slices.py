@@ -32,7 +32,8 @@ class SliceParameters(nn.Module):
         self._planned: list[tuple[PlannedSlices, nn.Parameter]] = []
         for name, slices in sparse.planned.items():
             parameter = nn.Parameter(_read(slices).to(slices.dtype))
-            self.register_parameter(name.replace(".", "_"), parameter)  # optimizers look for ``bias`` in names
+            # Trainers spare biases and norms from weight decay, by ``bias`` in a name and by a norm's module: here by name.
+            self.register_parameter("bias_" * (slices.parameter.ndim == 1) + name.replace(".", "_"), parameter)
             sparse.gather_into(name, parameter)
             self._planned.append((slices, parameter))
 
