@@ -6,7 +6,7 @@
   prompts that differ from their first token on. What the prompts of a batch share at their beginning (a template) is run
   once, forward alone: of prompts that share a share s, 1.26 - s (1.26 - 0.25).
 - Conservation: the larger relative gap of Ns and Dn, in float32 and in bfloat16.
-- Scaling: seconds over four numbers of tokens, and seconds beyond the passes over four depths.
+- Scaling: seconds over four numbers of tokens, and seconds beyond neurons alone over four depths.
 - Memory: see ``memory.py``; the neuron kernel against torch and against reading its inputs: see ``neuron_kernel.py``.
 
 CPU time, one process, one thread, interleaved, medians after a warm-up.
@@ -98,13 +98,13 @@ def time_of_scores(found: Claims, layers: int, repeats: int) -> None:
 
 
 def scaling(found: Claims, repeats: int) -> None:
-    """Seconds of a whole attribution against tokens, at 6 layers; and of what it adds to the passes against edges, at 256
-    tokens: the passes grow with the layers, edges with their square. (What it adds to the passes of a few layers is too
-    little beside them to be told from their spread, so tokens are read in the whole.)"""
+    """Seconds of a whole attribution against tokens, at 6 layers; and of what edges add to an attribution of neurons alone
+    against edges, at 256 tokens: passes and neurons grow with the layers, edges with their square."""
     def seconds(layers: int, pairs: Pairs) -> dict[str, float]:
         model = smollm2_shape(layers)
         settings = LocalizeSettings(batch_size=8, stream="never")
-        return medians(repeats, passes=partial(passes, model, pairs), whole=partial(attribute, anatomy(model), pairs, settings))
+        whole = partial(attribute, anatomy(model), pairs, settings)
+        return medians(repeats, whole=whole, neurons=partial(whole, neurons_only=True))
 
     def table(claim: str, sizes: list[int], seconds: list[float], unit: str) -> None:
         slope = float(np.polyfit(np.log(sizes), np.log(np.maximum(seconds, 1e-9)), 1)[0])
@@ -117,7 +117,8 @@ def scaling(found: Claims, repeats: int) -> None:
     depths = [4, 8, 16, 30]
     edges = [int(graph_of(anatomy(smollm2_shape(depth))).residual_edges.sum()) for depth in depths]
     both = [seconds(depth, make_pairs(8, 16, 16)) for depth in depths]
-    table("time beyond the passes grows with edges", edges, [each["whole"] - each["passes"] for each in both], "256 tokens")
+    table("time of edges beyond neurons alone grows with edges", edges, [each["whole"] - each["neurons"] for each in both],
+          "256 tokens")
 
 
 def main() -> int:
