@@ -29,6 +29,7 @@ from clue.types import Role
 from clue.weights import flat_name, is_stack, parameter_of, part_name, view_of
 
 from .families import tiny
+from .processes import run
 
 
 def random_plan(model: torch.nn.Module, seed: int, share: float = 0.4) -> Plan:
@@ -256,6 +257,28 @@ def test_a_model_without_values_is_refused() -> None:
     delta = Delta.between(model, change(model, PLAN, 0), PLAN)
     with pytest.raises(DeltaError, match="has no values in memory: load the model whole"):
         delta.apply(Small().to("meta"))
+
+
+def test_a_sharded_model_is_refused() -> None:
+    """A process holds a part of every weight, and the bits of that are not the model's."""
+    run("""
+        import pytest
+        from pathlib import Path
+        from torch.distributed.fsdp import fully_shard
+        from clue.delta import Delta
+        from clue.errors import DeltaError, PlanError
+        from tests.families import tiny
+        from tests.test_delta import change, random_plan
+        model = tiny("llama", torch.float32)
+        plan = random_plan(model, seed=0)
+        after = change(model, plan, seed=1)
+        delta = Delta.between(model, after, plan)
+        sharded = fully_shard(tiny("llama", torch.float32))
+        for error, attempt in ((PlanError, lambda: plan.verify(model, sharded)), (DeltaError, lambda: delta.apply(sharded)),
+                               (DeltaError, lambda: Delta.between(sharded, after, plan))):
+            with pytest.raises(error, match=r"[.]weight is sharded over processes, .*: save the whole model, and give"):
+                attempt()
+    """, count=1)
 
 
 def test_a_write_that_fails_is_taken_back() -> None:

@@ -26,7 +26,18 @@ import numpy.typing as npt
 
 from .data.atomic import write_atomically
 from .errors import DeltaError
-from .saved_model import MARK, WIDTH, Bits, ModelInMemory, SavedModel, as_integers, as_numpy, compared, dtype_of
+from .saved_model import (
+    MARK,
+    WIDTH,
+    Bits,
+    ModelInMemory,
+    SavedModel,
+    as_integers,
+    as_numpy,
+    compared,
+    dtype_of,
+    require_whole,
+)
 from .values import ByValue
 from .weights import is_flat, parameter_of, shape_of, view_of, weight_of
 
@@ -117,7 +128,7 @@ class Delta(ByValue):
 
         Raises:
             DeltaError: the two are not versions of one model, the plan is for another, or weights outside the plan
-                changed, which a delta does not hold.
+                changed, which a delta does not hold; or a model in memory is sharded over processes.
         """
         old, new = _open(before), _open(after)
         names, lacking = compared(old, new)
@@ -218,8 +229,8 @@ class Delta(ByValue):
         """Turn the model before into the model after, in place.
 
         Raises:
-            DeltaError: the model has other weights in a planned slice, another dtype or shape, or is the model after
-                already; not a bit of it is changed then.
+            DeltaError: the model has other weights in a planned slice, another dtype or shape, is the model after
+                already, or is sharded over processes; not a bit of it is changed then.
         """
         self._patch(model, "before")
 
@@ -251,6 +262,7 @@ class Delta(ByValue):
         for change in self.changes:
             shape = shape_of(parameters, change.parameter)
             if shape is not None:
+                require_whole(change.parameter, parameters[parameter_of(change.parameter)])
                 tensor = view_of(parameters[parameter_of(change.parameter)].detach(), change.parameter)
                 _fits(change, shape, dtype_of(tensor))
                 if tensor.is_meta:

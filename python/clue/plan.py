@@ -317,7 +317,8 @@ def verify(before: Model, after: Model, plan: Plan) -> Verification:
     ``before``.
 
     Raises:
-        PlanError: a folder holds no safetensors weights, or the two models do not have the same tensors.
+        PlanError: a folder holds no safetensors weights, a model in memory is sharded over processes, or the two models do
+            not have the same tensors.
     """
     (before, old), (after, new) = _open(before, "the model before"), _open(after, "the model after")
     names, lacking = compared(old, new)
@@ -353,9 +354,9 @@ def verify(before: Model, after: Model, plan: Plan) -> Verification:
 
 def _open(model: Model, name: str) -> tuple[str, SavedModel | ModelInMemory]:
     """What errors call it, and its weights."""
-    if not isinstance(model, str | os.PathLike):
-        return name, ModelInMemory(model)
     try:
+        if not isinstance(model, str | os.PathLike):
+            return name, ModelInMemory(model)
         return os.fspath(model), SavedModel(model)
     except DeltaError as error:
         raise PlanError(str(error)) from None

@@ -183,7 +183,11 @@ class SavedModel:
 
 
 class ModelInMemory:
-    """The parameters of a model in memory, as :class:`SavedModel` shows those of a folder."""
+    """The parameters of a model in memory, as :class:`SavedModel` shows those of a folder.
+
+    Raises:
+        DeltaError: they are sharded over processes.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         from .unlearn.slices import SliceParameters
@@ -195,6 +199,7 @@ class ModelInMemory:
         for name, parameter in model.named_parameters():
             if name.startswith(copies):
                 continue
+            require_whole(name, parameter)
             if is_stack(name, parameter.shape):
                 for member in range(len(parameter)):
                     self._home[part_name(name, member)] = lambda p=parameter, i=member: p.detach()[i]  # type: ignore[misc]
@@ -228,6 +233,15 @@ def compared(before: SavedModel | ModelInMemory, after: SavedModel | ModelInMemo
     names = {name for model in (before, after) if isinstance(model, ModelInMemory) for name in model.keys()}  # noqa: SIM118
     names = names or before.keys() | after.keys()
     return names, sorted(names - (before.keys() & after.keys()))
+
+
+def require_whole(name: str, tensor: torch.Tensor) -> None:
+    """Raise :class:`DeltaError` where this process holds a part of a weight alone."""
+    from .unlearn.shards import is_sharded
+
+    if is_sharded(tensor):
+        raise DeltaError(f"{name} is sharded over processes, each of which holds a part of it: save the whole model, and give"
+                         " its folder")
 
 
 def dtype_of(tensor: torch.Tensor) -> str:

@@ -77,6 +77,25 @@ def test_a_model_is_let_go_of_after_an_error(tmp_path: Path, make_model: Any, mi
         pass
 
 
+def test_a_callback_holds_one_model_at_a_time(tmp_path: Path, make_model: Any, mixed_plan: Any, bits: Any, moved: Any) -> None:
+    """Given to the trainer of a second model, it lets go of the first, which would stay frozen; both can be trained."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    first, second = make_model(), make_model()
+    before, callback = bits(first), PlanCallback(mixed_plan(first))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=2, learning_rate=1e-2,
+                                  save_strategy="no", disable_tqdm=True)
+    trainers = [Trainer(model=model, args=arguments, train_dataset=dataset(), callbacks=[callback])
+                for model in (first, second)]
+    assert all(p.requires_grad for p in first.parameters()) and bits(first).keys() == before.keys()
+    assert not any("forward" in vars(module) for module in first.modules())
+    for trainer, model in zip(reversed(trainers), (second, first), strict=True):
+        trainer.train()
+        moved(before, bits(model), mixed_plan(model))
+        assert all(p.requires_grad for p in model.parameters()) and bits(model).keys() == before.keys()
+
+
 def test_a_plan_for_another_model_is_refused(make_model: Any, mixed_plan: Any) -> None:
     plan = mixed_plan(make_model())
     with pytest.raises(PlanError, match="made for another model"):

@@ -16,6 +16,7 @@ planned weights only) and their bits are put back after every step, whatever wei
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,8 @@ SHARDED = ("PlanCallback does not train a model that is sharded over processes: 
 class PlanCallback(TrainerCallback):
     """Keeps every weight outside the plan as it is, bit by bit, during ``trainer.train()``.
 
-    A model belongs to the trainer that was made last: making another lets go of what an earlier one held of it.
+    A model belongs to the trainer that was made last: making another lets go of what an earlier one held of it. So does a
+    callback that is given to the trainer of another model: it holds one at a time.
 
     Costs the planned slices themselves (float32 where the model is bf16 or fp16). With an optimizer that was made before
     the trainer: a copy of the unplanned part of every planned parameter, unless it is a :class:`MaskedAdamW`.
@@ -67,6 +69,7 @@ class PlanCallback(TrainerCallback):
         self._roles = roles
         self._sparse: SparseGradients | None = None
         self._slices: SliceParameters | None = None
+        self._held: weakref.ref[nn.Module] | None = None  # the model
         self._breaks = ""  # a planned weight that ends compiled graphs, where activations are computed again in them
         self._drifts = False  # whether processes would exchange gradients before the last pass of a step added its own
         self._stepped = False  # whether the optimizer stepped since training began
@@ -201,11 +204,15 @@ class PlanCallback(TrainerCallback):
         return planned
 
     def _hold(self, model: nn.Module) -> None:
-        """Let go of what another callback holds of the model, or this one since an earlier trainer or training."""
-        holder: PlanCallback | None = vars(model).get(HOLDER)
-        if holder is not None:
-            holder.release(model)
+        """Let go of what another callback holds of the model, or this one since an earlier trainer or training, and of another
+        model that this one holds."""
+        earlier = None if self._held is None else self._held()
+        for other in (model, earlier):
+            holder: PlanCallback | None = None if other is None else vars(other).get(HOLDER)
+            if holder is not None and (other is model or holder is self):
+                holder.release(other)
         setattr(model, HOLDER, self)
+        self._held = weakref.ref(model)
 
     def _attach(self, model: nn.Module) -> None:
         assert self._sparse is not None and self._slices is not None
