@@ -71,7 +71,8 @@ def test_what_cannot_be_checked_is_told(tmp_path: Path, capsys: pytest.CaptureFi
         ((question, certificate, "--semantics", "authors"), "is of another question"),
         ((formula, certificate), "is of another kind of question"), ((question, formula), "cut short|does not begin"),
         ((question, tmp_path / "none"), "none does not exist: write it with `clue solve --certify`"),
-        ((tmp_path / "none.json", certificate), "none.json does not exist: check the path"), ((tmp_path / "q.txt", certificate), "expected a name"),
+        ((tmp_path / "none.json", certificate), "none.json does not exist: check the path"),
+            ((tmp_path / "q.txt", certificate), "expected a name"),
         ((formula, certificate, "--retain", "x"), "--retain goes with .json or .safetensors files only"),
         ((question, tmp_path), "Is a directory"),
     ]:
