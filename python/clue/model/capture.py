@@ -155,10 +155,10 @@ def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, position
     written: list[Written] = []
     past = prefix.arguments()
 
-    def passed(number: int, layer: Layer, found: dict[str, Any]) -> None:
+    def passed(number: int, found: dict[str, Any]) -> None:
         prefix.rewind(past, number)
         if "heads" in found and "mlp" in found:
-            _note_written(written, layer, found, against)
+            _note_written(written, body.layers[number], found, against)
             found["heads"] = found["mlp"] = found["head_scale"] = None
 
     with torch.no_grad(), _watch(body, range(body.n_layers), cut=True, start=embed, passed=passed) as seen:
@@ -240,14 +240,14 @@ def _bypassed(body: Anatomy, output: Tensor, in_tuple: bool) -> Iterator[None]:
 
 @contextmanager
 def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: Tensor | None = None,
-           passed: Callable[[int, Layer, dict[str, Any]], None] | None = None) -> Iterator[list[dict[str, Any]]]:
+           passed: Callable[[int, dict[str, Any]], None] | None = None) -> Iterator[list[dict[str, Any]]]:
     """Note what passes through the layers ``numbers`` and the final norm: one dictionary per layer, then the final norm's.
 
     Args:
         cut: let the residual stream start at the first layer: nothing before it needs a gradient.
         start: what the first layer gets then, instead of what the model computed.
-        passed: note only what enters a layer and what its writers add, and call this with a layer's number, the layer and
-            its dictionary once the layer is done.
+        passed: note only what enters a layer and what its writers add, and call this with a layer's number and its
+            dictionary once the layer is done.
     """
     handles = []
     half = next(body.model.parameters()).dtype in (torch.bfloat16, torch.float16)
@@ -258,7 +258,9 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
     def on_output(module: nn.Module, hook: Callable[..., Any]) -> None:
         handles.append(module.register_forward_hook(hook))
 
-    def watch(number: int, layer: Layer, found: dict[str, Any]) -> None:
+    def watch(number: int, found: dict[str, Any]) -> None:
+        layer = body.layers[number]
+
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["residual"], found["args"], found["kwargs"] = _first(args, kwargs), args, kwargs
 
@@ -268,7 +270,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
                 found["mlp"] = mlp_with_rounding(found["residual"], found.pop("attention"), found["mlp"], after)
             if passed is not None:
                 found["output"] = output
-                passed(number, layer, found)
+                passed(number, found)
 
         def heads(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["heads"] = _first(args, kwargs)
@@ -350,7 +352,7 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
         if cut:
             on_input(body.layers[0].block, begins)
         for number, found in zip(numbers, seen, strict=False):
-            watch(number, body.layers[number], found)
+            watch(number, found)
         on_input(body.final_norm.module, final_input)
         on_output(body.final_norm.module, final_output)
         yield seen
