@@ -77,8 +77,9 @@ class LocalizeSettings(_Plain):
     target: str = _option("margin", "what is attributed: margin (answer token against the corrupted run's top token)"
                           " or logprob", choices=("margin", "logprob"))
     path: str = _option("half", "where gradients are taken between the clean and the corrupted prompt: half (Ns next to the"
-                        " clean one, Dn next to the corrupted one) or full (both over the whole path, as EAP-IG does,"
-                        " which cannot tell AND from OR)", choices=("half", "full"))
+                        " clean one, Dn next to the corrupted one), chained (the same, but what comes from above is the mean"
+                        " over the path before every block, which finds gates behind gates) or full (both over the whole"
+                        " path, as EAP-IG does, which cannot tell AND from OR)", choices=("half", "chained", "full"))
     path_steps: int = _option(2, "points on that path, an even number; 2 are the two prompts themselves, more also find"
                               " gates behind gates")
     norm: str = _option("exact", "gradient through the norms: exact Jacobian, or frozen scale",

@@ -296,14 +296,27 @@ class _Work:
             contrast[:, at] = prompts.contrast(logits)  # the corrupted run names the contrast for all
             return target(logits, at)
 
-        stream = self.stream or (settings.stream == "auto" and _too_large(body, prompts.clean.numel()))
-        run = partial(capture.run, body, attention_mask=mask, positions=positions, prefix=prefix, stream=stream)
-        away = run(prompts.corrupted, target=named)
-        points = [run(prompts.clean, target=target, against=away.written)]
-        for step in range(1, settings.path_steps - 1):
-            between = torch.lerp(points[0].embed, away.embed, step / (settings.path_steps - 1))
-            points.append(run(prompts.clean, target=target, embed=between, against=[]))
-        points.append(away)
+        steps, chained = settings.path_steps, settings.path == "chained"
+        tokens = prompts.clean.numel() * (steps // 2 if chained else 1)
+        stream = self.stream or (settings.stream == "auto" and _too_large(body, tokens))
+        run = partial(capture.run, body, positions=positions, stream=stream)
+        if chained:
+            def targets(logits: Tensor, at: slice) -> Tensor:
+                *others, away = logits.chunk(steps)
+                total = named(away, at)
+                return total + sum(target(other, at) for other in others)
+
+            ids = torch.cat([prompts.clean] * (steps - 1) + [prompts.corrupted])
+            points = capture.parted(run(ids, mask.repeat(steps, 1), target=targets, prefix=prefix.repeated(steps),
+                                        together=steps), steps)
+        else:
+            run = partial(run, attention_mask=mask, prefix=prefix)
+            away = run(prompts.corrupted, target=named)
+            points = [run(prompts.clean, target=target, against=away.written)]
+            for step in range(1, steps - 1):
+                between = torch.lerp(points[0].embed, away.embed, step / (steps - 1))
+                points.append(run(prompts.clean, target=target, embed=between, against=[]))
+            points.append(away)
         every, middle = range(len(points)), len(points) // 2
         ends = (every, every) if settings.path == "full" else (every[:middle], every[middle:])
         sums = Sums(body, self.graph, settings.norm, self.tile_bytes)

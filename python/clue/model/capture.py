@@ -7,13 +7,17 @@ A run is either held whole (one forward and one backward through all layers) or 
 what enters each layer and what the writers add, logits a few positions at a time, and then one layer after the other, from
 the top down, run again and differentiated. Streaming costs a second forward pass; its memory holds the activations of one
 layer instead of all.
+
+Several runs can be chained: side by side in one batch, they meet at the residual stream before every block, and each goes
+on downwards with the mean of their gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import tee
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -109,7 +113,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target, *,
-        prefix: Prefix = NO_PREFIX, embed: Tensor | None = None, stream: bool = False,
+        prefix: Prefix = NO_PREFIX, embed: Tensor | None = None, stream: bool = False, together: int = 1,
         against: list[Written] | None = None) -> Run:
     """Run the model and differentiate the target; call inside :func:`frozen`, and consume ``layers`` inside it too.
 
@@ -122,16 +126,39 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
         prefix: the tokens before these, which the run does not contain.
         embed: [batch, seq, d_model], what the first layer gets instead of the prompt's own embedding.
         stream: hold one layer's activations at a time.
+        together: the batch is so many runs of as many prompts each, from the clean to the corrupted one, that are chained:
+            what the first layer gets of those in between is interpolated, and the gradient at the residual stream is the
+            mean of theirs before every block. ``written`` is what the last one's writers add more than the first one's.
+            :func:`parted` tells the runs apart again.
         against: what the writers of another run add. This run's ``written`` is what they add more there than here, and
             the list is emptied, so that never both are held whole. Of an empty list nothing comes: the writers are left
             out.
     """
-    return (_streamed if stream else _whole)(body, input_ids, attention_mask, positions, target, prefix, embed, against)
+    return (_streamed if stream else _whole)(body, input_ids, attention_mask, positions, target, prefix, embed, together,
+                                             against)
+
+
+def parted(run: Run, together: int) -> list[Run]:
+    """The runs that were chained in one, the clean one first; their layers share what each has of a batch."""
+    def part(number: int, layers: Iterator[LayerRun]) -> Run:
+        at = (_part(value, number, together) for value in (run.embed, run.final_residual, run.grad_final))
+        return Run(next(at), [] if number else run.written, *at, (_part(layer, number, together) for layer in layers))
+
+    return [part(number, layers) for number, layers in enumerate(tee(run.layers, together))]
+
+
+def _part(value: Any, number: int, together: int) -> Any:
+    """One run's part of a tensor, or of each tensor of a dataclass."""
+    if isinstance(value, torch.Tensor):
+        return value.chunk(together)[number]
+    if value is None:
+        return None
+    return type(value)(*(_part(getattr(value, field.name), number, together) for field in fields(value)))
 
 
 def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
-           prefix: Prefix, embed: Tensor | None, against: list[Written] | None) -> Run:
-    with torch.enable_grad(), _watch(body, range(body.n_layers), cut=True, start=embed) as seen:
+           prefix: Prefix, embed: Tensor | None, together: int, against: list[Written] | None) -> Run:
+    with torch.enable_grad(), _watch(body, range(body.n_layers), cut=True, start=embed, together=together) as seen:
         logits = body.model(input_ids=input_ids, attention_mask=attention_mask, **prefix.arguments(),
                             logits_to_keep=to_keep(body.model, positions)).logits
         layers, final = seen[:-1], seen[-1]
@@ -144,49 +171,50 @@ def _whole(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: 
     runs, first = [], 0
     for layer, found, part in zip(body.layers, layers, at, strict=True):
         found = {name: _detached(value) for name, value in found.items()}
-        _note_written(written, layer, found, against)
+        _note_written(written, layer, found, together, against)
         runs.append(_layer_run(body, layer, found, grads[first:first + len(part)]))
         first += len(part)
     return Run(runs[0].residual, written, final["residual"].detach(), grad_final, (runs.pop() for _ in range(body.n_layers)))
 
 
 def _streamed(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, target: Target,
-              prefix: Prefix, embed: Tensor | None, against: list[Written] | None) -> Run:
+              prefix: Prefix, embed: Tensor | None, together: int, against: list[Written] | None) -> Run:
     written: list[Written] = []
     past = prefix.arguments()
 
     def passed(number: int, found: dict[str, Any]) -> None:
         prefix.rewind(past, number)
         if "heads" in found and "mlp" in found:
-            _note_written(written, body.layers[number], found, against)
+            _note_written(written, body.layers[number], found, together, against)
             found["heads"] = found["mlp"] = found["head_scale"] = None
 
-    with torch.no_grad(), _watch(body, range(body.n_layers), cut=True, start=embed, passed=passed) as seen:
+    with torch.no_grad(), _watch(body, range(body.n_layers), cut=True, start=embed, together=together,
+                                 passed=passed) as seen:
         body.model(input_ids=input_ids, attention_mask=attention_mask, **past,
                    logits_to_keep=to_keep(body.model, positions[:1]))
     layers, final = seen[:-1], seen[-1]
     _check(body, layers)
     calls = [(found["residual"], found["args"], found["kwargs"]) for found in layers]
     residual = final["residual"]
-    grad_final, above = _head(body, residual, positions, target, isinstance(layers[-1]["output"], tuple))
+    grad_final, above = _head(body, residual, positions, target, isinstance(layers[-1]["output"], tuple), together)
 
     def downwards() -> Iterator[LayerRun]:
         nonlocal above
         while calls:
             # Nothing of the layer stays in this frame while it waits.
             number = len(calls) - 1
-            made, above = _replayed(body, number, *calls.pop(), above)
+            made, above = _replayed(body, number, *calls.pop(), above, together)
             prefix.rewind(past, number)
             yield made.pop()
 
     return Run(calls[0][0], written, residual, grad_final, downwards())
 
 
-def _replayed(body: Anatomy, number: int, start: Tensor, args: Any, kwargs: Any,
-              above: Tensor) -> tuple[list[LayerRun], Tensor]:
+def _replayed(body: Anatomy, number: int, start: Tensor, args: Any, kwargs: Any, above: Tensor,
+              together: int) -> tuple[list[LayerRun], Tensor]:
     """Run one layer again: what it carried, in a list, and the gradient at its input from that at its output."""
     layer = body.layers[number]
-    with torch.enable_grad(), _watch(body, [number]) as (found, _):
+    with torch.enable_grad(), _watch(body, [number], together=together) as (found, _):
         start = start.detach().requires_grad_()
         args, kwargs = _with_first(args, kwargs, start)
         output = layer.block(*args, **kwargs)
@@ -199,7 +227,8 @@ def _replayed(body: Anatomy, number: int, start: Tensor, args: Any, kwargs: Any,
     return [_layer_run(body, layer, found, grads[:-1])], below
 
 
-def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in_tuple: bool) -> tuple[Tensor, Tensor]:
+def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in_tuple: bool,
+          together: int) -> tuple[Tensor, Tensor]:
     """Gradients at the final norm's output and at its input, [batch, seq, d_model], a few positions at a time.
 
     The model's own forward is used, with its layers passing on the residual stream that is already known, so that
@@ -208,12 +237,12 @@ def _head(body: Anatomy, residual: Tensor, positions: Tensor, target: Target, in
     at_output, at_input = torch.zeros_like(residual), torch.zeros_like(residual)
     positions, first_device = positions.to(residual.device), positions.device
     vocabulary = body.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    together = max(1, LOGIT_BYTES // (4 * vocabulary * len(residual)))
-    for first in range(0, len(positions), together):
-        part = slice(first, min(first + together, len(positions)))
+    size = max(1, LOGIT_BYTES // (4 * vocabulary * len(residual)))
+    for first in range(0, len(positions), size):
+        part = slice(first, min(first + size, len(positions)))
         with torch.enable_grad():
             start = residual[:, positions[part]].detach().requires_grad_()
-            with _bypassed(body, start, in_tuple), _watch(body, []) as (final,):
+            with _bypassed(body, start, in_tuple), _watch(body, [], together=together) as (final,):
                 ids = torch.zeros(start.shape[:2], dtype=torch.int64, device=first_device)
                 logits = body.model(input_ids=ids, use_cache=False).logits
             value = target(_widened(logits), part)
@@ -239,13 +268,14 @@ def _bypassed(body: Anatomy, output: Tensor, in_tuple: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: Tensor | None = None,
+def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: Tensor | None = None, together: int = 1,
            passed: Callable[[int, dict[str, Any]], None] | None = None) -> Iterator[list[dict[str, Any]]]:
     """Note what passes through the layers ``numbers`` and the final norm: one dictionary per layer, then the final norm's.
 
     Args:
         cut: let the residual stream start at the first layer: nothing before it needs a gradient.
         start: what the first layer gets then, instead of what the model computed.
+        together: the number of runs that are chained.
         passed: note only what enters a layer and what its writers add, and call this with a layer's number and its
             dictionary once the layer is done.
     """
@@ -258,11 +288,21 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
     def on_output(module: nn.Module, hook: Callable[..., Any]) -> None:
         handles.append(module.register_forward_hook(hook))
 
+    def mean(grad: Tensor) -> Tensor:
+        runs = grad.unflatten(0, (together, -1))
+        return runs.mean(0, keepdim=True).expand_as(runs).flatten(0, 1)
+
+    def meets(stream: Tensor) -> None:
+        """Where the residual stream is read: as one tensor by the block and by what goes past it."""
+        if together > 1 and stream.requires_grad:
+            stream.register_hook(mean)
+
     def watch(number: int, found: dict[str, Any]) -> None:
         layer = body.layers[number]
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["residual"], found["args"], found["kwargs"] = _first(args, kwargs), args, kwargs
+            meets(found["residual"])
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if "attention" in found and "mlp" in found:
@@ -307,11 +347,14 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
         def branch(module: nn.Module, args: Any, kwargs: Any) -> Any:
             """Give the MLP its own view of its input, so that the gradient there is the MLP's alone (shared norms)."""
             x = _first(args, kwargs)
+            if layer.mlp_norm is None and not body.parallel:
+                meets(x)
             found["mlp_input"] = x.view_as(x)
             return _with_first(args, kwargs, found["mlp_input"])
 
         def middle(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["mlp_residual"] = _first(args, kwargs)
+            meets(found["mlp_residual"])
 
         def hidden(module: nn.Module, args: Any, kwargs: Any) -> None:
             found["hidden"] = _first(args, kwargs)
@@ -339,10 +382,15 @@ def _watch(body: Anatomy, numbers: Sequence[int], *, cut: bool = False, start: T
     def begins(module: nn.Module, args: Any, kwargs: Any) -> Any:
         begin = _first(args, kwargs) if start is None else start
         begin = begin.detach()
+        if together > 2:
+            clean, *between, corrupted = begin.chunk(together)
+            steps = [torch.lerp(clean, corrupted, step / (together - 1)) for step, _ in enumerate(between, 1)]
+            begin = torch.cat((clean, *steps, corrupted))
         return _with_first(args, kwargs, begin.requires_grad_() if torch.is_grad_enabled() else begin)
 
     def final_input(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen[-1]["residual"] = _first(args, kwargs)
+        meets(seen[-1]["residual"])
 
     def final_output(module: nn.Module, args: Any, output: Tensor) -> None:
         seen[-1]["normal"] = output
@@ -387,11 +435,14 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def _note_written(written: list[Written], layer: Layer, found: dict[str, Any], against: list[Written] | None) -> None:
-    """Append what a layer's writers add, as :func:`run` says of ``against``."""
+def _note_written(written: list[Written], layer: Layer, found: dict[str, Any], together: int,
+                  against: list[Written] | None) -> None:
+    """Append what a layer's writers add, as :func:`run` says of ``together`` and ``against``."""
     if against is not None and not against:
         return
     here = Written(found["heads"], found.get("head_scale"), found["mlp"])
+    if together > 1:
+        here, against = _part(here, 0, together), [_part(here, together - 1, together)]
     written.append(here if against is None else more(against.pop(0), here))
 
 

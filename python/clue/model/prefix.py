@@ -45,6 +45,16 @@ class Prefix:
             last = torch.arange(1, device=input_ids.device)  # logits are not wanted, and one is the least
             return cls(model(input_ids=input_ids, use_cache=True, logits_to_keep=to_keep(model, last)).past_key_values)
 
+    def repeated(self, times: int) -> Prefix:
+        """The same before so many batches, one after the other, in one."""
+        import torch
+
+        if self.cache is None or times == 1:
+            return self
+        past = self.arguments()["past_key_values"]
+        past.batch_select_indices(torch.arange(past.layers[0].keys.shape[0]).repeat(times))
+        return Prefix(past)
+
     def arguments(self) -> dict[str, Any]:
         """What the model is called with beside the other tokens. New ones for each run, which adds its own keys and values."""
         if self.cache is None:
