@@ -21,6 +21,7 @@ from clue.types import Direction, NodeKind
 from tests.families import VARIANTS, tiny
 from tests.oracles.attribution import (
     InDouble,
+    chained,
     final_residual,
     finite_differences,
     with_injection,
@@ -365,6 +366,65 @@ def test_a_fine_full_path_adds_up_to_the_change_of_the_target():
                 for steps in (2, 16, 128)]
     assert gaps[2] < 0.02 * abs(change)
     assert gaps[2] < gaps[1] / 4
+
+
+# Chained runs
+
+
+def differentiated_chain(body, writers: list[str], changes, run):
+    """:func:`differentiated`, where both runs go on from every block with the mean of how far they were moved."""
+    found = np.zeros((2, len(writers)))
+    for i, change in enumerate(changes):
+        prompts = torch.from_numpy(np.stack([PAIRS.clean[i], PAIRS.corrupted[i]]))
+        target = margin(body, PAIRS, i)
+        moved = torch.cat([change[writer] for writer in writers])
+        for end, sign in enumerate((1, -1)):
+            def both(ids, extra, end=end):
+                moves = [torch.zeros_like(extra), torch.zeros_like(extra)]
+                moves[end] = extra
+                return run(prompts.repeat_interleave(len(extra), 0), torch.cat(moves))
+
+            with chained(body, prompts):
+                found[end] += finite_differences(both, prompts[:1], sign * moved, lambda logits: sum(
+                    target(logits).chunk(2))).numpy() / len(changes)
+    return found
+
+
+#: Each way in which a block reads the residual stream, and is read from.
+SHAPES = ("llama", "granite", "gpt_neox", "gptj", "gemma2", "olmo2", "opt", "falcon", "falcon/sequential", "qwen2_moe", "phi")
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_chained_score_equals_the_finite_difference(name, stream, in_double):
+    body, _, changes = measured(name)
+    scores = attribute(body, PAIRS, LocalizeSettings(batch_size=2, path="chained", stream=stream))
+    graph = scores.graph
+    want = np.zeros((2, *scores.ns.shape))
+    for v, reader in enumerate(graph.readers):
+        u = np.flatnonzero(graph.residual_edges[:, v])
+        writers = [graph.name(writer) for writer in graph.writers[u]]
+        want[:, u, v] = differentiated_chain(body, writers, changes, partial(with_injection, body, graph, reader))
+    for got, edges in zip((scores.ns, scores.dn), want, strict=True):
+        assert np.abs(edges).max() > 1e-2
+        np.testing.assert_allclose(got, edges, atol=1e-6 * np.abs(edges).max())
+    for layer in range(body.n_layers):
+        units = [f"m{layer}.n{i}" for i in range(body.d_mlp)]
+        ns, dn = differentiated_chain(body, units, changes, partial(with_output, body, layer))
+        np.testing.assert_allclose(scores.neuron_ns[layer], ns, atol=1e-6 * np.abs(ns).max())
+        np.testing.assert_allclose(scores.neuron_dn[layer], dn, atol=1e-6 * np.abs(dn).max())
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_chained_books_balance_however_many_pairs_go_together(name, stream, in_double):
+    body = anatomy(tiny(name))
+    settings = LocalizeSettings(path="chained", path_steps=4, stream=stream)
+    one, both = (attribute(body, PAIRS, replace(settings, batch_size=size)) for size in (1, 2))
+    assert max(both.gap_ns, both.gap_dn) < 1e-12
+    for array in ("ns", "dn", "neuron_ns", "neuron_dn", "neuron_sq_ns", "neuron_sq_dn"):
+        np.testing.assert_allclose(getattr(one, array), getattr(both, array), rtol=1e-9, atol=1e-12)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in body.model.modules())
 
 
 @pytest.mark.parametrize("neurons", [True, False])

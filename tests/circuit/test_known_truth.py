@@ -7,6 +7,7 @@ the MLP computes a gate of their sum with ReLU units.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -205,8 +206,17 @@ def nested_model() -> LlamaForCausalLM:
     return model
 
 
-def planted(gates: tuple[tuple[str, tuple[str, str]], ...], bits: int) -> LlamaForCausalLM:
-    """A formula: layer by layer a gate (m0, m1, ...) and its two inputs, each the head of a bit (h0, h1, ...) or a gate."""
+#: A formula, layer by layer: a gate (m0, m1, ...) and its inputs, each the head of a bit (h0, h1, ...) or a gate below.
+Formula = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def unit(gate: str, inputs: int) -> tuple[float, float, float, float]:
+    """Slope and offset of the ReLU unit that makes a gate of bits, its weight on the output, and what that is short of."""
+    return {"and": (1.0, 1.0 - inputs, 1.0, 0.0), "or": (-1.0, 1.0, -1.0, 1.0), "adder": (1 / inputs, 0.5, 1.0, -0.5)}[gate]
+
+
+def planted(gates: Formula, bits: int) -> LlamaForCausalLM:
+    """A model whose answer is the formula."""
     first, width = 1 + bits, 1 + 2 * bits + len(gates)
     model = blank_model(width + -width % bits, layers=len(gates), heads=bits, d_head=2, d_mlp=2)
     channels = {f"h{bit}": first + bit for bit in range(bits)}
@@ -218,19 +228,20 @@ def planted(gates: tuple[tuple[str, tuple[str, str]], ...], bits: int) -> LlamaF
             attention.v_proj.weight[2 * bit, 1 + bit] = 1.0
             attention.o_proj.weight[first + bit, 2 * bit] = 1.0
         for layer, (name, inputs) in enumerate(gates):
-            mlp, ((slope, shift, weight),), written = model.model.layers[layer].mlp, GATES[name][0], first + bits + layer
+            mlp, written = model.model.layers[layer].mlp, first + bits + layer
+            slope, shift, weight, short = unit(name, len(inputs))
             mlp.gate_proj.weight[0, [channels[one] for one in inputs]] = slope
             mlp.gate_proj.weight[0, CONST] = (shift + slope * sum(constants[one] for one in inputs)) / BIG
             mlp.up_proj.weight[0, CONST] = 1 / BIG
             mlp.down_proj.weight[written, 0] = weight
-            channels[f"m{layer}"], constants[f"m{layer}"] = written, GATES[name][1]
+            channels[f"m{layer}"], constants[f"m{layer}"] = written, short
         model.lm_head.weight[YES, written] = 1.0
         model.lm_head.weight[YES, CONST] = (constants[f"m{len(gates) - 1}"] - 0.5) / BIG
         model.lm_head.weight[[ONES, ZEROS], CONST] = -9 / BIG
     return model
 
 
-def gates_seen(gates: tuple[tuple[str, tuple[str, str]], ...], bits: int, granularity: str) -> list[tuple[str, bool]]:
+def gates_seen(gates: Formula, bits: int, granularity: str) -> list[tuple[str, bool]]:
     """For each input of each gate of a formula, the gate that patching sees and whether it saw it."""
     body, pairs = anatomy(planted(gates, bits)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1])
     settings = LocalizeSettings(edges=1.0, neurons=1.0, path_steps=16, granularity=granularity)
@@ -298,3 +309,62 @@ def test_a_gate_behind_a_gate_is_only_seen_between_the_prompts(in_double, steps)
     m0 = 5
     assert scores.dn[m0, outer] == pytest.approx(2, abs=1e-4)
     assert abs(scores.ns[m0, outer]) < 0.6 * scores.dn[m0, outer]
+
+
+# Chained runs
+
+
+def random_formula(seed: int) -> tuple[Formula, int]:
+    """Three to seven gates of two to four inputs, every one of which reaches the last; a quarter of the inputs are shared."""
+    rng = random.Random(seed)
+    gates: list[tuple[str, tuple[str, ...]]] = []
+    unread: list[str] = []
+    bits, count = 0, rng.randint(3, 7)
+    for number in range(count):
+        size = rng.choice((2, 2, 3, 4))
+        inputs = unread if number == count - 1 else rng.sample(unread, rng.randint(0, min(size, len(unread))))
+        unread = [gate for gate in unread if gate not in inputs] + [f"m{number}"]
+        while len(inputs) < size:
+            known = [one for one in [f"h{bit}" for bit in range(bits)] + [f"m{gate}" for gate in range(number)]
+                     if one not in inputs]
+            shared = known and rng.random() < 0.25
+            inputs = [*inputs, rng.choice(known) if shared else f"h{bits}"]
+            bits += not shared
+        gates.append((rng.choice(("and", "or", "adder")), tuple(inputs)))
+    return tuple(gates), bits
+
+
+def formula_of(circuit: Circuit) -> dict[str, dict[str, str]]:
+    """What a circuit says of the model's MLPs: MLP -> input (head or MLP) -> gate."""
+    graph, found = circuit.graph, {}
+    for src, dst, gate in zip(circuit.src.tolist(), circuit.dst.tolist(), circuit.gate.tolist(), strict=True):
+        if graph.kind[dst] in (NodeKind.MLP_IN, NodeKind.MLP) and src in graph.writers:
+            name = f"m{graph.layer[dst]}"
+            found.setdefault(name, {})[graph.name(src).removeprefix("a0.")] = Gate(gate).name.lower()
+    return found
+
+
+@pytest.mark.parametrize("granularity", ["block", "neuron"])
+@pytest.mark.parametrize("seed", range(12))
+def test_chained_runs_find_every_gate_of_a_random_formula(in_double, seed, granularity):
+    """In two runs, whatever is saturated behind a gate, and nothing else."""
+    gates, bits = random_formula(seed)
+    body, pairs = anatomy(planted(gates, bits)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1])
+    settings = LocalizeSettings(edges=1.0, neurons=1.0, path="chained", granularity=granularity)
+    scores = cleaned(attribute(body, pairs, settings))
+    assert formula_of(build_circuit(scores, settings)) == {
+        f"m{number}": dict.fromkeys(inputs, gate) for number, (gate, inputs) in enumerate(gates)}
+
+
+def test_an_or_behind_an_and_of_three_shows_to_chained_runs_alone(in_double):
+    """AND(OR(a, b, c), d, e): the OR is saturated from a third of the path on, the AND dead up to its half."""
+    gates = (("or", ("h0", "h1", "h2")), ("and", ("m0", "h3", "h4")))
+    body, pairs = anatomy(planted(gates, 5)), make_pairs([[ONES, YES]], [[ZEROS, YES]], [1])
+    heads = [1, 2, 3]
+    for path, steps in (("half", 2), ("half", 16), ("full", 16)):
+        scores = attribute(body, pairs, LocalizeSettings(path=path, path_steps=steps))
+        np.testing.assert_allclose([scores.ns[heads], scores.dn[heads]], 0, atol=1e-5)
+    scores = attribute(body, pairs, LocalizeSettings(path="chained"))
+    mlp = int(np.flatnonzero(scores.graph.readers == scores.graph.mlp_reader(0))[0])
+    np.testing.assert_allclose(scores.ns[heads, mlp], 0, atol=1e-5)
+    np.testing.assert_allclose(scores.dn[heads, mlp], 1 / 2, atol=1e-5)  # the AND's slope is 1 at one of two ends

@@ -41,11 +41,12 @@ def both(monkeypatch, body, run):
     return found, tokens
 
 
+@pytest.mark.parametrize("path", ["half", "chained"])
 @pytest.mark.parametrize("stream", ["never", "always"])
 @pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in VARIANTS), *UNUSUAL])
-def test_scores_are_those_of_whole_prompts(name, changes, stream, in_double, monkeypatch):
+def test_scores_are_those_of_whole_prompts(name, changes, stream, path, in_double, monkeypatch):
     body = anatomy(tiny(name, **changes))
-    settings = LocalizeSettings(batch_size=2, path_steps=4, stream=stream)
+    settings = LocalizeSettings(batch_size=2, path=path, path_steps=4, stream=stream)
     (whole, parted), (all_tokens, tokens) = both(monkeypatch, body, partial(attribute, body, PAIRS, settings))
     assert all_tokens - tokens == 2 * 4 * 3  # two pairs, four tokens: one run of those instead of four
     for array in ("ns", "dn", "neuron_ns", "neuron_dn", "neuron_sq_ns", "neuron_sq_dn"):

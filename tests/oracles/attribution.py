@@ -170,3 +170,50 @@ def finite_differences(run: Callable[[Tensor, Tensor], Tensor], ids: Tensor, dif
     logits = run(ids.expand(len(both), -1), both)
     values = target(logits).view(2, -1)
     return (values[0] - values[1]) / (2 * eps)
+
+
+@contextmanager
+def chained(body: Anatomy, prompts: Tensor) -> Iterator[None]:
+    """Whatever moves the residual stream moves that of both runs by the mean, from block to block, in what runs inside.
+
+    Args:
+        prompts: int64 [2, seq], the clean and the corrupted one. A batch inside is as many of the one as of the other.
+    """
+    still: dict[tuple[str, int], Tensor] = {}  # the residual stream of both where nothing moves it
+
+    def moved(place: tuple[str, int], stream: Tensor) -> Tensor:
+        here = stream.reshape(2, -1, prompts.shape[1], body.d_model)
+        base = still.setdefault(place, here.clone())
+        return (base + (here - base).mean(0)).reshape(stream.shape)
+
+    def middle(number: int, past: dict[int, Tensor]) -> Any:
+        def hook(module: Any, args: Any) -> Any:
+            stream = moved(("middle", number), args[0])
+            past[number] = stream - args[0]  # what goes past the MLP
+            return (stream, *args[1:])
+        return hook
+
+    def after(number: int, past: dict[int, Tensor]) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            first = first + past[number].reshape(first.shape)
+            return (first, *rest) if isinstance(output, tuple) else first
+        return hook
+
+    def enter(number: int) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> Any:
+            stream = moved(("layer", number), first(args, kwargs))
+            return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+        return hook
+
+    past: dict[int, Tensor] = {}
+    handles = [body.final_norm.module.register_forward_pre_hook(lambda m, args: (moved(("final", 0), args[0]),))]
+    for number, layer in enumerate(body.layers):
+        handles.append(layer.block.register_forward_pre_hook(enter(number), with_kwargs=True))
+        if not body.parallel:
+            read = layer.mlp if layer.mlp_norm is None else layer.mlp_norm.module
+            handles += [read.register_forward_pre_hook(middle(number, past)),
+                        layer.block.register_forward_hook(after(number, past))]
+    with hooks(*handles):
+        body.model(prompts, use_cache=False)
+        yield
