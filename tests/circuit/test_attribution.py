@@ -373,20 +373,19 @@ def test_a_fine_full_path_adds_up_to_the_change_of_the_target():
 
 def differentiated_chain(body, writers: list[str], changes, run):
     """:func:`differentiated`, where both runs go on from every block with the mean of how far they were moved."""
+    def both(prompts, end, _, extra):
+        still = torch.zeros_like(extra)
+        return run(prompts.repeat_interleave(len(extra), 0), torch.cat((extra, still) if end == 0 else (still, extra)))
+
     found = np.zeros((2, len(writers)))
     for i, change in enumerate(changes):
         prompts = torch.from_numpy(np.stack([PAIRS.clean[i], PAIRS.corrupted[i]]))
-        target = margin(body, PAIRS, i)
+        of_one = margin(body, PAIRS, i)
         moved = torch.cat([change[writer] for writer in writers])
         for end, sign in enumerate((1, -1)):
-            def both(ids, extra, end=end):
-                moves = [torch.zeros_like(extra), torch.zeros_like(extra)]
-                moves[end] = extra
-                return run(prompts.repeat_interleave(len(extra), 0), torch.cat(moves))
-
             with chained(body, prompts):
-                found[end] += finite_differences(both, prompts[:1], sign * moved, lambda logits: sum(
-                    target(logits).chunk(2))).numpy() / len(changes)
+                found[end] += finite_differences(partial(both, prompts, end), prompts[:1], sign * moved, partial(
+                    lambda target, logits: sum(target(logits).chunk(2)), of_one)).numpy() / len(changes)
     return found
 
 

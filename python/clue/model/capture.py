@@ -141,8 +141,9 @@ def run(body: Anatomy, input_ids: Tensor, attention_mask: Tensor, positions: Ten
 def parted(run: Run, together: int) -> list[Run]:
     """The runs that were chained in one, the clean one first; their layers share what each has of a batch."""
     def part(number: int, layers: Iterator[LayerRun]) -> Run:
-        at = (_part(value, number, together) for value in (run.embed, run.final_residual, run.grad_final))
-        return Run(next(at), [] if number else run.written, *at, (_part(layer, number, together) for layer in layers))
+        embed, residual, grad = (_part(value, number, together) for value in (run.embed, run.final_residual, run.grad_final))
+        return Run(embed, [] if number else run.written, residual, grad,
+                   (_part(layer, number, together) for layer in layers))
 
     return [part(number, layers) for number, layers in enumerate(tee(run.layers, together))]
 
