@@ -3,7 +3,9 @@
 1. Run the corrupted prompt, then the clean one, each forward and backward once (:mod:`clue.model.capture`); with more
    ``path_steps`` also embeddings between the two. Gradients next to the clean prompt make Ns, next to the corrupted
    prompt Dn. Two steps are paired EAP; a gate behind a saturated gate has gradient zero at both of its ends and is only
-   seen in between. What the prompts of a batch begin with in both runs is run once (:mod:`clue.model.prefix`).
+   seen in between, or nowhere: an OR of three is saturated before an AND of three that reads it comes alive. In ``chained``
+   runs the gradient goes on from every block as the mean over the runs, so that a gate behind stops nothing, and Ns and Dn
+   tell a reader's own gate. What the prompts of a batch begin with in both runs is run once (:mod:`clue.model.prefix`).
 2. The difference of the two runs is what each writer would contribute if it were patched; the gradient, pulled back
    through projection and norm, is what each reader would make of it (:mod:`clue.circuit.accumulation`).
 3. Check the books: summed over a complete set of writers, the scores of a reader must equal the inner product of its
@@ -11,7 +13,8 @@
 
 Under torch.distributed each process scores its share of the batches, and one all-reduce adds them up.
 
-Source: EAP (arXiv 2310.10348), EAP-IG (arXiv 2403.17806), noising and denoising as in arXiv 2505.10039.
+Source: EAP (arXiv 2310.10348), EAP-IG (arXiv 2403.17806), noising and denoising as in arXiv 2505.10039; chained runs are the
+chain rule of DeepLIFT's multipliers (arXiv 1704.02685), a block's multiplier being the mean of its Jacobians.
 """
 
 from __future__ import annotations
