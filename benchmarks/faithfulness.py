@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,9 @@ def draw(task: str, seed: int, count: int, model: Any, tokenizer: Any) -> Any:
     than what the corrupted prompt answers."""
     rows: list[list[int]] = []
     others: list[list[int]] = []
-    for clean, corrupted, answer in TASKS[task](random.Random(seed)):
+    for clean, corrupted, answer in islice(TASKS[task](random.Random(seed)), 100 * count):
         here, away, told = (tokenizer(text, add_special_tokens=False).input_ids for text in (clean, corrupted, f" {answer}"))
-        if len(here) != len(away) or len(told) != 1 or here + told in rows:
+        if len(here) != len(away) or len(told) != 1 or (here + told, away + told) in zip(rows, others, strict=True):
             continue
         with torch.no_grad():
             logits = model(torch.tensor([here, away])).logits[:, -1]
@@ -99,6 +100,7 @@ def draw(task: str, seed: int, count: int, model: Any, tokenizer: Any) -> Any:
             others.append(away + told)
         if len(rows) == count:
             return make_pairs(rows, others, [len(row) - 1 for row in rows])
+    raise SystemExit(f"{task}: only {len(rows)} of {count} pairs change the model's answer: ask for fewer (--pairs)")
 
 
 def faithfulness(claims: Claims, body: Anatomy, tokenizer: Any, seeds: int, count: int) -> dict[str, Any]:
