@@ -96,7 +96,7 @@ def build_circuit(scores: Scores, settings: LocalizeSettings, *,
     if not len(circuit):
         raise CircuitError(f"circuit {scores.name}: no edges with a score lie on a path from embed to logits, so the"
                            " pairs say nothing of how the model answers: give more pairs, other corrupted prompts, or more"
-                           " path_steps, which find gates behind gates")
+                           " path_steps or path = chained, which find gates behind gates")
     return circuit
 
 
