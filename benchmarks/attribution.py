@@ -80,6 +80,7 @@ def time_of_scores(found: Claims, layers: int, repeats: int) -> None:
         repeats, passes=partial(passes, model, differing), edges=partial(attribute, body, differing, settings),
         templated=partial(attribute, body, templated, settings), chat=partial(attribute, body, chat, settings),
         neurons=partial(attribute, body, differing, settings, neurons_only=True),
+        chained=partial(attribute, body, differing, LocalizeSettings(batch_size=8, stream="never", path="chained")),
         streamed=partial(attribute, body, differing, LocalizeSettings(batch_size=8, stream="always")))
     peer = f"the model's own two forward and two backward passes: {seconds['passes']:.2f} s"
     for name, claim, goal in (
@@ -87,6 +88,7 @@ def time_of_scores(found: Claims, layers: int, repeats: int) -> None:
             ("templated", "the same, prompts that share the first quarter of their tokens", 1.3),
             ("chat", "the same, prompts that share the first half (a chat template)", 1.3),
             ("neurons", "all neurons alone, Ns and Dn", 1.1),
+            ("chained", "all edges and neurons in chained runs, prompts that differ from the first token on", 1.3),
             ("streamed", "all edges and neurons, streamed: one more forward pass, and the least memory", 0.0)):
         ratio = seconds[name] / seconds["passes"]
         found.add(claim, ratio, "times the passes", peer, f"at most {goal}" if goal else "", not goal or ratio <= goal)
