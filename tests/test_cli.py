@@ -235,6 +235,8 @@ def test_a_wrong_settings_file_is_named(
     (["--sed", "3", "demo"], "unrecognized argument --sed; see `clue --help`"),
     ([*LOCALIZE, "--threads", "0"], "--threads 0 must be at least 1"),
     ([*LOCALIZE, "--config", "nowhere.toml"], "nowhere.toml: the settings file cannot be read"),
+    (["localize", "--model", "m", "--forget", "", "--retain", "r", "-o", "run"], "--forget is an empty text"),
+    (["run", *LOCALIZE[1:], "--gold", ""], "--gold is an empty text"),
     ([*LOCALIZE, "--retain", "r"], "there is a set named r already"),
     ([*LOCALIZE, "--retain", "name="], "expected a file or NAME=FILE"),
     (["demo", "--seed", "x"], "argument --seed"),

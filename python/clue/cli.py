@@ -151,7 +151,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from .run_directory import Run, write_json
 
     target = _json_target(arguments.json)
-    files = {"model": _absolute(arguments.model), "forget": _absolute(arguments.forget),
+    files = {"model": _absolute(arguments.model, "--model"), "forget": _absolute(arguments.forget, "--forget"),
              "retain": _named("--retain", arguments.retain)} if arguments.model and arguments.forget else {}
     job = compare_command.job_of(arguments, lambda base: _settings(arguments, base), files, _given_tests(arguments))
     _prepare(arguments, job.settings)
@@ -237,7 +237,7 @@ def _settings(arguments: argparse.Namespace, base: Settings = _DEFAULTS) -> Sett
 
 
 def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"model": _absolute(arguments.model), "forget": _absolute(arguments.forget),
+    return {"model": _absolute(arguments.model, "--model"), "forget": _absolute(arguments.forget, "--forget"),
             "retain": _named("--retain", arguments.retain)}
 
 
@@ -259,7 +259,7 @@ def _tests(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
 def _given_tests(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of :class:`clue.evaluation_sets.Tests` that are on the command line."""
     of_benchmark = ("benchmark", "data") if "data" in arguments else ()  # `compare` means something else by the first
-    given: dict[str, Any] = {name: _absolute(source)
+    given: dict[str, Any] = {name: _absolute(source, f"--{name}")
                              for name in ("paraphrase", "holdout", "gold", "reference", *of_benchmark)
                              if (source := getattr(arguments, name)) is not None}
     return given | {name: _named(flag, texts) for name, flag, texts in (("retain", "--test", arguments.test),
@@ -280,12 +280,14 @@ def _named(flag: str, texts: Sequence[str]) -> dict[str, str]:
         if name in named:
             raise ClueError(f"{flag} {text}: there is a set named {name} already; give it another name with {flag}"
                             f" NAME={source}")
-        named[name] = _absolute(source)
+        named[name] = _absolute(source, flag)
     return named
 
 
-def _absolute(source: str) -> str:
+def _absolute(source: str, flag: str) -> str:
     """A local path made absolute, so that the run can be continued from another working directory."""
+    if not source:  # which would be the working directory
+        raise ClueError(f"{flag} is an empty text (a variable of the shell that is not set?): give a file, folder or id")
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 

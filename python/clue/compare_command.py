@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .config import BASELINES, Settings, UnlearnSettings, check
+from .config import BASELINES, Settings, UnlearnSettings, check, listed
 from .errors import ClueError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def execute(arguments: argparse.Namespace, job: Job, run: Run, progress: Callabl
 
 
 def _list(flag: str, text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    found = listed(text)
     if not found:
         raise ClueError(f"{flag} {text!r}: expected names, separated by commas")
     return list(dict.fromkeys(found))

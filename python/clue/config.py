@@ -25,6 +25,11 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def listed(text: str) -> list[str]:
+    """Names separated by commas; blanks around them do not count."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _is(value: Any, kind: type) -> bool:
     """``isinstance``, after which a type checker still takes the value for what it was."""
     return isinstance(value, kind)
@@ -247,10 +252,10 @@ def check(settings: Any, kind: type | None = None) -> None:
             raise ClueError(f"{f.name} = {value} must lie in (0, 1], or be 0")
         if f.name == "path_steps" and (value < 2 or value % 2):
             raise ClueError(f"path_steps = {value} must be an even number, at least 2: half of the points for each direction")
-        if names := f.metadata.get("names"):
-            unknown = [name for name in value.split(",") if value and name not in names]
+        if known := f.metadata.get("names"):
+            unknown = [name for name in listed(value) if name not in known]
             if unknown:
-                raise ClueError(f"{f.name}: {unknown[0]!r} is unknown; known are {', '.join(names)}")
+                raise ClueError(f"{f.name}: {unknown[0]!r} is unknown; known are {', '.join(known)}")
         if f.name in {"beta", "simnpo_beta"} and not value > 0.0:
             raise ClueError(f"{f.name} = {value} must be greater than 0")
         if f.name in {"batch_size", "steps", "check_every", "bad_steps", "max_new_tokens", "relearn_steps", "drift_steps",

@@ -15,7 +15,7 @@ def test_a_model_that_was_taught_and_one_that_never_was_are_told_apart_by_every_
     base, gold = cached_models(world, size="small")
     sets = EvaluationSets(world.forget, with_wrong_answers(world.retain_unseen, 0), world.forget_paraphrase,
                           holdout=world.holdout, utility=("retain",))
-    settings = EvaluateSettings(max_new_tokens=8, bootstrap=0, attacks="loss,zlib,min_k,min_k++,gradnorm")
+    settings = EvaluateSettings(max_new_tokens=8, bootstrap=0, attacks="loss, zlib, min_k, min_k++, gradnorm,")
     taught, never = (evaluate(m, world.tokenizer, sets, settings, reference=gold) for m in (base, gold))
     assert taught.detail["forget"].choice_accuracy > 0.9 > 0.5 > never.detail["forget"].choice_accuracy  # guessing: 1/6
     assert taught.detail["forget"].truth_ratio < 0.2 < never.detail["forget"].truth_ratio

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import listed
 from ..errors import OverlapError, RecordError
 from .records import SUFFIXES, Record, RecordSet, csv_rows, make_record, overlap, read, read_rows
 
@@ -174,8 +175,8 @@ def choice_record(question: str, options: Sequence[str], answer: int, where: str
     texts = [str(option) for option in options]
     if letters:
         names = [chr(ord("A") + i) for i in range(len(texts))]
-        listed = "".join(f"\n{name}. {text}" for name, text in zip(names, texts, strict=True))
-        question, texts = f"{question.strip()}{listed}\nAnswer:", names
+        options_text = "".join(f"\n{name}. {text}" for name, text in zip(names, texts, strict=True))
+        question, texts = f"{question.strip()}{options_text}\nAnswer:", names
     wrong = tuple(text for i, text in enumerate(texts) if i != answer)
     return make_record({"question": question, "answer": texts[answer], "wrong_answers": wrong}, where)
 
@@ -302,7 +303,7 @@ def _wmdp(part: str, data: str | Path | None, seed: int) -> Benchmark:
 
 def _mmlu(part: str, data: str | Path | None, seed: int) -> Benchmark:
     tables = _Tables("mmlu", data, "cais/mmlu")
-    subjects = [name for name in part.split(",") if name]
+    subjects = listed(part)
     skills: dict[str, RecordSet] = {}
     if tables.folder is None:
         for subject in subjects or ["all"]:
@@ -332,7 +333,7 @@ def _mmlu_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 def _bbh(part: str, data: str | Path | None, seed: int) -> Benchmark:
     tables = _Tables("bbh", data, "lukaemon/bbh")
-    tasks = [name for name in part.split(",") if name]
+    tasks = listed(part)
     if not tasks and tables.folder is not None:
         tasks = sorted({f.stem for f in tables.folder.glob("*.json")} or {f.parent.name for f in tables.folder.glob("*/test*")})
     if not tasks:

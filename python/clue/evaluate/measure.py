@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ..config import DataSettings, EvaluateSettings, check, check_seed
+from ..config import DataSettings, EvaluateSettings, check, check_seed, listed
 from ..data.encoding import encode, length_limit, pad_id
 from ..errors import ModelError
 from . import generation, memorization, privacy, truth
@@ -97,7 +97,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
     seed = check_seed(seed)
     require_sets(sets)
     sides = ("forget" if sets.members is None else "members", "holdout")
-    attacks = [name for name in settings.attacks.split(",") if name] if sets.holdout is not None else []
+    attacks = listed(settings.attacks) if sets.holdout is not None else []
     pad = pad_id(tokenizer)
     max_length = length_limit(model, data.max_length)
 
@@ -144,7 +144,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: E
         both = [part for part in parts if part.name in sides]
         mia = _attacks(model, both, {part.name: scores[part.name].records for part in both}, base, attacks, settings, ended,
                        pad=pad, seed=seed)
-    tasks = [name for name in settings.harness.split(",") if name]
+    tasks = listed(settings.harness)
     accuracies = harness(model, tokenizer, tasks, batch_size=settings.batch_size, seed=seed) if tasks else {}
     return Evaluation(detail, mia, {name: tuple(_spread(some, _SAMPLES)) for name, some in spoken.items()},
                       {"evaluate": asdict(settings), "data": asdict(data), "seed": seed,
