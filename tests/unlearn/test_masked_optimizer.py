@@ -139,7 +139,11 @@ def test_saved_state_continues_bit_by_bit(dtype: torch.dtype, rounding: str, mak
 @pytest.mark.parametrize("family", ["llama/biased", "qwen2_moe"])
 def test_states_of_distributed_checkpoints_continue_bit_by_bit(family: str, options: dict[str, bool], bits: Any) -> None:
     """They call parameters by name, not by number, and say in their groups which is which."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
     kind = StateDictOptions(**options)
     model = tiny(family, torch.bfloat16)

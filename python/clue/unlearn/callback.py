@@ -159,8 +159,8 @@ class PlanCallback(TrainerCallback):
         """
         held = None if self._held is None else self._held()
         if held is not None and vars(held).get(HOLDER, self) is not self:
-            raise ClueError("another PlanCallback took over the model that this one trains (a second one of this Trainer, or of a"
-                            " Trainer made meanwhile), so this one's plan would not be followed: give one PlanCallback, of one"
+            raise ClueError("another PlanCallback took over the model that this one trains (a second one of this Trainer, or of"
+                            " one made meanwhile), so this one's plan would not be followed: give one PlanCallback, of one"
                             " plan, and make another Trainer for the model once this one is done")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
