@@ -13,6 +13,11 @@ import pytest
 from tests.processes import run
 
 PROGRAM = """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
     from tests.unlearn.distributed import *
@@ -53,6 +58,11 @@ PROGRAM = """
     again = MaskedAdamW(model, plan, lr=1e-2, weight_decay=0.1)
     again.load_state_dict(optimizer.state_dict())
     assert held(again) == held(optimizer)
+    named = MaskedAdamW(model, plan, lr=1e-2, weight_decay=0.1)
+    partly = StateDictOptions(strict=False)  # a process may hold none of a parameter's planned slices
+    set_optimizer_state_dict(model, named, get_optimizer_state_dict(model, optimizer, options=partly), options=partly)
+    for name, state in optimizer.slices().items():
+        assert all(torch.equal(value, named.slices()[name][key]) for key, value in state.items()), name
 
     # A forward pass without a backward one leaves the outermost module's weights gathered.
     model = fresh(True)

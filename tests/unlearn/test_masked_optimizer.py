@@ -19,6 +19,7 @@ from clue.unlearn import MaskedAdamW, PlanCallback, SparseGradients
 from clue.unlearn.optimizer import planned_parameters
 from clue.weights import view_of, weight_of
 from tests.families import tiny
+from tests.unlearn.test_sparse import random_plan
 
 LR, BETAS, EPS, DECAY = 3e-2, (0.8, 0.95), 1e-6, 0.1
 
@@ -131,6 +132,34 @@ def test_saved_state_continues_bit_by_bit(dtype: torch.dtype, rounding: str, mak
         for m, optimizer in ((model, first), (other, second)):
             gradients(m, step)
             optimizer.step()
+    assert all(np.array_equal(now, bits(other)[name]) for name, now in bits(model).items())
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}])
+@pytest.mark.parametrize("family", ["llama/biased", "qwen2_moe"])
+def test_states_of_distributed_checkpoints_continue_bit_by_bit(family: str, options: dict[str, bool], bits: Any) -> None:
+    """They call parameters by name, not by number, and say in their groups which is which."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    kind = StateDictOptions(**options)
+    model = tiny(family, torch.bfloat16)
+    plan = random_plan(model)
+    first = MaskedAdamW(model, plan, lr=1e-3, weight_decay=DECAY)
+    gradients(model, 0)
+    first.step()
+    first.zero_grad()
+    other = copy.deepcopy(model)
+    second = MaskedAdamW(other, plan, lr=7.0)
+    set_optimizer_state_dict(other, second, copy.deepcopy(get_optimizer_state_dict(model, first, options=kind)), options=kind)
+    assert all(np.array_equal(now, bits(other)[name]) for name, now in bits(model).items())
+    assert {name: int(state["step"]) for name, state in second.slices().items()} == dict.fromkeys(plan.parameters(), 1)
+    for m, optimizer in ((model, first), (other, second)):
+        gradients(m, 1)
+        optimizer.step()
     assert all(np.array_equal(now, bits(other)[name]) for name, now in bits(model).items())
 
 

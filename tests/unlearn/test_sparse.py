@@ -466,6 +466,10 @@ def test_refusals() -> None:
     plan = small_plan(tied, {"model.embed_tokens.weight": (0, {Role.FORGET: [1]})})
     with pytest.raises(PlanError, match="tied"):
         SparseGradients(tied, plan)
+    norm = small_plan(model, {"model.norm.weight": (0, {Role.FORGET: [1]})})  # without a layer that is marked
+    with SparseGradients(model, norm) as sparse, pytest.raises(ClueError, match="already computes sparse gradients"):
+        sparse.__enter__()
+    assert all(p.requires_grad for p in model.parameters())
     layer = nn.Linear(3, 2)
     alone = small_plan(nn.Sequential(layer), {"0.weight": (0, {Role.FORGET: [0]})})
     with SparseGradients(nn.Sequential(layer), alone) as sparse:

@@ -94,6 +94,28 @@ def test_every_implementation_with_activation_checkpointing(implementation: str)
     assert_equal(sparse_gradients(model, plan), expected, 1e-5)
 
 
+def test_tokens_of_other_processes_experts_are_passed_over() -> None:
+    """Expert parallelism gives them the number after the last expert, which the eager forward leaves out too."""
+    model = tiny("mixtral", torch.float32)
+    experts = model.model.layers[1].mlp.experts
+    last = len(experts.down_proj)
+    name = "model.layers.1.mlp.experts.down_proj[3]"
+    plan = Plan((), np.zeros(0, dtype=np.uint8), (Slice(name, 0, Role.FORGET, np.array([1, 4])),),
+                {name: tuple(experts.down_proj.shape[1:])})
+    x, weights = torch.randn(5, 16), torch.rand(5, 2)
+    index = torch.tensor([[0, last], [1, 3], [last, last], [3, 0], [last, 1]])
+    plain = x.clone().requires_grad_()
+    experts(plain, index, weights).square().sum().backward()
+    expected = experts.down_proj.grad[3, [1, 4]]
+    model.zero_grad()
+    with SparseGradients(model, plan) as sparse:
+        sparse.split(forget=5, retain=0, seq=1)
+        again = x.clone().requires_grad_()
+        experts(again, index, weights).square().sum().backward()
+        torch.testing.assert_close(sparse.take()[name].forget, expected)
+        torch.testing.assert_close(again.grad, plain.grad)
+
+
 def test_a_pass_keeps_no_activations_of_experts() -> None:
     """Between forward and backward: the input and the routing, and no expert's hidden units."""
     model = tiny("mixtral", torch.float32)

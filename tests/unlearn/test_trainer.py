@@ -114,6 +114,28 @@ def test_another_trainer_of_the_same_model(first: str, tmp_path: Path, make_mode
     assert not any("forward" in vars(module) for module in model.modules()) and len(list(model.children())) == 2
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_plan_that_another_callback_took_over_is_said(when: str, tmp_path: Path, make_model: Any, mixed_plan: Any,
+                                                        make_plan: Any, bits: Any) -> None:
+    """Two callbacks of one trainer, of which the first would be left out; or a trainer that a callback makes to evaluate,
+    after which nothing would be trained."""
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            Trainer(model=model, args=arguments(tmp_path), eval_dataset=rows()[:2], callbacks=[PlanCallback(plan)]).evaluate()
+
+    model = make_model()
+    plan, before = mixed_plan(model), bits(model)
+    second = PlanCallback(make_plan(model, {"model.layers.0.mlp.gate_proj.weight": (0, {Role.FORGET: [9]})}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2) if when == "before" else None
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None),
+                      callbacks=[PlanCallback(plan), second if when == "before" else Evaluate()])
+    with pytest.raises(ClueError, match="another PlanCallback took over the model .*: give one PlanCallback, of one plan"):
+        trainer.train()
+    assert trainer.state.global_step == (when == "meanwhile")
+    changed = any((before[name] != now).any() for name, now in bits(model).items() if not name.startswith("planned_slices"))
+    assert changed == (when == "meanwhile")
+
+
 def half_plan(model: nn.Module, kind: str, mixed_plan: Any, scattered_plan: Any) -> Plan:
     if kind == "single weights":
         return scattered_plan(model)

@@ -151,6 +151,18 @@ class PlanCallback(TrainerCallback):
             if None not in members:  # only parts of it are planned: the others stay
                 self._keep(parameter, whole, 0, np.array(sorted(m for m in members if m is not None)), bits=keeps)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See that this callback still holds the model, before a step is computed that would go by another's plan.
+
+        Raises:
+            ClueError: another callback took the model over since training began.
+        """
+        held = None if self._held is None else self._held()
+        if held is not None and vars(held).get(HOLDER, self) is not self:
+            raise ClueError("another PlanCallback took over the model that this one trains (a second one of this Trainer, or of"
+                            " one made meanwhile), so this one's plan would not be followed: give one PlanCallback, of one"
+                            " plan, and make another Trainer for the model once this one is done")
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the slices, or put the unplanned weights back (the trainer calls this after each optimizer step).
 

@@ -330,9 +330,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise PlanError("the saved optimizer state belongs to other slices: resume with the plan and the roles it was saved"
                             " with")
         rounding, states = groups[0].get("rounding", "nearest"), {}
-        for number, parameter in enumerate(own["params"]):
+        # What a state calls its parameters is told by its group: numbers, or names (torch.distributed.checkpoint).
+        for key, parameter in zip(groups[0]["params"], own["params"], strict=True):
             shards = {shard.name: shard for shard in self._planned[parameter]}
-            found = saved.get(number, {})
+            found = saved.get(key, {})
             if "exp_avg" in found:  # of the parameter itself
                 found = {self._made[parameter][0]: found}
             if not all(isinstance(part, dict) and {"step", "index", "exp_avg", "exp_avg_sq"} <= part.keys()
