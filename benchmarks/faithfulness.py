@@ -8,7 +8,7 @@
 
 The peer is EAP-IG (``path = full``), at as many steps.
 
-    python benchmarks/faithfulness.py [--seeds 3] [--pairs 24] [--formulas 40] [--json -]
+    python benchmarks/faithfulness.py [--seeds 3] [--pairs 16] [--formulas 40] [--json -]
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def gates(claims: Claims, formulas: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--formulas", type=int, default=40)
     add_json(parser)
     args = parser.parse_args()
