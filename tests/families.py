@@ -21,6 +21,8 @@ NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value
 MIXTURE = {**LLAMA, "num_experts_per_tok": 2, "experts_implementation": "eager"}  # the default has no float64
 QWEN_MIXTURE = {**MIXTURE, "num_experts": 4, "moe_intermediate_size": 8}
 FALCON = {**COMMON, "ffn_hidden_size": 24, "initializer_range": 0.4, "bias": True}
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+          "patch_size": 4}
 
 #: name -> (``model_type``, configuration); the name is the family's, with the variant after a slash.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,8 +56,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", LLAMA),
     "gemma2": ("gemma2", {**LLAMA, "query_pre_attn_scalar": 4}),
     "gemma3_text": ("gemma3_text", {**LLAMA, "query_pre_attn_scalar": 4}),
+    "gemma3": ("gemma3", {"text_config": {**LLAMA, "query_pre_attn_scalar": 4}, "vision_config": VISION,
+                          "mm_tokens_per_image": 4, "image_token_index": 12}),
     "olmo2": ("olmo2", LLAMA),
     "olmo2/biased": ("olmo2", {**LLAMA, "attention_bias": True}),
+    "glm": ("glm", LLAMA),
     "glm4": ("glm4", LLAMA),
 }
 
@@ -63,10 +68,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, initial: bool = False, **changes: Any) -> Any:
     """The tiny model of a variant, always the same one for the same arguments; ``initial`` as transformers initialise it."""
     family, settings = VARIANTS[name]
-    if initial:
-        settings = {key: value for key, value in settings.items() if key not in ("initializer_range", "init_std")}
+    text = settings.get("text_config", settings)  # of a model that also reads images, the part that writes text
+    text = {key: value for key, value in text.items() if not initial or key not in ("initializer_range", "init_std")}
+    text |= changes
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, **changes})).to(dtype).eval()
+    config = AutoConfig.for_model(family, **({**settings, "text_config": text} if "text_config" in settings else text))
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for parameter in model.parameters():  # norms and biases too: at their initial 1 and 0 they would hide mistakes
         if parameter.ndim == 1 and not initial:
             torch.nn.init.normal_(parameter, 0.8, 0.3)

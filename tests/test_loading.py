@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from clue.config import Settings
 from clue.errors import ModelError
 from clue.loading import check_model, load_model, of_hub
+from tests.families import tiny
 from tests.unlearn.conftest import build_model, build_tokenizer
 
 
@@ -39,6 +40,22 @@ def test_a_whole_model_is_loaded(saved: Path) -> None:
     model, tokenizer = load_model(str(saved), Settings())
     assert not model.training and tokenizer("where")["input_ids"]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), build_model().state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "width", "expected"), [("mixtral", "intermediate_size", "eager"),
+                                                         ("qwen3_moe", "moe_intermediate_size", "eager"),
+                                                         ("mixtral", None, "grouped_mm")])
+def test_experts_of_any_width_run(name: str, width: str | None, expected: str, tmp_path: Path) -> None:
+    """By default transformers multiplies them in a way that refuses rows which are no multiple of 16 bytes."""
+    model = tiny(name, torch.float32, experts_implementation=None, **({width: 5} if width else {}))
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path), Settings())
+    assert loaded.config._experts_implementation == expected
+    with torch.no_grad():
+        logits = loaded(torch.tensor([[1, 5, 7, 9]])).logits
+        loaded.set_experts_implementation("eager")
+        torch.testing.assert_close(logits, loaded(torch.tensor([[1, 5, 7, 9]])).logits)
 
 
 def test_weights_that_would_be_drawn_at_random_are_missing(saved: Path, tmp_path: Path) -> None:

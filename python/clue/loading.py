@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Seconds in which the hub is to answer.
 ANSWER = 10
+#: What torch's grouped matrix product wants the rows of experts' weights to be a multiple of, in bytes.
+GROUPED_BYTES = 16
 
 
 def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
@@ -42,6 +44,10 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
     if missing:  # they were drawn at random, and anew with every load
         raise ModelError(f"{source} lacks {len(missing)} of {len(weights)} weights of a {type(network).__name__}, {missing[0]}"
                          " first: give a causal language model that was saved whole, with the config.json that belongs to it")
+    # The grouped products that transformers takes by default refuse rows that are no multiple of so many bytes.
+    if any(p.ndim == 3 and p.shape[-1] * p.element_size() % GROUPED_BYTES for p in network.parameters()):
+        if getattr(network.config, "_experts_implementation", None) == "grouped_mm":
+            network.set_experts_implementation("eager")
     # Not every stage needs these tokens; the first command should be the one to say that they are missing.
     pad_id(tokenizer)
     if settings.data.append_eos:

@@ -26,6 +26,10 @@ _IN_FILE = re.compile(r"(.+\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_p
 #: The stacked parameter that each of them belongs to, and where it lies along the rows of its part there.
 _STACKED = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
             "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
+#: A model that also reads images keeps its parts side by side in files, and inside ``model`` in the model.
+_SIDE_BY_SIDE = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
+                 ("vision_tower.vision_model.", "model.vision_tower."), ("vision_tower.", "model.vision_tower."),
+                 ("multi_modal_projector.", "model.multi_modal_projector."))
 _SPARSE = re.compile(r"(.+)\.block_sparse_moe\.(.+)")
 #: Granite's names in files for what it has under ``block_sparse_moe``; all others (Mixtral) call that ``mlp`` in the model.
 _GRANITE = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj",
@@ -104,6 +108,10 @@ def from_file(stored: str, size: Sequence[int]) -> list[tuple[str, int, int | No
     Returns:
         (name in the model, position along its rows, member of the stored tensor or ``None`` for all of it).
     """
+    for outside, inside in _SIDE_BY_SIDE:
+        if stored.startswith(outside):
+            stored = inside + stored.removeprefix(outside)
+            break
     name = stored
     if match := _SPARSE.fullmatch(stored):
         inner = _GRANITE.get(match[2], match[2])

@@ -269,6 +269,30 @@ def test_mixed_precision_around_it_changes_nothing():
     np.testing.assert_array_equal(mixed.ns, plain.ns)
 
 
+def test_weights_of_inference_mode_are_refused_and_stay_as_they_are():
+    with torch.inference_mode():
+        model = tiny("llama", torch.float32)
+    body = anatomy(model)
+    with pytest.raises(ModelError, match=r"weights that were made inside torch.inference_mode\(\) take none: load the model"):
+        attribute(body, PAIRS)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_autocast_inside_the_forward_pass_is_named(stream):
+    """As accelerate's prepare puts it there; it was told as an entry that does not fit."""
+    model = tiny("llama", torch.float32)
+    plain = attribute(anatomy(model), PAIRS)
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    body, settings = anatomy(model), LocalizeSettings(stream=stream)
+    for run in (lambda: attribute(body, PAIRS, settings), lambda: measure(body, PAIRS, 0, None, settings)):
+        with pytest.raises(ModelError, match=r"turns autocast on.*keep_fp32_wrapper=False"):
+            run()
+    del model.forward
+    np.testing.assert_array_equal(attribute(body, PAIRS).ns, plain.ns)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_inference_mode_is_refused_before_anything_runs():
     """Tensors of inference mode cannot be differentiated, and the error of torch would not say what to do."""
     body = anatomy(tiny("llama"))

@@ -57,3 +57,7 @@ def test_batches_hold_every_pair_once_and_like_lengths_together(lengths, size):
     assert sorted(np.concatenate(found).tolist()) == list(range(len(rows)))
     assert all(len(chosen) == size for chosen in found[:-1])
     assert np.all(np.diff([lengths[i] for chosen in found for i in chosen]) >= 0)
+    parted = batches(make_pairs(rows, rows, [1] * len(rows)), size, apart=5)
+    assert np.concatenate(parted).tolist() == np.concatenate(found).tolist()
+    assert all(len({lengths[i] > 5 for i in chosen}) == 1 for chosen in parted)
+    assert len(parted) <= len(found) + 1

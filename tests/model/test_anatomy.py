@@ -237,11 +237,21 @@ def test_an_unknown_family_says_what_its_entry_needs():
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
     ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
-    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 ])
 def test_a_variant_without_an_entry_is_refused(name, changes, message):
     with pytest.raises(ModelError, match=rf"this {name} model has .*{message}.*covered: "):
         anatomy(tiny(name, **changes))
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text", "gemma3"])
+def test_a_model_that_looks_ahead_is_refused(name):
+    """Scores would leave out the tokens before the first that differs, where its runs differ too."""
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn sees later tokens .*use_bidirectional_attention = False"):
+        anatomy(tiny(name, use_bidirectional_attention=True))
+    made_so = tiny("llama")
+    made_so.model.layers[1].self_attn.is_causal = False  # as embedding models are made of one
+    with pytest.raises(ModelError, match=r"^model\.layers\.1\.self_attn sees later tokens"):
+        anatomy(made_so)
 
 
 def test_a_model_without_a_language_modelling_head_is_refused():
@@ -286,7 +296,7 @@ def test_a_wrapped_projection_is_refused():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_configuration_that_contradicts_the_weights_is_refused(name):
     model = tiny(name)
-    model.config.hidden_size = 24
+    model.config.get_text_config().hidden_size = 24
     with pytest.raises(ModelError, match=r"(weight|gate_up_proj) has shape .* the configuration says"):
         anatomy(model)
 

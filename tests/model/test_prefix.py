@@ -14,7 +14,7 @@ from clue.circuit.faithfulness import Part, measure
 from clue.circuit.target import Prompts
 from clue.config import LocalizeSettings
 from clue.model.anatomy import anatomy
-from clue.model.prefix import Prefix, separable
+from clue.model.prefix import Prefix, separable, unstretched
 from tests.circuit.test_attribution import make_pairs
 from tests.families import VARIANTS, tiny
 
@@ -82,6 +82,20 @@ def test_frequencies_that_depend_on_the_length_keep_prompts_whole():
     model.config.rope_parameters = {**model.config.rope_parameters, "full_attention": dynamic}
     assert not separable(model)
     assert separable(tiny("gpt2"))
+
+
+@pytest.mark.parametrize("name", ["phi3", "llama"])
+def test_frequencies_for_long_sequences_stay_with_long_sequences(name, in_double):
+    """Beside a pair beyond the length it was trained on, a short one had the frequencies of long ones."""
+    body = anatomy(tiny(name, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0, 1.0], "long_factor": [2.0, 5.0],
+        "original_max_position_embeddings": 8}))
+    alone, together = (attribute(body, PAIRS, LocalizeSettings(batch_size=size)) for size in (1, 2))
+    np.testing.assert_allclose(together.ns, alone.ns, atol=1e-12 * np.abs(alone.ns).max())
+    whole = Part(graph_of(body).residual_edges)
+    alone, together = (measure(body, PAIRS, 1, lambda i: whole, LocalizeSettings(batch_size=size)) for size in (1, 2))
+    np.testing.assert_allclose(together.full, alone.full, atol=1e-12)
+    assert unstretched(tiny("llama")) == 0
 
 
 def test_a_prefix_ends_before_what_differs_and_before_what_predicts_an_answer(monkeypatch):

@@ -38,7 +38,7 @@ from ..data.atomic import write_arrays
 from ..errors import AttributionError, ClueError
 from ..model import capture
 from ..model.anatomy import Anatomy
-from ..model.prefix import Prefix, separable
+from ..model.prefix import Prefix, separable, unstretched
 from ..processes import everywhere, place
 from ..types import Direction
 from ..values import ByValue
@@ -191,7 +191,7 @@ def attribute(
     failed: Exception | None = None
     with capture.frozen(body.model):
         try:
-            for batch in batches(pairs, settings.batch_size)[rank::processes]:
+            for batch in batches(pairs, settings.batch_size, unstretched(body.model))[rank::processes]:
                 work.add(batch, sums)
                 done += len(batch)
                 if on_batch is not None:

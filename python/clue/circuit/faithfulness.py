@@ -25,7 +25,7 @@ from ..config import LocalizeSettings, check
 from ..errors import CircuitError
 from ..model.capture import frozen
 from ..model.patching import patched, record
-from ..model.prefix import Prefix, separable
+from ..model.prefix import Prefix, separable, unstretched
 from ..types import NodeKind
 from .attribution import graph_of
 from .graph import Bools, Circuit, Floats, Graph
@@ -135,7 +135,7 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
     values, divergence = np.zeros((count, len(pairs))), np.zeros((count, len(pairs)))
     nothing = np.zeros(graph_of(body).residual_edges.shape, dtype=bool)
     with frozen(body.model):
-        for chosen in batches(pairs, settings.batch_size):
+        for chosen in batches(pairs, settings.batch_size, unstretched(body.model)):
             prompts = Prompts.of(pairs, chosen, device, share=separable(body.model))
             given = (prompts.attended, prompts.positions)
             prefix = Prefix.of(body.model, prompts.prefix)

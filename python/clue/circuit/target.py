@@ -115,7 +115,12 @@ class Prompts:
         return ((contrast != self.answer) & (self.weight > 0)).any(1)
 
 
-def batches(pairs: Pairs, size: int) -> list[npt.NDArray[np.int64]]:
-    """Numbers of the pairs in batches of at most ``size``, like lengths together: little padding."""
-    order = np.argsort([len(ids) for ids in pairs.clean], kind="stable")
-    return [order[start:start + size] for start in range(0, len(order), size)]
+def batches(pairs: Pairs, size: int, apart: int = 0) -> list[npt.NDArray[np.int64]]:
+    """Numbers of the pairs in batches of at most ``size``, like lengths together: little padding.
+
+    Pairs of at most ``apart`` tokens and longer ones share no batch.
+    """
+    lengths = np.array([len(ids) for ids in pairs.clean], dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")
+    border = int(np.searchsorted(lengths[order], apart, side="right"))
+    return [part[start:start + size] for part in (order[:border], order[border:]) for start in range(0, len(part), size)]

@@ -219,6 +219,7 @@ def anatomy(model: nn.Module) -> Anatomy:
             " of the norms, the MLP and the q, k, v, o, gate, up and down projections, and how fused projections are laid"
             " out"
         )
+    config = config.get_text_config()  # of a model that also reads images, the part that writes text
     family = _variant(kind, config)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -226,6 +227,7 @@ def anatomy(model: nn.Module) -> Anatomy:
                              " keeps every layer on a device")
     if getattr(cast(Any, model), "get_output_embeddings", lambda: None)() is None:
         raise ModelError(f"this {type(model).__name__} has no language modelling head: load it as a causal language model")
+    _require_causal(model, family.layers)
     d_model, n_heads = int(config.hidden_size), int(config.num_attention_heads)
     groups = getattr(config, family.kv_heads, None) if isinstance(family.kv_heads, str) else family.kv_heads
     n_kv_heads = int(groups or n_heads)
@@ -278,6 +280,14 @@ def anatomy(model: nn.Module) -> Anatomy:
         d_mlp=n_experts * width + hidden if n_experts else width,
         context=int(getattr(config, family.context) if isinstance(family.context, str) else family.context),
     )
+
+
+def _require_causal(model: nn.Module, layers: str) -> None:
+    """Tokens that see later ones would differ, and be depended on, where nothing is looked for."""
+    for name, module in _module(model, layers).named_modules(prefix=layers):
+        if getattr(module, "is_causal", True) is False:
+            raise ModelError(f"{name} sees later tokens (is_causal = False): load the model as a causal language model"
+                             " (use_bidirectional_attention = False in its configuration, where that is what says so)")
 
 
 def require_plain(model: nn.Module, instead: str = "") -> None:

@@ -96,18 +96,34 @@ def frozen(model: nn.Module) -> Iterator[None]:
     if torch.is_inference_mode_enabled():
         raise ModelError("gradients are needed, and torch.inference_mode() gives none: call this outside of it")
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    if any(parameter.is_inference() for parameter in wanted):
+        raise ModelError("gradients are needed, and weights that were made inside torch.inference_mode() take none: load the"
+                         " model outside of it")
     config: Any = getattr(model, "config", None)
-    asked = [name for name in _MORE_OUTPUTS if getattr(config, name, False)]
+    parts = [] if config is None else {id(part): part for part in (config, config.get_text_config())}.values()
+    asked = [(part, name) for part in parts for name in _MORE_OUTPUTS if getattr(part, name, False)]
     model.requires_grad_(False)
+    device = next(model.parameters()).device.type
+
+    def unmixed(module: nn.Module, args: Any) -> None:
+        if torch.is_autocast_enabled(device):
+            raise ModelError("the model's forward pass turns autocast on, and sums in mixed precision are not those of the"
+                             " model: take it off (accelerator.unwrap_model(model, keep_fp32_wrapper=False)), or give the"
+                             " model before it is prepared")
+
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    watch = None if embedding is None else embedding.register_forward_pre_hook(unmixed)
     try:
-        for name in asked:
-            setattr(config, name, False)
+        for part, name in asked:
+            setattr(part, name, False)
         # In mixed precision the sums would not be those of the model's own dtype.
-        with evaluating(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
+        with evaluating(model), torch.autocast(device, enabled=False):
             yield
     finally:
-        for name in asked:
-            setattr(config, name, True)
+        if watch is not None:
+            watch.remove()
+        for part, name in asked:
+            setattr(part, name, True)
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
 

@@ -168,7 +168,7 @@ _FALCONS = (
 )
 
 #: ``config.model_type`` -> its entries; the first whose ``when`` holds applies. SmolLM and SmolLM2 are ``llama``,
-#: Pythia is ``gpt_neox``.
+#: Pythia is ``gpt_neox``, GLM-4-9B is ``glm``, and Gemma 3 from 4B on, which also reads images, is ``gemma3``.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "llama": (_LLAMA,),
     "mistral": (_LLAMA,),
@@ -196,8 +196,11 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "bloom": (_BLOOM,),
     "gemma": (_GEMMA,),
     "gemma2": (_GEMMA2,),
-    "gemma3_text": (replace(_GEMMA2, when=(("use_bidirectional_attention", False),)),),
+    "gemma3_text": (_GEMMA2,),
+    "gemma3": (replace(_GEMMA2, embed="model.language_model.embed_tokens", layers="model.language_model.layers",
+                       final_norm="model.language_model.norm"),),
     "olmo2": (replace(_LLAMA, attention_norm=None, mlp_norm=None, attention_output_norm="post_attention_layernorm",
                       mlp_output_norm="post_feedforward_layernorm"),),
+    "glm": (_GATE_UP,),
     "glm4": (replace(_GATE_UP, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"),),
 }

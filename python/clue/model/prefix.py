@@ -23,9 +23,21 @@ _BY_LENGTH = {"dynamic", "longrope"}
 
 def separable(model: nn.Module) -> bool:
     """Whether the keys and values of a prompt's first tokens are the same whatever follows them."""
+    return _BY_LENGTH.isdisjoint(kind.get("rope_type") for kind in _rotations(model))
+
+
+def unstretched(model: nn.Module) -> int:
+    """The longest sequence before rotary frequencies become those for long ones; 0 if they do not.
+
+    In a batch they are those of its longest sequence, so that shorter ones run otherwise beside it than alone.
+    """
+    return min((int(kind.get("original_max_position_embeddings") or 0) for kind in _rotations(model)
+                if kind.get("rope_type") == "longrope"), default=0)
+
+
+def _rotations(model: nn.Module) -> list[dict[str, Any]]:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}  # type: ignore[operator, union-attr]
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # by layer type, in some families
-    return _BY_LENGTH.isdisjoint(kind.get("rope_type") for kind in kinds)
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]  # by layer type, in some families
 
 
 @dataclass(frozen=True)
