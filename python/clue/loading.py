@@ -45,9 +45,9 @@ def load_model(source: str, settings: Settings) -> tuple[Any, Any]:
         raise ModelError(f"{source} lacks {len(missing)} of {len(weights)} weights of a {type(network).__name__}, {missing[0]}"
                          " first: give a causal language model that was saved whole, with the config.json that belongs to it")
     # The grouped products that transformers takes by default refuse rows that are no multiple of so many bytes.
-    if any(p.ndim == 3 and p.shape[-1] * p.element_size() % GROUPED_BYTES for p in network.parameters()):
-        if getattr(network.config, "_experts_implementation", None) == "grouped_mm":
-            network.set_experts_implementation("eager")
+    ragged = any(p.ndim == 3 and p.shape[-1] * p.element_size() % GROUPED_BYTES for p in network.parameters())
+    if ragged and getattr(network.config, "_experts_implementation", None) == "grouped_mm":
+        network.set_experts_implementation("eager")
     # Not every stage needs these tokens; the first command should be the one to say that they are missing.
     pad_id(tokenizer)
     if settings.data.append_eos:
