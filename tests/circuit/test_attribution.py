@@ -211,7 +211,7 @@ def test_a_pair_that_cannot_be_compared_is_refused_by_name(clean, corrupted, sta
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"target": "log-prob"}, "target = 'log-prob' is not one of margin, logprob"), ({"norm": "freeze"}, "exact, frozen"),
-    ({"path": "eap-ig"}, "half, full"), ({"stream": "no"}, "auto, always, never"), ({"batch_size": 0}, "at least 1"),
+    ({"path": "eap-ig"}, "half, chained, full"), ({"stream": "no"}, "auto, always, never"), ({"batch_size": 0}, "at least 1"),
     ({"path_steps": 3}, "an even number")])
 def test_a_setting_that_does_not_exist_is_refused(settings, message):
     with pytest.raises(ClueError, match=message):
