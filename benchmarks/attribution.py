@@ -37,7 +37,7 @@ from clue.circuit.attribution import attribute, graph_of
 from clue.config import LocalizeSettings
 from clue.data.pairs import Pairs
 from clue.model.anatomy import anatomy
-from clue.model.capture import frozen
+from clue.model.modes import frozen
 
 VOCABULARY = 49152
 

@@ -34,7 +34,7 @@ from clue.config import LocalizeSettings
 from clue.data.pairs import Pairs
 from clue.model import capture
 from clue.model.anatomy import anatomy
-from clue.model.capture import frozen
+from clue.model.modes import frozen
 
 
 class Live(TorchDispatchMode):

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..data.encoding import batches
 from ..errors import ModelError
 from ..model.answers import answer_logits
-from ..model.capture import frozen
 from ..model.experts import Routed, linear_traffic
+from ..model.modes import frozen
 from ..unlearn.objectives import answer_log_probs
 from ..weights import view_of
 

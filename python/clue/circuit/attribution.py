@@ -38,6 +38,7 @@ from ..data.atomic import write_arrays
 from ..errors import AttributionError, ClueError
 from ..model import capture
 from ..model.anatomy import Anatomy
+from ..model.modes import frozen
 from ..model.prefix import Prefix, separable, unstretched
 from ..processes import everywhere, place
 from ..types import Direction
@@ -189,7 +190,7 @@ def attribute(
     work = _Work(body, graph, pairs, settings, name, neurons_only)
     done = 0
     failed: Exception | None = None
-    with capture.frozen(body.model):
+    with frozen(body.model):
         try:
             for batch in batches(pairs, settings.batch_size, unstretched(body.model))[rank::processes]:
                 work.add(batch, sums)

@@ -23,7 +23,7 @@ import torch
 
 from ..config import LocalizeSettings, check
 from ..errors import CircuitError
-from ..model.capture import frozen
+from ..model.modes import frozen
 from ..model.patching import patched, record
 from ..model.prefix import Prefix, separable, unstretched
 from ..types import NodeKind

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..model.anatomy import is_transposed, require_plain
 from ..model.answers import answer_logits
-from ..model.capture import frozen
 from ..model.experts import Routed, is_experts, linear_traffic
+from ..model.modes import frozen
 from ..processes import place
 from ..types import Role
 from ..weights import is_flat, member_of, parameter_of, weight_of
