@@ -178,8 +178,10 @@ def test_model_is_left_as_it_was():
 
 def test_a_pair_that_changes_nothing_is_an_error():
     body = anatomy(tiny("llama"))
+    with torch.no_grad():
+        body.embed.weight[6] = body.embed.weight[5]
     top = body.model(torch.tensor([[1, 5, 7, 9]])).logits[0, -1].argmax()
-    same = make_pairs([[1, 5, 7, 9, int(top)]], [[1, 5, 7, 9, int(top)]], [4])
+    same = make_pairs([[1, 5, 7, 9, int(top)]], [[1, 6, 7, 9, int(top)]], [4])
     with pytest.raises(AttributionError, match="none of the 1 corrupted prompts"):
         attribute(body, same, name="people")
 
@@ -196,6 +198,7 @@ CLEAN, CORRUPTED = [1, 5, 7, 9, 4, 3], [1, 6, 8, 9, 4, 3]
     (CLEAN, CORRUPTED, 6, "the answer starts at 6 of 6 tokens"),
     ([], [], 0, "the answer starts at 0 of 0 tokens"),
     ([1, *[5] * 32], [2, *[5] * 32], 4, r"the sequences have 33 tokens, the model's context 32; shorten them"),
+    (CLEAN, CLEAN, 4, "the corrupted prompt is the clean one, and nothing differs; give another"),
     (CLEAN, [1, 6, 99, 9, 4, 3], 4, "yields token 99, the model knows 13 tokens: use the tokenizer that belongs to this"),
     (CLEAN, [1, -6, 8, 9, 4, 3], 4, "yields token -6"),
 ])
@@ -216,6 +219,12 @@ def test_a_pair_that_cannot_be_compared_is_refused_by_name(clean, corrupted, sta
 def test_a_setting_that_does_not_exist_is_refused(settings, message):
     with pytest.raises(ClueError, match=message):
         attribute(anatomy(tiny("llama")), PAIRS, LocalizeSettings(**settings))
+
+
+@pytest.mark.parametrize("run", [attribute, partial(measure, count=0, part=None)])
+def test_a_model_without_its_anatomy_is_refused_by_what_makes_one(run):
+    with pytest.raises(ModelError, match=r"got a LlamaForCausalLM: bind the model with clue.model.anatomy.anatomy\(model\)"):
+        run(tiny("llama"), PAIRS)
 
 
 def test_named_arguments_replace_the_settings():

@@ -162,7 +162,7 @@ def test_the_ranking_grows_through_the_edges_that_selection_keeps():
         assert set(order[:len(kept)].tolist()) == set(kept.tolist())
 
 
-@pytest.mark.parametrize("fractions", [(0.5,), (0.5, 0.2), (0.5, 0.5), (0.0, 1.0), (0.5, 1.5)])
+@pytest.mark.parametrize("fractions", [(0.5,), (0.5, 0.2), (0.5, 0.5), (0.0, 1.0), (0.5, 1.5), (0.5, float("nan"))])
 def test_fractions_are_checked(fractions):
     body, scores = scored()
     with pytest.raises(CircuitError, match="at least two rising numbers"):
@@ -246,8 +246,10 @@ def test_a_target_out_of_reach_is_an_error_with_a_remedy():
 
 
 def test_pairs_that_change_nothing_are_refused():
-    body, _ = scored()
-    same = make_pairs([[1, 5, 7, 9]], [[1, 5, 7, 9]], [3])
+    body = anatomy(tiny("llama"))
+    with torch.no_grad():
+        body.embed.weight[6] = body.embed.weight[5]
+    same = make_pairs([[1, 5, 7, 9]], [[1, 6, 7, 9]], [3])
     with pytest.raises(CircuitError, match="no circuit can be judged"):
         evaluate_circuit(body, same, circuit_of(0.3))
     with pytest.raises(CircuitError, match="no pairs"):
@@ -283,10 +285,17 @@ def test_a_judge_looks_at_a_sample():
 
 
 def test_a_circuit_of_another_model_is_refused():
-    body, _ = scored()
+    body, scores = scored()
     other = circuit_of(0.3, "block", "gpt_neox")
-    with pytest.raises(CircuitError, match="edges has shape"):
-        evaluate_circuit(body, PAIRS, other)
+    for run in (evaluate_circuit, minimality, confirm, lambda body, pairs, circuit: judge(body, pairs)(circuit)):
+        with pytest.raises(CircuitError, match=r"people is of another model: this one has n_kv_heads \d, .*, the graph there"):
+            run(body, PAIRS, other)
+    with pytest.raises(CircuitError, match="people is of another model"):
+        curve(body, PAIRS, scored("gpt_neox")[1])
+    wider = replace(scores.graph, d_mlp=scores.graph.d_mlp + 1)  # which only neurons' circuits depend on
+    with pytest.raises(CircuitError, match=f"one has d_mlp {scores.graph.d_mlp}, the graph there d_mlp {wider.d_mlp}"):
+        curve(body, PAIRS, replace(scores, graph=wider))
+    evaluate_circuit(body, PAIRS, replace(circuit_of(0.3, "block"), graph=replace(wider, neurons=False)))
 
 
 def test_the_complement_is_all_that_a_part_leaves_out():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from clue.data.encoding import encode
 from clue.data.pairs import Pairs, corrupt, make_pairs
 from clue.data.records import Record, RecordSet
 from clue.errors import ClueError, RecordError
+from clue.model.anatomy import anatomy
+from tests.families import tiny
 
 from .conftest import byte_level
 
@@ -197,14 +199,14 @@ def test_pairs_survive_their_file(tmp_path: Path, bpe: PreTrainedTokenizerFast) 
 def test_tokens_that_the_model_does_not_know_are_refused_in_corrupted_prompts_too() -> None:
     """On a GPU they would end the process."""
     tokenizer = byte_level(bos=True)
-    body = SimpleNamespace(context=64, embed=SimpleNamespace(num_embeddings=1 + max(
-        int(e.input_ids.max()) for e in encode([Record("abc", "abc")], tokenizer, append_eos=False))))
+    known = 1 + max(int(e.input_ids.max()) for e in encode([Record("abc", "abc")], tokenizer, append_eos=False))
+    body = replace(anatomy(tiny("llama")), context=64, embed=torch.nn.Embedding(known, 1))
     told = RecordSet("told", (Record("abc", "abc", corrupted="ab\x7f", source="told.jsonl:1"),))
     with pytest.raises(RecordError, match=r"told\.jsonl:1: the tokenizer yields token .* use the tokenizer that belongs"):
-        corrupt({"told": told}, tokenizer, body, LocalizeSettings(), DataSettings(), 0)  # type: ignore[arg-type]
+        corrupt({"told": told}, tokenizer, body, LocalizeSettings(), DataSettings(), 0)
     # Of records beyond the limit too: no pair is made of them, but training runs them.
     odd = RecordSet("odd", (Record("abc", "abc", corrupted="abb"),
                             Record("ab\x7f", "abc", corrupted="abb", source="odd.jsonl:2")))
     for seed in range(4):  # whichever of the two is drawn
         with pytest.raises(RecordError, match=r"odd\.jsonl:2: the tokenizer yields token"):
-            corrupt({"odd": odd}, tokenizer, body, LocalizeSettings(limit=1), DataSettings(), seed)  # type: ignore[arg-type]
+            corrupt({"odd": odd}, tokenizer, body, LocalizeSettings(limit=1), DataSettings(), seed)

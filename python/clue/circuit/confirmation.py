@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from ..config import LocalizeSettings, check
 from ..types import Gate, NodeKind, Provenance
-from .faithfulness import SAMPLE, Part, measure, places, sample
+from .faithfulness import SAMPLE, Part, check_graph, measure, places, sample
 from .graph import Circuit, Floats, reached
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def confirm(body: Anatomy, pairs: Pairs, circuit: Circuit,
         :data:`NOTICEABLE` stay as they are.
     """
     check(settings, LocalizeSettings)
+    check_graph(body, circuit.graph, circuit.name)
     groups = _groups(circuit, settings.confirm)
     if not groups:
         return circuit

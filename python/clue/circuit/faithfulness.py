@@ -23,6 +23,7 @@ import torch
 
 from ..config import LocalizeSettings, check
 from ..errors import CircuitError
+from ..model.anatomy import bound
 from ..model.modes import frozen
 from ..model.patching import patched, record
 from ..model.prefix import Prefix, separable, unstretched
@@ -158,6 +159,15 @@ def measure(body: Anatomy, pairs: Pairs, count: int, part: Callable[[int], Part]
     return Measured(full, empty, values, divergence)
 
 
+def check_graph(body: Anatomy, graph: Graph, name: str) -> None:
+    """Raise :class:`CircuitError` unless the graph of a circuit or of scores is this model's, with or without its neurons."""
+    expected = graph_of(bound(body), neurons=graph.neurons).to_json()
+    other = [key for key, value in graph.to_json().items() if value != expected[key] and (graph.neurons or key != "d_mlp")]
+    if other:
+        has, theirs = (", ".join(f"{key} {values[key]}" for key in other) for values in (expected, graph.to_json()))
+        raise CircuitError(f"{name} is of another model: this one has {has}, the graph there {theirs}")
+
+
 def _numbers(tensor: torch.Tensor) -> Floats:
     numbers: Floats = tensor.double().cpu().numpy()
     return numbers
@@ -220,6 +230,7 @@ def evaluate_circuit(body: Anatomy, pairs: Pairs, circuit: Circuit,
         CircuitError: no pairs, a circuit of another model, or corrupted prompts that leave the target as it is.
         ClueError: settings or pairs that :func:`measure` refuses.
     """
+    check_graph(body, circuit.graph, circuit.name)
     own = Part.of(circuit)
     parts = (own, own.complement())
     found = measure(body, pairs, 2, parts.__getitem__, settings)
@@ -237,6 +248,7 @@ def judge(body: Anatomy, pairs: Pairs, settings: LocalizeSettings = LocalizeSett
     few = sample(pairs)
 
     def faithful(circuit: Circuit) -> float:
+        check_graph(body, circuit.graph, circuit.name)
         own = Part.of(circuit)
         return float(measure(body, few, 1, lambda i: own, settings).faithfulness()[0])
 
@@ -270,11 +282,13 @@ def curve(body: Anatomy, pairs: Pairs, scores: Scores, fractions: Sequence[float
     that the fraction 1 is the whole model. Costs two forward passes and one patched pass per fraction.
 
     Raises:
-        CircuitError: fractions that do not rise or lie outside (0, 1], or see :func:`evaluate_circuit`.
+        CircuitError: fractions that do not rise or lie outside (0, 1], scores of another model, or see
+            :func:`evaluate_circuit`.
     """
     at = np.array(fractions, dtype=np.float64)
-    if at.ndim != 1 or len(at) < 2 or np.any(np.diff(at) <= 0) or at[0] <= 0 or at[-1] > 1:
+    if at.ndim != 1 or len(at) < 2 or not (np.all(np.diff(at) > 0) and at[0] > 0 and at[-1] <= 1):
         raise CircuitError(f"fractions must be at least two rising numbers in (0, 1], got {tuple(fractions)}")
+    check_graph(body, scores.graph, scores.name)
     order = ranking(scores)
     counts = np.maximum(1, np.round(at * len(order))).astype(np.int64)
 
@@ -320,7 +334,11 @@ def minimality(body: Anatomy, pairs: Pairs, circuit: Circuit, settings: Localize
         by: ``edge`` for float64 [edges of the circuit], or ``node`` for float64 [graph.n_nodes], where a node goes with
             all edges that leave or enter it. NaN where there is nothing to remove: edges inside heads and MLPs, nodes
             outside the circuit, ``embed`` and ``logits``.
+
+    Raises:
+        CircuitError: see :func:`evaluate_circuit`; or ``by`` is neither.
     """
+    check_graph(body, circuit.graph, circuit.name)
     graph, own = circuit.graph, Part.of(circuit)
     writer, reader = places(graph, graph.writers), places(graph, graph.readers)
     neuron = graph.kind == NodeKind.NEURON

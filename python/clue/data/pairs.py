@@ -66,9 +66,13 @@ class Pairs(ByValue):
         """Whether the pairs can be compared, and run on this model: an unknown token would end the process of a GPU.
 
         Raises:
-            RecordError: a pair's sequences differ in length or in the answer, the prompt or the answer is empty, the
-                sequences exceed the model's context, or the model does not know a token.
+            ModelError: ``body`` is a model, not its anatomy.
+            RecordError: a pair's sequences differ in length or in the answer, or in nothing at all; the prompt or the answer
+                is empty; the sequences exceed the model's context, or the model does not know a token.
         """
+        from ..model.anatomy import bound
+
+        bound(body)
         sizes = [len(part) for part in (self.clean, self.corrupted, self.answer_start, self.kind, self.sources)]
         if len(set(sizes)) > 1:
             raise RecordError(f"the pairs have {sizes[0]} clean and {sizes[1]} corrupted sequences, {sizes[2]} answer starts,"
@@ -87,6 +91,8 @@ class Pairs(ByValue):
             if length > body.context:
                 raise RecordError(f"{name}: the sequences have {length} tokens, the model's context {body.context}; shorten"
                                   " them (max_length)")
+            if np.array_equal(clean, corrupted):
+                raise RecordError(f"{name}: the corrupted prompt is the clean one, and nothing differs; give another")
             _check_tokens(np.concatenate((clean, corrupted)), name, body)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -282,6 +282,14 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def bound(body: Anatomy) -> Anatomy:
+    """The anatomy that is asked for; raises :class:`ModelError` where a model was given itself."""
+    if not isinstance(body, Anatomy):
+        raise ModelError(f"this needs the anatomy of a model, got a {type(body).__name__}: bind the model with"
+                         " clue.model.anatomy.anatomy(model)")
+    return body
+
+
 def _require_causal(model: nn.Module, layers: str) -> None:
     """Tokens that see later ones would differ, and be depended on, where nothing is looked for."""
     for name, module in _module(model, layers).named_modules(prefix=layers):
